@@ -1,1 +1,11 @@
-//! placeholder
+//! What every Antiphon process needs: owned tasks, telemetry, the admin port and mTLS identities.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod pki;
+pub mod shutdown;
+pub mod tasks;
+pub mod telemetry;
+pub mod tls;
+
+pub use tasks::Tasks;

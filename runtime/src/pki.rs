@@ -1,0 +1,466 @@
+//! The fleet's own issuer and the identities that processes present to each other.
+//!
+//! Every certificate carries two DNS names: `NAME.ROLE.REGION.antiphon.internal`, which one process only holds, and
+//! `ROLE.REGION.antiphon.internal`, which its siblings share. The issuer's key is derived from the fleet root, and so
+//! is its certificate, byte for byte, so that every region that holds the root has the same trust anchor.
+
+use std::{
+    fmt, fs, io,
+    net::IpAddr,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _};
+
+/// What a process is; decides what it may ask of whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Session router.
+    Router,
+    /// Packet relay.
+    Relay,
+    /// Session worker.
+    Worker,
+    /// The operator, or a person's command line acting as one.
+    Operator,
+}
+
+impl Role {
+    /// All roles.
+    pub const ALL: [Self; 4] = [Self::Router, Self::Relay, Self::Worker, Self::Operator];
+
+    /// The label in certificates and logs.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Router => "router",
+            Self::Relay => "relay",
+            Self::Worker => "worker",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+/// Who a certificate names.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PeerName {
+    /// Process name, a DNS label.
+    pub name: String,
+    /// Its role.
+    pub role: Role,
+    /// Region name, a DNS label.
+    pub region: String,
+}
+
+/// Why an identity cannot be made, read or recognised.
+#[derive(Debug, thiserror::Error)]
+pub enum PkiError {
+    /// A name that is no DNS label (1..=63 of `a-z`, `0-9`, `-`, not at the ends).
+    #[error("{0:?} is not a DNS label: use 1 to 63 of a-z, 0-9 and '-'")]
+    BadLabel(String),
+    /// The certificate does not name a process of the fleet.
+    #[error("certificate names no process of the fleet: expected NAME.ROLE.REGION.{DOMAIN}")]
+    NotOurs,
+    /// A file of the identity cannot be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file is not the PEM that it should be.
+    #[error("{path}: not a valid PEM {what}")]
+    Pem {
+        /// Which file.
+        path: PathBuf,
+        /// What was expected in it.
+        what: &'static str,
+    },
+    /// Issuing failed.
+    #[error("issuing a certificate: {0}")]
+    Issue(#[from] rcgen::Error),
+}
+
+impl PeerName {
+    /// Checks the labels.
+    ///
+    /// # Errors
+    /// [`PkiError::BadLabel`].
+    pub fn new(name: &str, role: Role, region: &str) -> Result<Self, PkiError> {
+        for label in [name, region] {
+            let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            let edge = label.starts_with('-') || label.ends_with('-');
+            if label.is_empty() || label.len() > 63 || edge || !label.chars().all(legal) {
+                return Err(PkiError::BadLabel(label.chars().take(80).collect()));
+            }
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            role,
+            region: region.to_owned(),
+        })
+    }
+
+    /// The name that only this process holds.
+    #[must_use]
+    pub fn dns(&self) -> String {
+        format!("{}.{}", self.name, shared_dns(self.role, &self.region))
+    }
+
+    /// Reads the name from a verified certificate (DER).
+    ///
+    /// # Errors
+    /// [`PkiError::NotOurs`].
+    pub fn of_certificate(der: &[u8]) -> Result<Self, PkiError> {
+        use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+        let (_, certificate) = X509Certificate::from_der(der).map_err(|_| PkiError::NotOurs)?;
+        let names = certificate
+            .subject_alternative_name()
+            .map_err(|_| PkiError::NotOurs)?
+            .ok_or(PkiError::NotOurs)?;
+        let ours = |name: &GeneralName<'_>| match name {
+            GeneralName::DNSName(dns) => dns.parse().ok(),
+            _ => None,
+        };
+        names
+            .value
+            .general_names
+            .iter()
+            .find_map(ours)
+            .ok_or(PkiError::NotOurs)
+    }
+}
+
+impl FromStr for PeerName {
+    type Err = PkiError;
+
+    fn from_str(dns: &str) -> Result<Self, PkiError> {
+        let labels = dns
+            .strip_suffix(DOMAIN)
+            .and_then(|s| s.strip_suffix('.'))
+            .ok_or(PkiError::NotOurs)?;
+        let mut parts = labels.split('.');
+        let (Some(name), Some(role), Some(region), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(PkiError::NotOurs);
+        };
+        let role = Role::ALL
+            .into_iter()
+            .find(|r| r.label() == role)
+            .ok_or(PkiError::NotOurs)?;
+        Self::new(name, role, region)
+    }
+}
+
+impl fmt::Display for PeerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} of {}", self.role, self.name, self.region)
+    }
+}
+
+/// The name that all processes of a role in a region share.
+#[must_use]
+pub fn shared_dns(role: Role, region: &str) -> String {
+    format!("{role}.{region}.{DOMAIN}")
+}
+
+/// The fleet's certificate authority.
+pub struct FleetCa {
+    certificate_pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl fmt::Debug for FleetCa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FleetCa").finish_non_exhaustive()
+    }
+}
+
+impl FleetCa {
+    /// Makes the authority from its 32-byte Ed25519 seed; the same seed gives the same certificate.
+    ///
+    /// # Errors
+    /// The seed is refused by the key library.
+    pub fn from_seed(seed: &[u8; 32]) -> Result<Self, PkiError> {
+        let mut pkcs8 = PKCS8_ED25519_PREFIX.to_vec();
+        pkcs8.extend_from_slice(seed);
+        let key =
+            KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(pkcs8), &PKCS_ED25519)?;
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.distinguished_name = DistinguishedName::new();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "Antiphon fleet");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.serial_number = Some(SerialNumber::from(1_u64));
+        params.not_before = rcgen::date_time_ymd(2024, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2124, 1, 1);
+        let certificate_pem = params.self_signed(&key)?.pem();
+        Ok(Self {
+            certificate_pem,
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// The trust anchor, PEM.
+    #[must_use]
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// Issues an identity with a fresh key, valid from an hour before `now` for [`LEAF_LIFETIME`].
+    ///
+    /// # Errors
+    /// The key library refuses.
+    pub fn issue(
+        &self,
+        peer: &PeerName,
+        addresses: &[IpAddr],
+        now: SystemTime,
+    ) -> Result<Identity, PkiError> {
+        let mut params =
+            CertificateParams::new(vec![peer.dns(), shared_dns(peer.role, &peer.region)])?;
+        params
+            .subject_alt_names
+            .extend(addresses.iter().copied().map(SanType::IpAddress));
+        params.distinguished_name = DistinguishedName::new();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, peer.to_string());
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        params.not_before = (now - CLOCK_SLACK).into();
+        params.not_after = (now + LEAF_LIFETIME).into();
+        let key = KeyPair::generate_for(&PKCS_ED25519)?;
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        Ok(Identity {
+            peer: peer.clone(),
+            certificate_pem: certificate.pem(),
+            key_pem: key.serialize_pem(),
+            ca_pem: self.certificate_pem.clone(),
+        })
+    }
+}
+
+/// A process's certificate, key and trust anchor.
+#[derive(Clone)]
+pub struct Identity {
+    peer: PeerName,
+    certificate_pem: String,
+    key_pem: String,
+    ca_pem: String,
+}
+
+/// Keys never appear in logs.
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Identity {
+    /// Reads `cert.pem`, `key.pem` and `ca.pem` from a directory.
+    ///
+    /// # Errors
+    /// A file is missing or is not what it should be.
+    pub fn load(dir: &Path) -> Result<Self, PkiError> {
+        let read = |name: &str| {
+            let path = dir.join(name);
+            fs::read_to_string(&path).map_err(|source| PkiError::File { path, source })
+        };
+        let (certificate_pem, key_pem, ca_pem) =
+            (read(CERT_FILE)?, read(KEY_FILE)?, read(CA_FILE)?);
+        let pem = |file: &str, what| PkiError::Pem {
+            path: dir.join(file),
+            what,
+        };
+        let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+            .map_err(|_| pem(CERT_FILE, "certificate"))?;
+        CertificateDer::from_pem_slice(ca_pem.as_bytes())
+            .map_err(|_| pem(CA_FILE, "certificate"))?;
+        PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
+            .map_err(|_| pem(KEY_FILE, "private key"))?;
+        let peer = PeerName::of_certificate(&der)?;
+        Ok(Self {
+            peer,
+            certificate_pem,
+            key_pem,
+            ca_pem,
+        })
+    }
+
+    /// Writes the three files into `dir`, made if absent; the key is readable by its owner only.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
+        let wrap = |path: &Path| {
+            let path = path.to_owned();
+            move |source| PkiError::File { path, source }
+        };
+        fs::create_dir_all(dir).map_err(wrap(dir))?;
+        for (name, text) in [(CERT_FILE, &self.certificate_pem), (CA_FILE, &self.ca_pem)] {
+            fs::write(dir.join(name), text).map_err(wrap(&dir.join(name)))?;
+        }
+        write_secret(&dir.join(KEY_FILE), self.key_pem.as_bytes())
+    }
+
+    /// Whom this identity names.
+    #[must_use]
+    pub const fn peer(&self) -> &PeerName {
+        &self.peer
+    }
+
+    /// Certificate, PEM.
+    #[must_use]
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// Private key, PEM (PKCS #8).
+    #[must_use]
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
+    }
+
+    /// Trust anchor, PEM.
+    #[must_use]
+    pub fn ca_pem(&self) -> &str {
+        &self.ca_pem
+    }
+
+    /// Certificate, DER.
+    #[must_use]
+    pub fn certificate(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
+            .expect("checked when the identity was made")
+    }
+
+    /// Trust anchor, DER.
+    #[must_use]
+    pub fn ca(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(self.ca_pem.as_bytes())
+            .expect("checked when the identity was made")
+    }
+
+    /// Private key.
+    #[must_use]
+    pub fn key(&self) -> PrivateKeyDer<'static> {
+        PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes())
+            .expect("checked when the identity was made")
+    }
+}
+
+/// Writes a file that only its owner can read, replacing what was there.
+///
+/// # Errors
+/// The file system refuses.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), PkiError> {
+    use io::Write as _;
+    let wrap = |source| PkiError::File {
+        path: path.to_owned(),
+        source,
+    };
+    // Removed first: an existing file would keep its looser mode.
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(wrap(e)),
+        _ => {}
+    }
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(wrap)?;
+    file.write_all(bytes).map_err(wrap)
+}
+
+/// Suffix of every name in the fleet.
+pub const DOMAIN: &str = "antiphon.internal";
+/// How long an issued certificate is valid.
+pub const LEAF_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+const CLOCK_SLACK: Duration = Duration::from_secs(3600);
+const CERT_FILE: &str = "cert.pem";
+const KEY_FILE: &str = "key.pem";
+const CA_FILE: &str = "ca.pem";
+/// PKCS #8 v1 around a bare Ed25519 seed (RFC 8410, section 7).
+const PKCS8_ED25519_PREFIX: [u8; 16] = [
+    0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_seed_gives_the_same_trust_anchor() {
+        let (a, b) = (
+            FleetCa::from_seed(&[7; 32]).unwrap(),
+            FleetCa::from_seed(&[7; 32]).unwrap(),
+        );
+        assert_eq!(a.certificate_pem(), b.certificate_pem());
+        assert_ne!(
+            a.certificate_pem(),
+            FleetCa::from_seed(&[8; 32]).unwrap().certificate_pem()
+        );
+    }
+
+    #[test]
+    fn an_identity_survives_the_disk_and_names_its_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let peer = PeerName::new("w-3", Role::Worker, "frankfurt").unwrap();
+        let ca = FleetCa::from_seed(&[7; 32]).unwrap();
+        ca.issue(&peer, &[], SystemTime::now())
+            .unwrap()
+            .save(dir.path())
+            .unwrap();
+        let identity = Identity::load(dir.path()).unwrap();
+        assert_eq!(identity.peer(), &peer);
+        assert_eq!(peer.dns(), "w-3.worker.frankfurt.antiphon.internal");
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = fs::metadata(dir.path().join("key.pem"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn strangers_names_are_refused() {
+        for bad in [
+            "x.example.com",
+            "a.b.worker.r.antiphon.internal",
+            "a.boss.r.antiphon.internal",
+            "antiphon.internal",
+        ] {
+            assert!(bad.parse::<PeerName>().is_err(), "{bad}");
+        }
+        assert!(PeerName::new("Über", Role::Relay, "r").is_err());
+        let missing = Identity::load(Path::new("/nonexistent")).unwrap_err();
+        assert!(
+            missing.to_string().starts_with("/nonexistent/cert.pem: "),
+            "{missing}"
+        );
+    }
+}
