@@ -14,3 +14,4 @@ pub mod keys;
 pub mod lease;
 pub mod placement;
 pub mod tunnel;
+pub mod varint;

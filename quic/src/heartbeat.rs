@@ -1,0 +1,176 @@
+//! Liveness of the other end, from both ends' heartbeats.
+//!
+//! A machine without a clock: times are microseconds of one end's own monotonic clock. Each end sends a heartbeat when
+//! it has sent nothing for [`Heartbeats::QUIET`], and one per [`Heartbeats::INTERVAL`] whatever else it sends, so that
+//! silence of 100 ms means something and the epoch is acknowledged well within 400 ms (invariant I6).
+
+use std::time::Duration;
+
+use antiphon_core::id::Epoch;
+use antiphon_proto::v1::Heartbeat;
+
+/// What an end knows of the other.
+#[derive(Debug, Clone)]
+pub struct Heartbeats {
+    epoch: Epoch,
+    sequence: u32,
+    last_heard_us: u64,
+    last_sent_us: u64,
+    last_beat_us: u64,
+    /// The newest heartbeat from the other end: its clock, and ours when it came.
+    received: Option<(u64, u64)>,
+    newest_sequence: u32,
+    acknowledged_us: Option<u64>,
+    rtt: Option<Duration>,
+}
+
+impl Heartbeats {
+    /// Silence after which a heartbeat is due.
+    pub const QUIET: Duration = Duration::from_millis(80);
+    /// A heartbeat is due this often even between audio.
+    pub const INTERVAL: Duration = Duration::from_millis(200);
+    /// An acknowledgement of the epoch older than this no longer allows side effects.
+    pub const EPOCH_ACK: Duration = Duration::from_millis(400);
+
+    /// Starts at `now_us`, as if the other end had just been heard.
+    #[must_use]
+    pub const fn new(now_us: u64, epoch: Epoch) -> Self {
+        Self {
+            epoch,
+            sequence: 0,
+            last_heard_us: now_us,
+            last_sent_us: now_us,
+            last_beat_us: now_us,
+            received: None,
+            newest_sequence: 0,
+            acknowledged_us: None,
+            rtt: None,
+        }
+    }
+
+    /// Something other than a heartbeat was sent.
+    pub const fn on_sent(&mut self, now_us: u64) {
+        self.last_sent_us = now_us;
+    }
+
+    /// Anything came from the other end.
+    pub const fn on_heard(&mut self, now_us: u64) {
+        self.last_heard_us = now_us;
+    }
+
+    /// A heartbeat came. Older ones than the newest (reordered by the path) only count as a sign of life.
+    pub fn on_heartbeat(&mut self, now_us: u64, beat: &Heartbeat) {
+        self.on_heard(now_us);
+        if self.received.is_some() && beat.sequence <= self.newest_sequence {
+            return;
+        }
+        self.newest_sequence = beat.sequence;
+        self.received = Some((beat.sent_us, now_us));
+        if beat.epoch == self.epoch.value() {
+            self.acknowledged_us = Some(now_us);
+        }
+        // The echo is the other end's claim: kept only if it is a time that could have been.
+        if let Some(elapsed) = now_us
+            .checked_sub(beat.echoed_us)
+            .filter(|_| beat.echoed_us != 0)
+            && let Some(rtt) = elapsed.checked_sub(u64::from(beat.echo_delay_us))
+            && rtt < Duration::from_secs(60).as_micros() as u64
+        {
+            self.rtt = Some(Duration::from_micros(rtt));
+        }
+    }
+
+    /// The heartbeat that is due now, if one is. `received` and `lost` are RTP packet counts so far.
+    pub fn poll(&mut self, now_us: u64, received: u32, lost: u32) -> Option<Heartbeat> {
+        let quiet = now_us.saturating_sub(self.last_sent_us) >= Self::QUIET.as_micros() as u64;
+        let regular = now_us.saturating_sub(self.last_beat_us) >= Self::INTERVAL.as_micros() as u64;
+        if !quiet && !regular {
+            return None;
+        }
+        self.sequence = self.sequence.wrapping_add(1);
+        self.last_sent_us = now_us;
+        self.last_beat_us = now_us;
+        let (echoed_us, held_us) = self.received.map_or((0, 0), |(theirs, ours)| {
+            (theirs, now_us.saturating_sub(ours))
+        });
+        Some(Heartbeat {
+            epoch: self.epoch.value(),
+            sequence: self.sequence,
+            sent_us: now_us,
+            echoed_us,
+            echo_delay_us: u32::try_from(held_us).unwrap_or(u32::MAX),
+            audio_received: received,
+            audio_lost: lost,
+        })
+    }
+
+    /// How long the other end has been silent.
+    #[must_use]
+    pub const fn silence(&self, now_us: u64) -> Duration {
+        Duration::from_micros(now_us.saturating_sub(self.last_heard_us))
+    }
+
+    /// Whether the other end acknowledged the epoch recently enough for a side effect.
+    #[must_use]
+    pub fn epoch_acknowledged(&self, now_us: u64) -> bool {
+        self.acknowledged_us
+            .is_some_and(|at| now_us.saturating_sub(at) <= Self::EPOCH_ACK.as_micros() as u64)
+    }
+
+    /// The last round trip measured by heartbeats.
+    #[must_use]
+    pub const fn rtt(&self) -> Option<Duration> {
+        self.rtt
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1000;
+
+    #[test]
+    fn a_quiet_end_speaks_up_and_a_talking_one_acknowledges_in_time() {
+        let mut quiet = Heartbeats::new(0, Epoch::FIRST);
+        assert!(quiet.poll(79 * MS, 0, 0).is_none());
+        assert!(quiet.poll(80 * MS, 0, 0).is_some());
+        let mut talking = Heartbeats::new(0, Epoch::FIRST);
+        let beats = (1..=50).filter(|frame| {
+            talking.on_sent(frame * 20 * MS);
+            talking.poll(frame * 20 * MS, 0, 0).is_some()
+        });
+        assert_eq!(beats.count(), 5, "five a second between audio");
+    }
+
+    #[test]
+    fn round_trip_leaves_out_the_time_held() {
+        let (mut a, mut b) = (
+            Heartbeats::new(0, Epoch::FIRST),
+            Heartbeats::new(500 * MS, Epoch::FIRST),
+        );
+        let beat = a.poll(100 * MS, 0, 0).unwrap();
+        b.on_heartbeat(600 * MS, &beat);
+        let answer = b.poll(650 * MS, 0, 0).unwrap();
+        a.on_heartbeat(180 * MS, &answer);
+        assert_eq!(a.rtt(), Some(Duration::from_millis(30)));
+        assert!(a.epoch_acknowledged(580 * MS) && !a.epoch_acknowledged(581 * MS));
+    }
+
+    #[test]
+    fn another_epoch_acknowledges_nothing_and_lies_are_ignored() {
+        let mut a = Heartbeats::new(0, Epoch::FIRST);
+        a.on_heartbeat(
+            5,
+            &Heartbeat {
+                epoch: 2,
+                sequence: 1,
+                echoed_us: u64::MAX,
+                ..Heartbeat::default()
+            },
+        );
+        assert!(!a.epoch_acknowledged(5));
+        assert_eq!(a.rtt(), None);
+        assert_eq!(a.silence(5 + 7 * MS), Duration::from_millis(7));
+    }
+}
