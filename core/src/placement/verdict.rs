@@ -1,0 +1,186 @@
+//! The planner's words.
+
+use std::{fmt, time::Duration};
+
+/// What was found about one region or worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It took the session.
+    Chosen,
+    /// It could have taken the session.
+    Eligible {
+        /// Its place in the order, from 1.
+        rank: u32,
+    },
+    /// The agent does not run there.
+    NotServed,
+    /// The request names other regions.
+    NotAllowed,
+    /// It is in none of the residency zones that the request names.
+    Residency,
+    /// Its GPUs are not of the agent's class.
+    WrongGpuClass,
+    /// Its round trip is above the ceiling.
+    TooFar {
+        /// Measured or estimated round trip.
+        rtt: Duration,
+        /// The ceiling that held at the decision.
+        ceiling: Duration,
+    },
+    /// It keeps what it has and gets nothing new.
+    Cordoned,
+    /// It is being emptied.
+    Draining,
+    /// What we know of it is older than its lease.
+    Stale {
+        /// How old; `None`: nothing was heard yet.
+        age: Option<Duration>,
+    },
+    /// Its control stream is broken.
+    Disconnected,
+    /// No worker of the agent is registered.
+    NoWorkers,
+    /// No free lease.
+    Full,
+    /// It was asked and refused.
+    Refused,
+    /// It was asked and did not answer in time.
+    Unreachable,
+}
+
+impl Verdict {
+    /// The closed word for metrics and machines.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Chosen => "chosen",
+            Self::Eligible { .. } => "eligible",
+            Self::NotServed => "not_served",
+            Self::NotAllowed => "not_allowed",
+            Self::Residency => "residency",
+            Self::WrongGpuClass => "wrong_gpu_class",
+            Self::TooFar { .. } => "too_far",
+            Self::Cordoned => "cordoned",
+            Self::Draining => "draining",
+            Self::Stale { .. } => "stale",
+            Self::Disconnected => "disconnected",
+            Self::NoWorkers => "no_workers",
+            Self::Full => "full",
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+        }
+    }
+
+    /// Whether the objection may be gone in a moment.
+    pub(super) const fn is_about_capacity(self) -> bool {
+        match self {
+            Self::Cordoned
+            | Self::Draining
+            | Self::Stale { .. }
+            | Self::Disconnected
+            | Self::NoWorkers
+            | Self::Full
+            | Self::Refused
+            | Self::Unreachable => true,
+            Self::Chosen
+            | Self::Eligible { .. }
+            | Self::NotServed
+            | Self::NotAllowed
+            | Self::Residency
+            | Self::WrongGpuClass
+            | Self::TooFar { .. } => false,
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Chosen => f.write_str("took the session"),
+            Self::Eligible { rank } => write!(f, "eligible, number {rank} in the order"),
+            Self::NotServed => f.write_str("the agent does not run there"),
+            Self::NotAllowed => f.write_str("not among the regions that the request names"),
+            Self::Residency => f.write_str("in none of the residency zones that the request names"),
+            Self::WrongGpuClass => f.write_str("its GPUs are not of the agent's class"),
+            Self::TooFar { rtt, ceiling } => write!(
+                f,
+                "round trip of {} ms is above the ceiling of {} ms",
+                rtt.as_millis(),
+                ceiling.as_millis()
+            ),
+            Self::Cordoned => f.write_str("cordoned: gets nothing new"),
+            Self::Draining => f.write_str("draining: is being emptied"),
+            Self::Stale { age: Some(age) } => {
+                write!(f, "last report is {} ms old", age.as_millis())
+            }
+            Self::Stale { age: None } => f.write_str("has not reported yet"),
+            Self::Disconnected => f.write_str("its control stream is broken"),
+            Self::NoWorkers => f.write_str("no worker of the agent is registered"),
+            Self::Full => f.write_str("no free lease"),
+            Self::Refused => f.write_str("was asked and refused"),
+            Self::Unreachable => f.write_str("was asked and did not answer in time"),
+        }
+    }
+}
+
+/// One line of an explanation. Indices are those of the snapshot that was planned on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Index of the region.
+    pub region: usize,
+    /// Index of the worker; `None`: the region as a whole.
+    pub worker: Option<usize>,
+    /// What was found.
+    pub verdict: Verdict,
+    /// Measured or estimated round trip; `None`: unknown.
+    pub rtt: Option<Duration>,
+    /// Free leases as seen at the decision.
+    pub free: u32,
+    /// Cost in milliseconds, where it was computed.
+    pub cost: Option<f64>,
+}
+
+/// Why nothing was placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RefusalReason {
+    /// No agent of this name.
+    NoSuchAgent,
+    /// Regions match, but all are full or out of service.
+    NoCapacity,
+    /// Every region that matches is above the ceiling.
+    TooFar,
+    /// No region satisfies the constraints.
+    NoRegionMatches,
+}
+
+impl RefusalReason {
+    /// All reasons.
+    pub const ALL: [Self; 4] = [
+        Self::NoSuchAgent,
+        Self::NoCapacity,
+        Self::TooFar,
+        Self::NoRegionMatches,
+    ];
+
+    /// The closed word for metrics and machines.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::NoSuchAgent => "no_such_agent",
+            Self::NoCapacity => "no_capacity",
+            Self::TooFar => "too_far",
+            Self::NoRegionMatches => "no_region_matches",
+        }
+    }
+}
+
+impl fmt::Display for RefusalReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoSuchAgent => "there is no such agent",
+            Self::NoCapacity => "every region that matches is full or out of service",
+            Self::TooFar => "every region that matches is farther than the round-trip ceiling",
+            Self::NoRegionMatches => "no region satisfies the constraints",
+        })
+    }
+}
