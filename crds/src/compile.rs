@@ -1,0 +1,460 @@
+//! What a fleet consists of, worked out from its resources.
+//!
+//! The operator carries this plan out on Kubernetes, `antiphon up` on one machine; only the carrying out differs. No I/O,
+//! no clock: the same resources always give the same plan.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use kube::ResourceExt;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    Codec, EngineType, FieldError, RegionPool, Resource, Serving, VoiceAgent, VoiceRegion,
+    Workload, rules,
+};
+
+/// All parts of a fleet, each list in order of its names.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FleetPlan {
+    /// The regions.
+    pub regions: Vec<RegionPlan>,
+    /// The agents.
+    pub agents: Vec<AgentPlan>,
+    /// The workers, by agent, then by region.
+    pub pools: Vec<PoolPlan>,
+}
+
+/// A region and the parts that belong to no agent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RegionPlan {
+    /// Name, unique in the fleet.
+    pub name: String,
+    /// Number in connection IDs, 0..1023, unique in the fleet.
+    pub number: u16,
+    /// The cluster that builds it.
+    pub cluster: String,
+    /// The cloud it is in.
+    pub cloud: String,
+    /// Degrees north, -90..=90.
+    pub latitude: f64,
+    /// Degrees east, -180..=180.
+    pub longitude: f64,
+    /// Residency zones it lies in.
+    pub residency: Vec<String>,
+    /// Classes of GPU it offers.
+    pub gpu_classes: Vec<String>,
+    /// Whether it takes new calls.
+    pub serving: Serving,
+    /// How many relays it has.
+    pub relays: u16,
+    /// How many routers it has.
+    pub routers: u16,
+}
+
+/// An agent and how its calls are placed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AgentPlan {
+    /// "namespace/name".
+    pub agent: String,
+    /// What its workers have to know.
+    pub behaviour: BehaviourPlan,
+    /// Where its calls may be placed, in the order of the resource; empty while it is suspended.
+    pub regions: Vec<AgentRegionPlan>,
+    /// Class of GPU its workers need.
+    pub gpu_class: Option<String>,
+    /// Round trip up to which a region is near enough.
+    pub rtt_ceiling: Duration,
+    /// Round trip that is always too far.
+    pub rtt_ceiling_max: Duration,
+    /// What callers may ask for.
+    pub codecs: Vec<Codec>,
+    /// Calls of one tenant at a time; `None`: no limit.
+    pub sessions_per_tenant: Option<u32>,
+    /// How long a worker that is to go keeps its calls.
+    pub drain_deadline: Duration,
+    /// Takes no calls and has no workers.
+    pub suspended: bool,
+}
+
+/// What a worker has to know of its agent. Calls keep the behaviour they began with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BehaviourPlan {
+    /// Hash of everything below: ten hex digits.
+    pub revision: String,
+    /// The engine.
+    pub engine: EngineType,
+    /// What the engine does.
+    pub workload: Workload,
+    /// Quiet that ends the caller's turn.
+    pub end_silence: Duration,
+    /// Shorter sounds are no turn.
+    pub min_speech: Duration,
+    /// Whether the caller may interrupt.
+    pub interruptible: bool,
+    /// Longest duration of a call.
+    pub longest_session: Duration,
+    /// From the end of a turn to the first sound of the answer.
+    pub latency_budget: Duration,
+}
+
+/// One region of an agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentRegionPlan {
+    /// Name of the region.
+    pub region: String,
+    /// How much it is liked, 1..=1000.
+    pub weight: u32,
+}
+
+/// The workers of one agent in one region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolPlan {
+    /// "namespace/name" of the agent.
+    pub agent: String,
+    /// Name of the region.
+    pub region: String,
+    /// How many workers there are.
+    pub replicas: u32,
+    /// Calls one worker holds.
+    pub slots: u32,
+    /// Class of GPU a worker needs.
+    pub gpu_class: Option<String>,
+}
+
+/// The resources make no fleet.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompileError {
+    /// A resource contradicts itself or another one.
+    #[error("{resource}: {error}")]
+    Invalid {
+        /// Kind and name.
+        resource: String,
+        /// What is wrong.
+        error: FieldError,
+    },
+    /// There is nothing to place calls in.
+    #[error("no regions: add at least one VoiceRegion")]
+    NoRegions,
+    /// Callers could not reach any worker.
+    #[error("no relays: raise spec.relay.replicas of a VoiceRegion")]
+    NoRelays,
+    /// More regions than connection IDs can tell apart.
+    #[error("{0} regions: a fleet has at most 1024")]
+    TooManyRegions(usize),
+}
+
+/// Works out the fleet that these resources describe. Says the first thing that is wrong; for all of them see
+/// [`crate::manifest::parse`].
+pub fn compile(resources: &[Resource]) -> Result<FleetPlan, CompileError> {
+    let invalid = |resource: &Resource, error| {
+        let resource = format!("{} {}", resource.kind(), resource.name());
+        CompileError::Invalid { resource, error }
+    };
+    for resource in resources {
+        if let Some(error) = resource.validate().into_iter().next() {
+            return Err(invalid(resource, error));
+        }
+    }
+    if let Some((index, error)) = rules::check_fleet(resources).into_iter().next() {
+        return Err(invalid(&resources[index], error));
+    }
+    // Sorted by name, so that the order of files does not matter.
+    let mut regions: BTreeMap<String, &VoiceRegion> = BTreeMap::new();
+    let mut agents: BTreeMap<String, &VoiceAgent> = BTreeMap::new();
+    for resource in resources {
+        match resource {
+            Resource::VoiceRegion(region) => drop(regions.insert(region.name_any(), region)),
+            Resource::VoiceAgent(agent) => drop(agents.insert(agent.qualified_name(), agent)),
+        }
+    }
+    let pools = agents
+        .iter()
+        .flat_map(|(name, agent)| plan_pools(name, agent, &regions))
+        .collect();
+    let agents = agents
+        .iter()
+        .map(|(name, agent)| plan_agent(name, agent))
+        .collect();
+    Ok(FleetPlan {
+        regions: plan_regions(&regions)?,
+        agents,
+        pools,
+    })
+}
+
+/// Workers of a pool: its least number times the region's capacity, rounded up, at most its largest number.
+pub fn replicas(pool: &RegionPool, capacity_percent: u16) -> u32 {
+    let scaled = (u64::from(pool.min_replicas) * u64::from(capacity_percent)).div_ceil(100);
+    u32::try_from(scaled)
+        .unwrap_or(u32::MAX)
+        .min(pool.max_replicas)
+}
+
+fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPlan>, CompileError> {
+    if regions.is_empty() {
+        return Err(CompileError::NoRegions);
+    }
+    if regions.len() > usize::from(REGION_NUMBERS) {
+        return Err(CompileError::TooManyRegions(regions.len()));
+    }
+    if regions
+        .values()
+        .all(|region| region.spec.relay.replicas == 0)
+    {
+        return Err(CompileError::NoRelays);
+    }
+    let taken: BTreeSet<u16> = regions
+        .values()
+        .filter_map(|region| region.spec.number)
+        .collect();
+    let mut free = (0..REGION_NUMBERS).filter(|number| !taken.contains(number));
+    let mut plans = Vec::with_capacity(regions.len());
+    for (name, region) in regions {
+        let spec = &region.spec;
+        let number = spec.number.or_else(|| free.next());
+        plans.push(RegionPlan {
+            name: name.clone(),
+            number: number.ok_or(CompileError::TooManyRegions(regions.len()))?,
+            cluster: spec.cluster.clone(),
+            cloud: spec.cloud.clone(),
+            latitude: spec.location.latitude,
+            longitude: spec.location.longitude,
+            residency: spec.residency.clone(),
+            gpu_classes: spec.gpu_classes.clone(),
+            serving: spec.serving,
+            relays: spec.relay.replicas,
+            routers: spec.router.replicas,
+        });
+    }
+    Ok(plans)
+}
+
+fn plan_agent(name: &str, agent: &VoiceAgent) -> AgentPlan {
+    let spec = &agent.spec;
+    let placeable = spec.regions.iter().filter(|_| !spec.suspend);
+    AgentPlan {
+        agent: name.to_owned(),
+        behaviour: plan_behaviour(agent),
+        regions: placeable
+            .map(|region| AgentRegionPlan {
+                region: region.name.clone(),
+                weight: region.weight,
+            })
+            .collect(),
+        gpu_class: spec.worker.gpu_class.clone(),
+        rtt_ceiling: spec.latency.rtt_ceiling.duration(),
+        rtt_ceiling_max: spec.latency.rtt_ceiling_max.duration(),
+        codecs: spec.codecs.clone(),
+        sessions_per_tenant: spec.sessions.per_tenant,
+        drain_deadline: spec.drain.deadline.duration(),
+        suspended: spec.suspend,
+    }
+}
+
+fn plan_behaviour(agent: &VoiceAgent) -> BehaviourPlan {
+    let spec = &agent.spec;
+    BehaviourPlan {
+        revision: revision(&(
+            &spec.engine,
+            spec.workload,
+            &spec.turn_taking,
+            spec.sessions.longest,
+            spec.latency.budget,
+        )),
+        engine: spec.engine.engine_type,
+        workload: spec.workload,
+        end_silence: spec.turn_taking.end_silence.duration(),
+        min_speech: spec.turn_taking.min_speech.duration(),
+        interruptible: spec.turn_taking.interruptible,
+        longest_session: spec.sessions.longest.duration(),
+        latency_budget: spec.latency.budget.duration(),
+    }
+}
+
+fn revision(behaviour: &impl Serialize) -> String {
+    let json = serde_json::to_vec(behaviour).expect("behaviour is plain data");
+    hex::encode(&Sha256::digest(json)[..5])
+}
+
+fn plan_pools(
+    name: &str,
+    agent: &VoiceAgent,
+    regions: &BTreeMap<String, &VoiceRegion>,
+) -> Vec<PoolPlan> {
+    let spec = &agent.spec;
+    let mut pools: Vec<PoolPlan> = spec
+        .regions
+        .iter()
+        .map(|region| {
+            let percent = regions
+                .get(&region.name)
+                .map_or(0, |found| found.spec.capacity_percent);
+            PoolPlan {
+                agent: name.to_owned(),
+                region: region.name.clone(),
+                replicas: if spec.suspend {
+                    0
+                } else {
+                    replicas(region, percent)
+                },
+                slots: spec.sessions.slots_per_worker,
+                gpu_class: spec.worker.gpu_class.clone(),
+            }
+        })
+        .collect();
+    pools.sort_by(|a, b| a.region.cmp(&b.region));
+    pools
+}
+
+/// Region numbers have ten bits.
+const REGION_NUMBERS: u16 = 1_024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest;
+
+    fn region(name: &str, extra: &str) -> String {
+        format!(
+            "apiVersion: antiphon.dev/v1alpha1\nkind: VoiceRegion\nmetadata: {{name: {name}}}\nspec:\n  cluster: c\n  cloud: nimbus\n  location: {{latitude: 1, longitude: 2}}\n{extra}"
+        )
+    }
+
+    fn agent(regions: &str, extra: &str) -> String {
+        format!(
+            "apiVersion: antiphon.dev/v1alpha1\nkind: VoiceAgent\nmetadata: {{name: frontdesk}}\nspec:\n  engine: {{type: Echo}}\n  regions: {regions}\n{extra}"
+        )
+    }
+
+    fn plan(documents: &[String]) -> FleetPlan {
+        let text = documents.join("\n---\n");
+        compile(&manifest::parse(&[("test.yaml", &text)]).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn regions_without_a_number_get_the_lowest_free_ones_by_name() {
+        let documents = [
+            region("c", ""),
+            region("a", ""),
+            region("b", "  number: 0"),
+            region("d", "  number: 2"),
+        ];
+        let mut reversed = documents.to_vec();
+        reversed.reverse();
+        for documents in [documents.to_vec(), reversed] {
+            let numbers: Vec<(String, u16)> = plan(&documents)
+                .regions
+                .into_iter()
+                .map(|region| (region.name, region.number))
+                .collect();
+            let expected = [("a", 1), ("b", 0), ("c", 3), ("d", 2)];
+            assert_eq!(
+                numbers,
+                expected.map(|(name, number)| (name.to_owned(), number))
+            );
+        }
+    }
+
+    #[test]
+    fn capacity_multiplies_workers_up_to_the_maximum() {
+        let pool = |min_replicas, max_replicas| RegionPool {
+            name: "a".to_owned(),
+            min_replicas,
+            max_replicas,
+            weight: 100,
+        };
+        for (min, max, percent, expected) in [
+            (2, 10, 100, 2),
+            (2, 10, 0, 0),
+            (2, 10, 1, 1),
+            (3, 10, 50, 2),
+            (2, 10, 1_000, 10),
+            (2, 3, 200, 3),
+            (0, 10, 1_000, 0),
+            (10_000, 10_000, 1_000, 10_000),
+        ] {
+            assert_eq!(
+                replicas(&pool(min, max), percent),
+                expected,
+                "{min} {max} {percent}"
+            );
+        }
+    }
+
+    #[test]
+    fn pools_follow_regions_and_suspension() {
+        let regions = [region("b", "  capacityPercent: 200"), region("a", "")];
+        let pools = "[{name: b, minReplicas: 2}, {name: a}]";
+        let running = plan(
+            &[
+                &regions[..],
+                &[agent(pools, "  sessions: {slotsPerWorker: 60}")],
+            ]
+            .concat(),
+        );
+        let found: Vec<(&str, u32, u32)> = running
+            .pools
+            .iter()
+            .map(|pool| (pool.region.as_str(), pool.replicas, pool.slots))
+            .collect();
+        assert_eq!(found, [("a", 1, 60), ("b", 4, 60)]);
+        assert_eq!(running.agents[0].agent, "default/frontdesk");
+        assert_eq!(running.agents[0].regions.len(), 2);
+
+        let suspended = plan(&[&regions[..], &[agent(pools, "  suspend: true")]].concat());
+        assert!(suspended.pools.iter().all(|pool| pool.replicas == 0));
+        assert!(suspended.agents[0].suspended && suspended.agents[0].regions.is_empty());
+    }
+
+    #[test]
+    fn revision_changes_with_behaviour_alone() {
+        let revision = |pools: &str, extra: &str| {
+            let plan = plan(&[region("a", ""), agent(pools, extra)]);
+            plan.agents[0].behaviour.revision.clone()
+        };
+        let base = revision("[{name: a}]", "");
+        assert_eq!(base.len(), 10);
+        assert_eq!(
+            base,
+            revision("[{name: a}]", "  turnTaking: {endSilence: 600ms}"),
+            "defaults are values"
+        );
+        assert_eq!(
+            base,
+            revision(
+                "[{name: a, minReplicas: 5}]",
+                "  sessions: {slotsPerWorker: 3}"
+            )
+        );
+        for changed in [
+            "  turnTaking: {endSilence: 700ms}",
+            "  turnTaking: {interruptible: false}",
+            "  sessions: {longest: 30m}",
+            "  latency: {budget: 1s}",
+        ] {
+            assert_ne!(base, revision("[{name: a}]", changed), "{changed}");
+        }
+    }
+
+    #[test]
+    fn fleets_that_could_serve_nobody_are_refused() {
+        let parsed = |text: String| manifest::parse(&[("test.yaml", &text)]).unwrap();
+        assert_eq!(compile(&[]), Err(CompileError::NoRegions));
+        let resources = parsed(region("a", "  relay: {replicas: 0}"));
+        assert_eq!(compile(&resources), Err(CompileError::NoRelays));
+        let alone = parsed([agent("[{name: a}]", ""), region("a", "")].join("\n---\n"));
+        let error = compile(&alone[..1]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "VoiceAgent default/frontdesk: spec.regions[0].name: \"a\" is no VoiceRegion: add a VoiceRegion of this name"
+        );
+        let many: Vec<Resource> = (0..1_025)
+            .flat_map(|index| parsed(region(&format!("r{index}"), "")))
+            .collect();
+        assert_eq!(compile(&many), Err(CompileError::TooManyRegions(1_025)));
+    }
+}

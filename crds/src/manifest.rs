@@ -1,0 +1,418 @@
+//! Resources read from YAML files, as `kubectl apply -f` would read them.
+//!
+//! A file may hold several documents. Fields of `metadata` are those of Kubernetes; `status` is ignored. Everything else
+//! that the API server would not take as written is an error that names file, line and field, and all errors are
+//! reported at once.
+
+mod node;
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::Value;
+
+pub use crate::rules::Resource;
+use crate::{
+    GROUP, VERSION, VoiceAgent, VoiceRegion,
+    field::{FieldError, FieldPath},
+    rules,
+    schema::{self, Checked},
+};
+use node::Node;
+
+/// One thing that is wrong with a manifest. Shown as `FILE:LINE: Kind name: field: value problem: hint`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestError {
+    /// The file, as it was named by the caller.
+    pub file: String,
+    /// Line, from 1; 0 if the file as a whole is meant.
+    pub line: u64,
+    /// Kind and name of the resource, as far as they are known.
+    pub subject: String,
+    /// The field and what is wrong with it.
+    pub error: FieldError,
+}
+
+/// All that is wrong with a set of manifests; never empty. Shown one per line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.lines())]
+pub struct ManifestErrors(pub Vec<ManifestError>);
+
+/// The resources of one YAML text and where they stand in it.
+#[derive(Clone, Debug)]
+struct Document {
+    file: String,
+    node: Node,
+    resource: Resource,
+}
+
+/// Reads files and directories (their `*.yaml`, `*.yml` and `*.json`, not deeper) and checks the fleet that they describe
+/// together. Never returns an empty list.
+pub fn read(paths: &[PathBuf]) -> Result<Vec<Resource>, ManifestErrors> {
+    let mut sources = Vec::new();
+    let mut errors = Vec::new();
+    for path in paths {
+        match load(path) {
+            Ok(texts) => sources.extend(texts),
+            Err(error) => errors.push(unreadable(path, &error)),
+        }
+    }
+    if !errors.is_empty() {
+        return Err(ManifestErrors(errors));
+    }
+    let sources: Vec<(&str, &str)> = sources
+        .iter()
+        .map(|(file, text)| (file.as_str(), text.as_str()))
+        .collect();
+    parse(&sources)
+}
+
+/// Reads texts, each with the name of its file, and checks the fleet that they describe together. Never returns an empty
+/// list.
+pub fn parse(sources: &[(&str, &str)]) -> Result<Vec<Resource>, ManifestErrors> {
+    let mut documents = Vec::new();
+    let mut errors = Vec::new();
+    for (file, text) in sources {
+        match Node::documents(text) {
+            Ok(nodes) => {
+                for node in nodes {
+                    match document(file, node) {
+                        Ok(document) => documents.push(document),
+                        Err(found) => errors.extend(found),
+                    }
+                }
+            }
+            Err(error) => errors.push(not_yaml(file, &error)),
+        }
+    }
+    // A resource that could not be read would make others look dangling.
+    if errors.is_empty() {
+        errors = check_together(&documents);
+    }
+    if errors.is_empty() && documents.is_empty() {
+        errors.push(nothing_there(sources));
+    }
+    if !errors.is_empty() {
+        return Err(ManifestErrors(errors));
+    }
+    Ok(documents
+        .into_iter()
+        .map(|document| document.resource)
+        .collect())
+}
+
+fn load(path: &Path) -> io::Result<Vec<(String, String)>> {
+    let text = |path: &Path| Ok((path.display().to_string(), fs::read_to_string(path)?));
+    if !path.is_dir() {
+        return Ok(vec![text(path)?]);
+    }
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let file = entry?.path();
+        let extension = file.extension().and_then(|extension| extension.to_str());
+        if extension.is_some_and(|extension| EXTENSIONS.contains(&extension)) {
+            files.push(file);
+        }
+    }
+    files.sort();
+    files.iter().map(|file| text(file)).collect()
+}
+
+/// Everything of one document that does not depend on others.
+fn document(file: &str, node: Node) -> Result<Document, Vec<ManifestError>> {
+    let value = node.to_json();
+    let text = |name: &str| value[name].as_str();
+    let known = (text("apiVersion"), text("kind"));
+    let (api_version, kind) = (format!("{GROUP}/{VERSION}"), known.1.unwrap_or_default());
+    let name = value["metadata"]["name"].as_str().unwrap_or_default();
+    let subject = match kind {
+        "VoiceAgent" => {
+            let namespace = value["metadata"]["namespace"].as_str().unwrap_or("default");
+            format!("{kind} {namespace}/{name}")
+        }
+        "" => String::new(),
+        _ => format!("{kind} {name}").trim_end().to_owned(),
+    };
+    let errors = match known {
+        (Some(version), Some("VoiceAgent")) if version == api_version => {
+            match resource::<VoiceAgent>(&value) {
+                Ok(agent) => {
+                    let errors = agent.rules();
+                    if errors.is_empty() {
+                        let resource = Resource::VoiceAgent(Box::new(agent));
+                        return Ok(Document {
+                            file: file.to_owned(),
+                            node,
+                            resource,
+                        });
+                    }
+                    errors
+                }
+                Err(errors) => errors,
+            }
+        }
+        (Some(version), Some("VoiceRegion")) if version == api_version => {
+            match resource::<VoiceRegion>(&value) {
+                Ok(region) => {
+                    let resource = Resource::VoiceRegion(Box::new(region));
+                    return Ok(Document {
+                        file: file.to_owned(),
+                        node,
+                        resource,
+                    });
+                }
+                Err(errors) => errors,
+            }
+        }
+        _ => vec![unknown_kind(&value, &api_version)],
+    };
+    let locate = |error| locate(file, &node, &subject, error);
+    Err(errors.into_iter().map(locate).collect())
+}
+
+/// A document of known kind as a resource, if its schema admits it.
+fn resource<K>(value: &Value) -> Result<K, Vec<FieldError>>
+where
+    K: Checked + serde::de::DeserializeOwned,
+{
+    let empty = serde_json::Map::new();
+    let fields = value.as_object().unwrap_or(&empty);
+    let root = FieldPath::default();
+    let known = TOP_FIELDS.map(str::to_owned);
+    let mut errors: Vec<FieldError> = fields
+        .keys()
+        .filter(|name| !known.contains(name))
+        .map(|name| schema::unknown_field(&root.field(name), name, known.iter()))
+        .collect();
+    errors.extend(check_metadata(fields.get("metadata")));
+    match fields.get("spec") {
+        Some(spec) => errors.extend(schema::check(
+            K::spec_schema(),
+            &FieldPath::of("spec"),
+            spec,
+        )),
+        None => errors.push(FieldError::without_value(
+            FieldPath::of("spec"),
+            "is missing",
+            "write the fields of the resource under spec",
+        )),
+    }
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let mut value = value.clone();
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("status");
+    }
+    serde_json::from_value(value).map_err(|error| {
+        let hint = "compare it with `kubectl explain`";
+        vec![FieldError::without_value(
+            root,
+            format!("cannot be read: {error}"),
+            hint,
+        )]
+    })
+}
+
+fn check_metadata(metadata: Option<&Value>) -> Vec<FieldError> {
+    let path = FieldPath::of("metadata");
+    let Some(Value::Object(fields)) = metadata else {
+        let hint = "write a map of fields with at least a name";
+        return vec![FieldError::without_value(path, "is missing", hint)];
+    };
+    let known = METADATA_FIELDS.map(str::to_owned);
+    let mut errors: Vec<FieldError> = fields
+        .keys()
+        .filter(|name| !known.contains(name))
+        .map(|name| schema::unknown_field(&path.field(name), name, known.iter()))
+        .collect();
+    match fields.get("name") {
+        Some(Value::String(name)) => errors.extend(rules::check_name(name)),
+        Some(other) => errors.push(FieldError::new(
+            path.field("name"),
+            other,
+            "is no string",
+            "put it in quotes",
+        )),
+        None => errors.push(FieldError::without_value(
+            path.field("name"),
+            "is missing",
+            "give the resource a name",
+        )),
+    }
+    if errors.is_empty()
+        && let Err(error) = serde_json::from_value::<ObjectMeta>(Value::Object(fields.clone()))
+    {
+        let hint = "labels and annotations are strings: put them in quotes";
+        errors.push(FieldError::without_value(
+            path,
+            format!("cannot be read: {error}"),
+            hint,
+        ));
+    }
+    errors
+}
+
+fn unknown_kind(value: &Value, api_version: &str) -> FieldError {
+    let kinds = ["VoiceAgent", "VoiceRegion"];
+    if !value.is_object() {
+        let hint = format!("a resource begins with apiVersion: {api_version} and kind: VoiceAgent");
+        return FieldError::new(FieldPath::default(), value, "is no resource", hint);
+    }
+    for field in ["apiVersion", "kind"] {
+        if value[field].is_null() {
+            let hint = format!(
+                "write apiVersion: {api_version} and kind: {}",
+                kinds.join(" or kind: ")
+            );
+            return FieldError::without_value(FieldPath::of(field), "is missing", hint);
+        }
+    }
+    let kind = value["kind"].as_str().unwrap_or_default();
+    if kinds.contains(&kind) {
+        let hint = format!("write {api_version}");
+        let path = FieldPath::of("apiVersion");
+        return FieldError::new(path, &value["apiVersion"], "is not a known version", hint);
+    }
+    let hint = match schema::nearest(kind, kinds.into_iter()) {
+        Some(near) => format!("did you mean {near}?"),
+        None => format!(
+            "only {} are read; remove other resources",
+            kinds.join(" and ")
+        ),
+    };
+    FieldError::new(
+        FieldPath::of("kind"),
+        &value["kind"],
+        "is not a kind of Antiphon's",
+        hint,
+    )
+}
+
+fn check_together(documents: &[Document]) -> Vec<ManifestError> {
+    let resources: Vec<Resource> = documents
+        .iter()
+        .map(|document| document.resource.clone())
+        .collect();
+    let errors = rules::check_fleet(&resources);
+    let locate = |(index, error): (usize, FieldError)| {
+        let Document {
+            file,
+            node,
+            resource,
+        } = &documents[index];
+        locate(
+            file,
+            node,
+            &format!("{} {}", resource.kind(), resource.name()),
+            error,
+        )
+    };
+    errors.into_iter().map(locate).collect()
+}
+
+fn locate(file: &str, node: &Node, subject: &str, error: FieldError) -> ManifestError {
+    let line = node.line_of(&error.path);
+    ManifestError {
+        file: file.to_owned(),
+        line,
+        subject: subject.to_owned(),
+        error,
+    }
+}
+
+fn about_file(file: &str, line: u64, problem: String, hint: &str) -> ManifestError {
+    let error = FieldError::without_value(FieldPath::default(), problem, hint);
+    ManifestError {
+        file: file.to_owned(),
+        line,
+        subject: String::new(),
+        error,
+    }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
+    let hint = match error.kind() {
+        io::ErrorKind::NotFound => "check the path",
+        io::ErrorKind::InvalidData => "manifests are UTF-8 text",
+        _ => "check that it is a readable file",
+    };
+    about_file(
+        &path.display().to_string(),
+        0,
+        format!("cannot be read: {error}"),
+        hint,
+    )
+}
+
+fn not_yaml(file: &str, error: &serde_saphyr::Error) -> ManifestError {
+    let error = error.without_snippet();
+    let line = error.location().map_or(0, |location| location.line());
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    about_file(file, line, format!("is not valid YAML: {first}"), "")
+}
+
+fn nothing_there(sources: &[(&str, &str)]) -> ManifestError {
+    let files: Vec<&str> = sources.iter().map(|(file, _)| *file).collect();
+    let file = if files.is_empty() {
+        "(no files)".to_owned()
+    } else {
+        files.join(", ")
+    };
+    about_file(
+        &file,
+        0,
+        "no resources".to_owned(),
+        "name files that hold a VoiceAgent and its VoiceRegions",
+    )
+}
+
+impl fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        if self.line > 0 {
+            write!(f, ":{}", self.line)?;
+        }
+        if !self.subject.is_empty() {
+            write!(f, ": {}", self.subject)?;
+        }
+        write!(f, ": {}", self.error)
+    }
+}
+
+impl ManifestErrors {
+    fn lines(&self) -> String {
+        let lines: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        lines.join("\n")
+    }
+}
+
+const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
+
+const TOP_FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
+
+/// Fields of Kubernetes' ObjectMeta.
+const METADATA_FIELDS: [&str; 15] = [
+    "annotations",
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "finalizers",
+    "generateName",
+    "generation",
+    "labels",
+    "managedFields",
+    "name",
+    "namespace",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+];
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,286 @@
+use super::*;
+
+const REGION: &str = "\
+apiVersion: antiphon.dev/v1alpha1
+kind: VoiceRegion
+metadata:
+  name: frankfurt
+spec:
+  cluster: eu-1
+  cloud: nimbus
+  location: {latitude: 50.1, longitude: 8.7}
+";
+
+const AGENT: &str = "\
+apiVersion: antiphon.dev/v1alpha1
+kind: VoiceAgent
+metadata:
+  name: frontdesk
+spec:
+  engine:
+    type: Echo
+  regions:
+    - name: frankfurt
+      minReplicas: 2
+      maxReplicas: 3
+";
+
+fn errors(text: &str) -> Vec<String> {
+    match parse(&[("fleet.yaml", text)]) {
+        Ok(resources) => panic!("accepted: {resources:?}"),
+        Err(errors) => errors.0.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn fleet(agent: &str) -> String {
+    format!("{agent}---\n{REGION}")
+}
+
+#[test]
+fn documents_become_resources_with_defaults() {
+    let text = format!("# a comment\n---\n{AGENT}---\n---\n{REGION}");
+    let resources = parse(&[("fleet.yaml", &text)]).unwrap();
+    let [Resource::VoiceAgent(agent), Resource::VoiceRegion(region)] = &resources[..] else {
+        panic!("{resources:?}");
+    };
+    assert_eq!(agent.qualified_name(), "default/frontdesk");
+    assert_eq!(agent.spec.turn_taking.end_silence.to_string(), "600ms");
+    assert_eq!(agent.spec.codecs.len(), 3);
+    assert_eq!(
+        (region.spec.relay.replicas, region.spec.capacity_percent),
+        (2, 100)
+    );
+}
+
+#[test]
+fn fields_without_a_value_are_absent() {
+    let agent = format!("{AGENT}  drain:\n  worker:\n");
+    parse(&[("fleet.yaml", &fleet(&agent))]).unwrap();
+}
+
+#[test]
+fn status_is_ignored() {
+    let agent = format!("{AGENT}status:\n  anything: {{goes: here}}\n");
+    parse(&[("fleet.yaml", &fleet(&agent))]).unwrap();
+}
+
+#[test]
+fn errors_name_file_line_resource_field_and_remedy() {
+    for (from, to, expected) in MISTAKES {
+        let agent = AGENT.replacen(from, to, 1);
+        assert_ne!(agent, AGENT, "{from}");
+        assert_eq!(errors(&fleet(&agent))[0], *expected);
+    }
+}
+
+/// A text of the agent's manifest, what replaces it, and the error of that.
+const MISTAKES: &[(&str, &str, &str)] = &[
+    (
+        "maxReplicas: 3",
+        "maxReplicas: 0",
+        "fleet.yaml:11: VoiceAgent default/frontdesk: spec.regions[0].maxReplicas: 0 is less than minReplicas 2: raise maxReplicas or lower minReplicas",
+    ),
+    (
+        "minReplicas: 2",
+        "minReplica: 2",
+        "fleet.yaml:10: VoiceAgent default/frontdesk: spec.regions[0].minReplica: is not a known field: did you mean minReplicas?",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  turnTaking:\n    endSilence: 600\n",
+        "fleet.yaml:9: VoiceAgent default/frontdesk: spec.turnTaking.endSilence: 600 is a whole number where a string is needed: put it in quotes",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  turnTaking:\n    endSilence: 600 ms\n",
+        "fleet.yaml:9: VoiceAgent default/frontdesk: spec.turnTaking.endSilence: \"600 ms\" does not have the right form: write a duration such as 600ms, 90s, 15m or 1h30m",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  turnTaking: {endSilence: 1h}\n",
+        "fleet.yaml:8: VoiceAgent default/frontdesk: spec.turnTaking.endSilence: \"1h\" does not lie between 100ms and 5s: choose a duration in this range",
+    ),
+    (
+        "type: Echo",
+        "type: Ecco",
+        "fleet.yaml:7: VoiceAgent default/frontdesk: spec.engine.type: \"Ecco\" is not one of Echo: did you mean Echo?",
+    ),
+    (
+        "    - name: frankfurt",
+        "    - name: frankfrut",
+        "fleet.yaml:9: VoiceAgent default/frontdesk: spec.regions[0].name: \"frankfrut\" is no VoiceRegion: did you mean frankfurt?",
+    ),
+    (
+        "  name: frontdesk",
+        "  name: Front Desk",
+        "fleet.yaml:4: VoiceAgent default/Front Desk: metadata.name: \"Front Desk\" is no possible name: write at most 40 characters: lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
+    ),
+    (
+        "  name: frontdesk",
+        "  name: frontdesk\n  label: {a: b}",
+        "fleet.yaml:5: VoiceAgent default/frontdesk: metadata.label: is not a known field: did you mean labels?",
+    ),
+    (
+        "kind: VoiceAgent",
+        "kind: VoiceAgnet",
+        "fleet.yaml:2: VoiceAgnet frontdesk: kind: \"VoiceAgnet\" is not a kind of Antiphon's: did you mean VoiceAgent?",
+    ),
+    (
+        "kind: VoiceAgent",
+        "kind: Deployment",
+        "fleet.yaml:2: Deployment frontdesk: kind: \"Deployment\" is not a kind of Antiphon's: only VoiceAgent and VoiceRegion are read; remove other resources",
+    ),
+    (
+        "antiphon.dev/v1alpha1",
+        "antiphon.dev/v1",
+        "fleet.yaml:1: VoiceAgent default/frontdesk: apiVersion: \"antiphon.dev/v1\" is not a known version: write antiphon.dev/v1alpha1",
+    ),
+    (
+        "  engine:\n    type: Echo\n",
+        "",
+        "fleet.yaml:5: VoiceAgent default/frontdesk: spec.engine: is missing: The speech engine that listens and answers",
+    ),
+    (
+        "spec:",
+        "spce:",
+        "fleet.yaml:5: VoiceAgent default/frontdesk: spce: is not a known field: did you mean spec?",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  workload: Translation\n",
+        "fleet.yaml:8: VoiceAgent default/frontdesk: spec.workload: \"Translation\" cannot be done by engine Echo, which only holds conversations: set workload to Conversation or choose another engine",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  placement: {residency: [us]}\n",
+        "fleet.yaml:10: VoiceAgent default/frontdesk: spec.regions[0].name: \"frankfurt\" lies in no residency zone, not in us: remove the region from the agent, or change spec.placement.residency",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  worker: {gpuClass: l4}\n",
+        "fleet.yaml:10: VoiceAgent default/frontdesk: spec.regions[0].name: \"frankfurt\" has no GPU class l4, only machines without a GPU: add the class to the region's gpuClasses, or change spec.worker.gpuClass",
+    ),
+];
+
+#[test]
+fn all_errors_of_all_documents_are_reported() {
+    let agent = AGENT
+        .replace("Echo", "Parrot")
+        .replace("minReplicas: 2", "minReplicas: -1");
+    let region = REGION
+        .replace("50.1", "90.5")
+        .replace("cluster: eu-1", "cluster: EU");
+    let found = errors(&format!("{agent}---\n{region}"));
+    assert_eq!(found.len(), 4, "{found:#?}");
+    assert!(
+        found[2].starts_with("fleet.yaml:18: VoiceRegion frankfurt: spec.cluster: \"EU\""),
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn duplicates_are_found_across_files() {
+    let twice = parse(&[("a.yaml", REGION), ("b.yaml", REGION)]).unwrap_err();
+    assert_eq!(
+        twice.to_string(),
+        "b.yaml:4: VoiceRegion frankfurt: metadata.name: \"frankfurt\" names a VoiceRegion that is declared twice: rename or remove one of them"
+    );
+    let numbered = |name| {
+        REGION
+            .replace("frankfurt", name)
+            .replace("  cluster", "  number: 7\n  cluster")
+    };
+    let same_number = parse(&[("a.yaml", &numbered("a")), ("b.yaml", &numbered("b"))]).unwrap_err();
+    assert_eq!(
+        same_number.to_string(),
+        "b.yaml:6: VoiceRegion b: spec.number: 7 is the number of region a already: numbers are unique in the fleet: choose another, or leave both out"
+    );
+}
+
+#[test]
+fn the_same_agent_in_two_namespaces_is_two_agents() {
+    let other = AGENT.replace("  name: frontdesk", "  name: frontdesk\n  namespace: other");
+    let text = format!("{AGENT}---\n{other}---\n{REGION}");
+    assert_eq!(parse(&[("fleet.yaml", &text)]).unwrap().len(), 3);
+}
+
+#[test]
+fn broken_yaml_is_an_error_with_its_line() {
+    let found = errors("apiVersion: antiphon.dev/v1alpha1\nkind: [VoiceAgent\nspec: x\n");
+    assert_eq!(found.len(), 1);
+    assert!(found[0].starts_with("fleet.yaml:"), "{found:?}");
+    assert!(found[0].contains("is not valid YAML"), "{found:?}");
+    let twice = AGENT.replace("    type: Echo\n", "    type: Echo\n    type: Echo\n");
+    let found = errors(&twice);
+    assert!(
+        found[0].starts_with("fleet.yaml:8: is not valid YAML"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn what_is_no_resource_is_an_error() {
+    for text in [
+        "just text\n",
+        "- a\n- list\n",
+        "42\n",
+        "a: 1\n",
+        "",
+        "---\n# nothing\n",
+        "spec: {}\nkind: VoiceAgent\n",
+    ] {
+        assert_eq!(errors(text).len(), 1, "{text:?}");
+    }
+}
+
+#[test]
+fn hostile_yaml_is_refused_without_effort() {
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+    for level in 1..12 {
+        let previous = level - 1;
+        let items = vec![format!("*a{previous}"); 10].join(", ");
+        bomb.push_str(&format!("a{level}: &a{level} [{items}]\n"));
+    }
+    assert_eq!(errors(&bomb).len(), 1);
+    assert_eq!(errors(&"[".repeat(100_000)).len(), 1);
+    assert_eq!(
+        errors(&format!("kind: {}\n", "V".repeat(1_000_000))).len(),
+        1
+    );
+}
+
+#[test]
+fn perturbed_manifests_never_panic() {
+    let text = fleet(AGENT);
+    for cut in 0..text.len() {
+        let _ = parse(&[("cut.yaml", &text[..cut])]);
+        for garbage in ["\u{0}", "*", "&x", "\t", "!!binary", "{", "\u{feff}", "é"] {
+            let broken = format!("{}{garbage}{}", &text[..cut], &text[cut..]);
+            let _ = parse(&[("broken.yaml", &broken)]);
+        }
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read_are_errors() {
+    let error = read(&[PathBuf::from("/nonexistent/fleet.yaml")])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.starts_with("/nonexistent/fleet.yaml: cannot be read: "),
+        "{error}"
+    );
+    assert!(error.ends_with(": check the path"), "{error}");
+}
+
+#[test]
+fn examples_are_valid_fleets() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut seen = 0;
+    for entry in fs::read_dir(examples).unwrap() {
+        let resources = read(&[entry.unwrap().path()]).unwrap();
+        crate::compile::compile(&resources).unwrap();
+        seen += 1;
+    }
+    assert!(seen > 0);
+}
