@@ -3,6 +3,7 @@
 //! The only crate that knows protobuf's generated code; `.proto` files are the reference for every field.
 #![forbid(unsafe_code)]
 
+pub mod api_key;
 pub mod refusal;
 pub mod ticket;
 

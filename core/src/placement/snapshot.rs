@@ -74,8 +74,8 @@ pub struct AgentPolicy {
     pub rtt_ceiling_max: Duration,
     /// Time over which the ceiling relaxes.
     pub relax_over: Duration,
-    /// Regions that it runs in with their relative weight, 1..=1000; empty: all regions alike.
-    pub regions: Vec<(String, u32)>,
+    /// Regions that it runs in with their relative weight, 1..=1000; `None`: all regions alike.
+    pub regions: Option<Vec<(String, u32)>>,
 }
 
 /// Any GPU, any distance, all regions.
@@ -86,7 +86,7 @@ impl Default for AgentPolicy {
             rtt_ceiling: UNLIMITED_RTT,
             rtt_ceiling_max: UNLIMITED_RTT,
             relax_over: RELAX_OVER,
-            regions: Vec::new(),
+            regions: None,
         }
     }
 }
@@ -282,12 +282,11 @@ impl FleetSnapshot {
 
     fn arrange(&self, name: &str, policy: AgentPolicy) -> Agent {
         let weight_of = |region: &str| {
-            let named = policy.regions.iter().find(|(name, _)| name == region);
-            match named {
-                _ if policy.regions.is_empty() => 1,
-                Some((_, weight)) => (*weight).max(1),
-                None => 0,
-            }
+            let Some(regions) = &policy.regions else {
+                return 1;
+            };
+            let named = regions.iter().find(|(name, _)| name == region);
+            named.map_or(0, |(_, weight)| (*weight).max(1))
         };
         let weights: Vec<u32> = self
             .regions
@@ -367,13 +366,15 @@ impl FleetSnapshot {
         }
     }
 
-    /// Free leases of a worker as this snapshot sees them.
+    /// Counts one lease as taken in a region whose workers are not listed, until its next digest says what is true.
     ///
     /// # Panics
-    /// `worker` is not an index of this snapshot.
-    #[must_use]
-    pub fn free_of(&self, worker: usize) -> u32 {
-        self.workers[worker].free
+    /// `region` is not an index of this snapshot.
+    pub fn debit_region(&mut self, region: usize, agent: &str) {
+        if let Some(agent) = self.by_name.get(agent) {
+            let served = &mut self.agents[*agent].served[region];
+            served.free = served.free.saturating_sub(1);
+        }
     }
 
     /// A region as it was given.

@@ -210,7 +210,7 @@ fn constraints_leave_only_what_they_name() {
 #[test]
 fn an_agent_runs_only_in_its_regions_and_weights_count() {
     let policy = AgentPolicy {
-        regions: vec![("virginia".into(), 100), ("singapore".into(), 25)],
+        regions: Some(vec![("virginia".into(), 100), ("singapore".into(), 25)]),
         ..AgentPolicy::default()
     };
     let snapshot = snapshot(policy, fleet());
@@ -384,6 +384,27 @@ fn a_listed_region_is_full_when_its_workers_are() {
     assert_eq!(candidates.iter().filter(|c| c.worker.is_some()).count(), 2);
     let first = candidates.iter().find(|c| c.region == 0).unwrap();
     assert_eq!(first.verdict, Verdict::Full);
+}
+
+#[test]
+fn an_agent_without_regions_runs_nowhere() {
+    let policy = AgentPolicy {
+        regions: Some(vec![]),
+        ..policy()
+    };
+    let refusal = plan(&snapshot(policy, fleet()), &from(FRANKFURT), NOW).unwrap_err();
+    assert_eq!(refusal.reason, RefusalReason::NoRegionMatches);
+}
+
+#[test]
+fn debits_of_a_remote_region_count_until_it_is_full() {
+    let mut snapshot = snapshot(policy(), fleet());
+    for _ in 0..5 {
+        assert!(plan(&snapshot, &from(FRANKFURT), NOW).is_ok());
+        snapshot.debit_region(0, AGENT);
+    }
+    let refusal = plan(&snapshot, &from(FRANKFURT), NOW).unwrap_err();
+    assert_eq!(refusal.candidates(&snapshot)[0].verdict, Verdict::Full);
 }
 
 #[test]
