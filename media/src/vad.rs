@@ -1,0 +1,99 @@
+//! Voice activity: does this 20 ms frame hold speech, or a tone that is meant to be heard?
+
+use crate::dtmf;
+use crate::levels;
+
+/// Samples per second that the detector hears.
+pub const RATE: u32 = 16_000;
+
+/// Samples of a frame of 20 ms.
+pub const FRAME_SAMPLES: usize = (RATE / 50) as usize;
+
+/// Samples that the network takes at a time: 16 ms.
+const BLOCK: usize = 256;
+
+/// Probabilities between which the decision stays what it was.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct VadSettings {
+    /// At least this is speech.
+    pub on: f32,
+    /// Less than this is not.
+    pub off: f32,
+}
+
+impl Default for VadSettings {
+    fn default() -> Self {
+        Self { on: 0.5, off: 0.35 }
+    }
+}
+
+/// What one frame holds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct VadDecision {
+    /// 0..=1.
+    pub probability: f32,
+    /// With hysteresis.
+    pub speech: bool,
+}
+
+/// A detector with the history of one stream (about 10 KiB). Speech is found by earshot's network, tones of a
+/// keypad by their frequencies; what nobody can hear is never speech.
+pub struct Vad {
+    network: Box<earshot::Detector>,
+    settings: VadSettings,
+    /// Samples that do not fill a block yet.
+    pending: Vec<i16>,
+    probability: f32,
+    speech: bool,
+}
+
+impl std::fmt::Debug for Vad {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Vad")
+            .field("settings", &self.settings)
+            .field("probability", &self.probability)
+            .field("speech", &self.speech)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vad {
+    /// A detector that has heard nothing.
+    pub fn new(settings: VadSettings) -> Self {
+        Self {
+            network: earshot::Detector::default_boxed(),
+            settings,
+            pending: Vec::with_capacity(BLOCK + FRAME_SAMPLES),
+            probability: 0.0,
+            speech: false,
+        }
+    }
+
+    /// Hears 20 ms at 16 kHz. The decision follows the newest whole block of 16 ms.
+    pub fn frame(&mut self, pcm: &[i16]) -> VadDecision {
+        self.pending.extend_from_slice(pcm);
+        let mut highest: Option<f32> = None;
+        let whole = self.pending.len() / BLOCK * BLOCK;
+        for block in self.pending[..whole].chunks_exact(BLOCK) {
+            let score = self.network.predict_i16(block).clamp(0.0, 1.0);
+            highest = Some(highest.map_or(score, |highest| highest.max(score)));
+        }
+        self.pending.drain(..whole);
+        self.probability = match highest {
+            _ if levels::is_silent(pcm) => 0.0,
+            _ if dtmf::tone(pcm, RATE).is_some() => 1.0,
+            Some(score) => score,
+            None => self.probability,
+        };
+        let limit = if self.speech {
+            self.settings.off
+        } else {
+            self.settings.on
+        };
+        self.speech = self.probability >= limit;
+        VadDecision {
+            probability: self.probability,
+            speech: self.speech,
+        }
+    }
+}
