@@ -1,1 +1,189 @@
-//! placeholder
+//! Session worker: QUIC ends here, conversations live here.
+//!
+//! A datagram goes [`socket`](self) → QUIC → session task → engine and back. Each shard is one UDP port, one QUIC
+//! endpoint and one thread; what a worker has promised is in one lease table that routers ask through gRPC.
+#![forbid(unsafe_code)]
+
+mod args;
+mod capacity;
+mod cids;
+mod conversation;
+mod gate;
+mod metrics;
+mod registration;
+mod relays;
+mod service;
+mod session;
+mod shard;
+mod socket;
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use antiphon_proto::v1::{EndCode, worker_server::WorkerServer};
+use antiphon_runtime::{
+    Tasks, admin,
+    admin::Readiness,
+    pki::{Identity, Role},
+    shutdown, tls,
+};
+use anyhow::{Context as _, ensure};
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+
+pub use args::Args;
+
+use crate::{
+    capacity::Capacity, metrics::Metrics, registration::Registration, service::WorkerService,
+};
+
+/// Runs a worker until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// A port is taken, the identity is unusable, or a task fails.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let identity = Identity::load(&args.identity).context("--identity")?;
+    let peer = identity.peer();
+    ensure!(
+        peer.role == Role::Worker && peer.region == args.region && peer.name == args.name,
+        "--identity is for {peer}, but this is worker {} of {}",
+        args.name,
+        args.region
+    );
+    let signal = shutdown::signal()?;
+    let tasks = Tasks::new();
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let readiness = Readiness::new(&["registered"]);
+    let capacity = Arc::new(Capacity::new(
+        args.agent.clone(),
+        args.slots,
+        metrics.clone(),
+    ));
+
+    let admin = TcpListener::bind(args.admin)
+        .await
+        .with_context(|| format!("--admin {}", args.admin))?;
+    tracing::info!(admin = %admin.local_addr()?, "admin port");
+    tasks.service(
+        "admin",
+        admin::serve(admin, registry, readiness.clone(), tasks.stopping()),
+    );
+
+    let sockets = bind_shards(&args)?;
+    let control = TcpListener::bind(args.control)
+        .await
+        .with_context(|| format!("--control {}", args.control))?;
+    let control_address = args
+        .control_address
+        .clone()
+        .map_or_else(|| control.local_addr().map(|a| a.to_string()), Ok)?;
+    serve_control(&tasks, &identity, control, &args, capacity.clone())?;
+
+    let registration = Registration::new(
+        &args,
+        &identity,
+        sockets,
+        control_address,
+        capacity.clone(),
+        metrics,
+    );
+    tasks.service("registration", registration.run(tasks.clone(), readiness));
+    let expiring = (capacity.clone(), tasks.stopping());
+    tasks.service("lease expiry", async move {
+        let mut every = tokio::time::interval(Duration::from_millis(500));
+        while expiring.1.run_until_cancelled(every.tick()).await.is_some() {
+            expiring.0.expire();
+        }
+        Ok(())
+    });
+    tasks
+        .wait(drained(signal, capacity, args.drain_deadline))
+        .await
+}
+
+/// Completes when the process was asked to stop and its sessions are over, or the deadline is.
+async fn drained(signal: impl Future<Output = ()>, capacity: Arc<Capacity>, deadline: Duration) {
+    signal.await;
+    capacity.drain();
+    tracing::info!(sessions = capacity.counts().active, ?deadline, "draining");
+    let empty = async {
+        while capacity.counts().active > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    if tokio::time::timeout(deadline, empty).await.is_err() {
+        capacity.end_all(EndCode::WorkerStopping);
+        // Time for the last messages to leave.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+/// Shard sockets are bound before the registration, which announces their ports.
+fn bind_shards(args: &Args) -> anyhow::Result<Vec<(std::net::UdpSocket, SocketAddr)>> {
+    let advertised = args.tunnel_ip.unwrap_or(args.tunnel.ip());
+    ensure!(
+        !advertised.is_unspecified(),
+        "--tunnel {} is no address that relays can reach: give --tunnel-ip",
+        args.tunnel
+    );
+    (0..args.shards)
+        .map(|shard| bind_shard(args.tunnel, shard, advertised))
+        .collect()
+}
+
+fn bind_shard(
+    base: SocketAddr,
+    shard: u8,
+    advertised: IpAddr,
+) -> anyhow::Result<(std::net::UdpSocket, SocketAddr)> {
+    let port = match base.port() {
+        0 => 0,
+        port => port
+            .checked_add(shard.into())
+            .context("--tunnel: not enough ports for the shards")?,
+    };
+    let address = SocketAddr::new(base.ip(), port);
+    let socket =
+        std::net::UdpSocket::bind(address).with_context(|| format!("--tunnel {address}"))?;
+    let buffers = socket2::SockRef::from(&socket);
+    // The system clamps these to its limits.
+    buffers.set_recv_buffer_size(SOCKET_BUFFER)?;
+    buffers.set_send_buffer_size(SOCKET_BUFFER)?;
+    let bound = SocketAddr::new(advertised, socket.local_addr()?.port());
+    Ok((socket, bound))
+}
+
+fn serve_control(
+    tasks: &Tasks,
+    identity: &Identity,
+    listener: TcpListener,
+    args: &Args,
+    capacity: Arc<Capacity>,
+) -> anyhow::Result<()> {
+    let service = WorkerService {
+        capacity,
+        region: args.region.clone(),
+        name: args.name.clone(),
+    };
+    let server = tonic::transport::Server::builder()
+        .tls_config(tls::grpc_server(identity))?
+        .timeout(Duration::from_secs(5))
+        .concurrency_limit_per_connection(256)
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .add_service(WorkerServer::new(service));
+    let stopping = tasks.stopping();
+    tasks.service("control", async move {
+        let incoming = TcpListenerStream::new(listener);
+        Ok(server
+            .serve_with_incoming_shutdown(incoming, stopping.cancelled_owned())
+            .await?)
+    });
+    Ok(())
+}
+
+const SOCKET_BUFFER: usize = 4 << 20;

@@ -1,0 +1,75 @@
+//! Command line and environment of a worker.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::Parser;
+
+/// Session worker: holds voice sessions next to the speech engine.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "antiphon-worker", version)]
+pub struct Args {
+    /// Name of this worker, unique in its region (a DNS label); has to match the identity's.
+    #[arg(long, env = "ANTIPHON_WORKER_NAME")]
+    pub name: String,
+    /// Region this worker runs in.
+    #[arg(long, env = "ANTIPHON_WORKER_REGION")]
+    pub region: String,
+    /// The VoiceAgent it serves, NAMESPACE/NAME.
+    #[arg(long, env = "ANTIPHON_WORKER_AGENT", value_parser = agent_name)]
+    pub agent: String,
+    /// Class of the GPU it has; none unless given.
+    #[arg(long, env = "ANTIPHON_WORKER_GPU_CLASS", default_value = "")]
+    pub gpu_class: String,
+    /// Sessions it can hold.
+    #[arg(long, env = "ANTIPHON_WORKER_SLOTS", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub slots: u32,
+    /// QUIC endpoints, each with a UDP port and a thread of its own.
+    #[arg(long, env = "ANTIPHON_WORKER_SHARDS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub shards: u8,
+    /// Pin each shard's thread to a core of its own.
+    #[arg(long, env = "ANTIPHON_WORKER_PIN")]
+    pub pin: bool,
+    /// Address that shards receive relays' frames on; shard N takes the port plus N, or any port for port 0.
+    #[arg(long, env = "ANTIPHON_WORKER_TUNNEL", default_value = "0.0.0.0:4500")]
+    pub tunnel: SocketAddr,
+    /// IP address that relays reach the shards under; the tunnel's unless given.
+    #[arg(long, env = "ANTIPHON_WORKER_TUNNEL_IP")]
+    pub tunnel_ip: Option<std::net::IpAddr>,
+    /// Address of the worker's own API for routers (gRPC, mTLS).
+    #[arg(long, env = "ANTIPHON_WORKER_CONTROL", default_value = "0.0.0.0:4501")]
+    pub control: SocketAddr,
+    /// Address that routers reach the API under; the bound one unless given.
+    #[arg(long, env = "ANTIPHON_WORKER_CONTROL_ADDRESS")]
+    pub control_address: Option<String>,
+    /// Routers of the region, IP:PORT or HOST:PORT, in the order to try.
+    #[arg(
+        long,
+        env = "ANTIPHON_WORKER_ROUTER",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub router: Vec<String>,
+    /// Directory with cert.pem, key.pem and ca.pem.
+    #[arg(long, env = "ANTIPHON_WORKER_IDENTITY")]
+    pub identity: PathBuf,
+    /// Address of /livez, /readyz and /metrics.
+    #[arg(long, env = "ANTIPHON_WORKER_ADMIN", default_value = "0.0.0.0:4502")]
+    pub admin: SocketAddr,
+    /// How long live sessions may go on after SIGTERM.
+    #[arg(long, env = "ANTIPHON_WORKER_DRAIN_DEADLINE", default_value = "25s", value_parser = humantime::parse_duration)]
+    pub drain_deadline: Duration,
+    /// Log as JSON.
+    #[arg(long, env = "ANTIPHON_WORKER_LOG_JSON")]
+    pub log_json: bool,
+}
+
+fn agent_name(text: &str) -> Result<String, String> {
+    match text.split_once('/') {
+        Some((namespace, name))
+            if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
+        {
+            Ok(text.to_owned())
+        }
+        _ => Err("expected NAMESPACE/NAME".into()),
+    }
+}

@@ -1,0 +1,513 @@
+//! What this worker has promised to whom: the lease table, the doors of its shards, and who may end what.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use antiphon_core::{
+    cid::{CidMinter, SessionCid, SessionNonce},
+    clock::Millis,
+    id::{Epoch, ServerId, SessionId},
+    lease::{ActivateError, Lease, LeaseId, LeaseRequest, LeaseTable, ReserveRefusal},
+};
+use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    gate::{Attempt, Gate},
+    metrics::Metrics,
+};
+
+/// What a lease is for, and the live facts of its session.
+#[derive(Debug)]
+pub(crate) struct Terms {
+    pub(crate) session: SessionId,
+    pub(crate) epoch: Epoch,
+    pub(crate) lease: LeaseId,
+    pub(crate) tenant: String,
+    pub(crate) client_key: [u8; 32],
+    pub(crate) codec: Codec,
+    pub(crate) behaviour: Arc<AgentBehaviour>,
+    pub(crate) shard: usize,
+    pub(crate) server_id: ServerId,
+    pub(crate) attempts: Vec<(SessionCid, SessionNonce)>,
+    pub(crate) expires_at: SystemTime,
+    pub(crate) since: SystemTime,
+    /// Set once, when somebody ends the session from outside.
+    pub(crate) end: watch::Sender<Option<EndCode>>,
+    pub(crate) turns: AtomicU32,
+    /// Number of the ingress relay in use.
+    pub(crate) relay: AtomicU32,
+    /// Of the connection that owns the session now.
+    owner: Mutex<Option<CancellationToken>>,
+}
+
+/// What a router asks for, checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Request {
+    pub(crate) session: SessionId,
+    pub(crate) epoch: Epoch,
+    pub(crate) agent: String,
+    pub(crate) tenant: String,
+    pub(crate) client_key: [u8; 32],
+    pub(crate) codec: Codec,
+    pub(crate) ttl: Duration,
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error(transparent)]
+    Lease(#[from] ReserveRefusal),
+    #[error("this worker serves {0}")]
+    WrongAgent(String),
+    #[error("not registered yet")]
+    NotReady,
+    #[error("the same session and epoch is promised to another client key")]
+    OtherClient,
+}
+
+impl Refusal {
+    pub(crate) const fn label(&self) -> &'static str {
+        match self {
+            Self::Lease(refusal) => refusal.label(),
+            Self::WrongAgent(_) => "wrong_agent",
+            Self::NotReady => "not_ready",
+            Self::OtherClient => "other_client",
+        }
+    }
+}
+
+/// How a shard's first connection IDs are made and let in.
+#[derive(Debug, Clone)]
+pub(crate) struct Door {
+    pub(crate) server_id: ServerId,
+    pub(crate) minter: Arc<Mutex<CidMinter>>,
+    pub(crate) gate: Arc<Mutex<Gate>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    table: LeaseTable<Arc<Terms>>,
+    doors: Vec<Door>,
+    behaviour: Option<Arc<AgentBehaviour>>,
+    draining: bool,
+}
+
+/// The worker's promises; shared by the service, the shards and the registration.
+#[derive(Debug)]
+pub(crate) struct Capacity {
+    started: Instant,
+    agent: String,
+    inner: Mutex<Inner>,
+    changed: Notify,
+    metrics: Metrics,
+}
+
+/// Numbers for a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) slots: u32,
+    pub(crate) reserved: u32,
+    pub(crate) active: u32,
+    pub(crate) free: u32,
+    pub(crate) draining: bool,
+}
+
+impl Capacity {
+    pub(crate) fn new(agent: String, slots: u32, metrics: Metrics) -> Self {
+        metrics.slots.set(slots.into());
+        let table = LeaseTable::new(slots);
+        let inner = Inner {
+            table,
+            doors: Vec::new(),
+            behaviour: None,
+            draining: false,
+        };
+        Self {
+            started: Instant::now(),
+            agent,
+            inner: Mutex::new(inner),
+            changed: Notify::new(),
+            metrics,
+        }
+    }
+
+    /// Opens the doors once the router has numbered this worker.
+    pub(crate) fn open(&self, doors: Vec<Door>) {
+        self.inner.lock().doors = doors;
+    }
+
+    /// New sessions begin with this behaviour; sessions that live keep theirs.
+    pub(crate) fn set_behaviour(&self, behaviour: AgentBehaviour) {
+        self.inner.lock().behaviour = Some(Arc::new(behaviour));
+    }
+
+    fn now(&self) -> Millis {
+        Millis(0).after(self.started.elapsed())
+    }
+
+    /// Grants a lease or says why not.
+    pub(crate) fn reserve(&self, request: &Request) -> Result<Arc<Terms>, Refusal> {
+        let outcome = self.try_reserve(request);
+        match &outcome {
+            Ok(_) => self.metrics.granted(),
+            Err(Refusal::Lease(refusal)) => self.metrics.refused(*refusal),
+            Err(_) => {}
+        }
+        outcome
+    }
+
+    fn try_reserve(&self, request: &Request) -> Result<Arc<Terms>, Refusal> {
+        if request.agent != self.agent {
+            return Err(Refusal::WrongAgent(self.agent.clone()));
+        }
+        let now = self.now();
+        let inner = &mut *self.inner.lock();
+        inner.forget_expired(now);
+        let behaviour = inner.behaviour.clone().ok_or(Refusal::NotReady)?;
+        let shard = inner.emptiest_shard().ok_or(Refusal::NotReady)?;
+        let door = inner.doors[shard].clone();
+        let wanted = LeaseRequest {
+            session: request.session,
+            epoch: request.epoch,
+            ttl: request.ttl,
+        };
+        let lease = inner.table.reserve(now, &wanted, |lease, expires| {
+            let expires_at = SystemTime::now() + expires.since(now);
+            Arc::new(door.terms(request, shard, lease, expires_at, behaviour))
+        })?;
+        // An idempotent repeat; somebody else who knows the session's id must not get its connection IDs.
+        if lease.attachment.client_key != request.client_key {
+            return Err(Refusal::OtherClient);
+        }
+        self.publish(inner);
+        Ok(lease.attachment)
+    }
+
+    /// The lease behind an attempt to connect.
+    pub(crate) fn terms(&self, attempt: Attempt) -> Option<Arc<Terms>> {
+        let inner = self.inner.lock();
+        let mut leases = inner
+            .table
+            .iter()
+            .filter(|(session, ..)| *session == attempt.session);
+        leases
+            .find(|(_, lease, _)| lease.epoch == attempt.epoch)
+            .map(|(_, lease, _)| lease.attachment.clone())
+    }
+
+    /// The client has proved itself. An older owner of the session on this worker is told to stop.
+    pub(crate) fn activate(&self, session: SessionId, epoch: Epoch) -> Result<(), ActivateError> {
+        let inner = &mut *self.inner.lock();
+        let activation = inner.table.activate(self.now(), session, epoch)?;
+        if let Some(older) = activation.superseded {
+            older.attachment.end.send_replace(Some(EndCode::Superseded));
+            inner.forget(&older);
+        }
+        self.publish(inner);
+        Ok(())
+    }
+
+    /// A session's own task is over, or its handshake led to nothing.
+    pub(crate) fn ended(&self, terms: &Terms) {
+        let inner = &mut *self.inner.lock();
+        for lease in inner.table.release(terms.session, Some(terms.epoch)) {
+            inner.forget(&lease);
+        }
+        self.publish(inner);
+    }
+
+    /// Ends a session or gives its lease back; says whether there was one. `tenant` empty: whoever's it is.
+    pub(crate) fn release(&self, session: SessionId, epoch: Option<Epoch>, tenant: &str) -> bool {
+        let inner = &mut *self.inner.lock();
+        let foreign =
+            |lease: &Lease<Arc<Terms>>| !tenant.is_empty() && lease.attachment.tenant != tenant;
+        if inner
+            .table
+            .iter()
+            .any(|(of, lease, _)| of == session && foreign(lease))
+        {
+            return false;
+        }
+        let ended = inner.table.release(session, epoch);
+        for lease in &ended {
+            lease.attachment.end.send_replace(Some(EndCode::Released));
+            inner.forget(lease);
+        }
+        self.publish(inner);
+        !ended.is_empty()
+    }
+
+    /// Takes nothing new from now on.
+    pub(crate) fn drain(&self) {
+        let inner = &mut *self.inner.lock();
+        inner.draining = true;
+        inner.table.accept(false);
+        self.publish(inner);
+    }
+
+    /// Ends every session with this code.
+    pub(crate) fn end_all(&self, code: EndCode) {
+        for (_, lease, _) in self.inner.lock().table.iter() {
+            lease.attachment.end.send_replace(Some(code));
+        }
+    }
+
+    /// Drops leases whose time is over.
+    pub(crate) fn expire(&self) {
+        let inner = &mut *self.inner.lock();
+        inner.forget_expired(self.now());
+        self.publish(inner);
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        self.inner.lock().counts()
+    }
+
+    /// Sessions and reservations: terms, and whether active.
+    pub(crate) fn sessions(&self) -> Vec<(Arc<Terms>, bool)> {
+        self.inner
+            .lock()
+            .table
+            .iter()
+            .map(|(_, lease, active)| (lease.attachment.clone(), active))
+            .collect()
+    }
+
+    /// Completes when the counts may have changed since the last call.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn publish(&self, inner: &Inner) {
+        let counts = inner.counts();
+        self.metrics.reserved.set(counts.reserved.into());
+        self.metrics.active.set(counts.active.into());
+        self.changed.notify_one();
+    }
+}
+
+impl Inner {
+    fn counts(&self) -> Counts {
+        let (taken, active) = (self.table.taken(), self.table.active());
+        Counts {
+            slots: self.table.slots(),
+            reserved: taken - active,
+            active,
+            free: self.table.free(),
+            draining: self.draining,
+        }
+    }
+
+    fn emptiest_shard(&self) -> Option<usize> {
+        let load = |shard: usize| {
+            self.table
+                .iter()
+                .filter(|(_, lease, _)| lease.attachment.shard == shard)
+                .count()
+        };
+        (0..self.doors.len()).min_by_key(|shard| load(*shard))
+    }
+
+    fn forget_expired(&mut self, now: Millis) {
+        for (_, lease) in self.table.poll_expired(now) {
+            self.forget(&lease);
+        }
+    }
+
+    /// The lease's first connection IDs are worth nothing any more.
+    fn forget(&self, lease: &Lease<Arc<Terms>>) {
+        let terms = &lease.attachment;
+        self.doors[terms.shard]
+            .gate
+            .lock()
+            .forget(terms.attempts.iter().map(|(_, nonce)| *nonce));
+    }
+}
+
+impl Door {
+    fn terms(
+        &self,
+        request: &Request,
+        shard: usize,
+        lease: LeaseId,
+        expires_at: SystemTime,
+        behaviour: Arc<AgentBehaviour>,
+    ) -> Terms {
+        let expires_s = expires_at
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs() + 1);
+        let attempts: Vec<_> = {
+            let mut minter = self.minter.lock();
+            (0..ATTEMPTS)
+                .map(|_| minter.mint_initial(expires_s))
+                .collect()
+        };
+        let attempt = Attempt {
+            session: request.session,
+            epoch: request.epoch,
+        };
+        self.gate
+            .lock()
+            .expect(attempts.iter().map(|(_, nonce)| *nonce), attempt);
+        Terms {
+            session: request.session,
+            epoch: request.epoch,
+            lease,
+            tenant: request.tenant.clone(),
+            client_key: request.client_key,
+            codec: request.codec,
+            behaviour,
+            shard,
+            server_id: self.server_id,
+            attempts,
+            expires_at,
+            since: SystemTime::now(),
+            end: watch::Sender::new(None),
+            turns: AtomicU32::new(0),
+            relay: AtomicU32::new(0),
+            owner: Mutex::new(None),
+        }
+    }
+}
+
+impl Terms {
+    /// Makes a new connection the owner; the one before it, if any, is told to stop.
+    pub(crate) fn take_over(&self) -> CancellationToken {
+        let owner = CancellationToken::new();
+        if let Some(before) = self.owner.lock().replace(owner.clone()) {
+            before.cancel();
+        }
+        owner
+    }
+
+    pub(crate) fn set_relay(&self, relay: u16) {
+        self.relay.store(relay.into(), Ordering::Relaxed);
+    }
+}
+
+/// First connection IDs per lease: one per attempt, each good for one connection.
+const ATTEMPTS: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use antiphon_core::{
+        cid::{CidCodec, ConfigId, NonceCounter},
+        id::{Incarnation, RegionNumber, ShardNumber, WorkerNumber},
+    };
+
+    fn door() -> Door {
+        let server_id = ServerId {
+            region: RegionNumber::new(1).unwrap(),
+            worker: WorkerNumber::new(1).unwrap(),
+            shard: ShardNumber::new(0).unwrap(),
+            incarnation: Incarnation::new(1).unwrap(),
+        };
+        let config = ConfigId::new(0).unwrap();
+        let minter = CidMinter::new(server_id, config, [1; 16], NonceCounter::starting_at(0));
+        let mut codec = CidCodec::new();
+        codec.insert(config, [1; 16]);
+        let gate = Gate::new(server_id, codec, 4);
+        Door {
+            server_id,
+            minter: Arc::new(Mutex::new(minter)),
+            gate: Arc::new(Mutex::new(gate)),
+        }
+    }
+
+    fn capacity(slots: u32) -> Capacity {
+        let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());
+        let capacity = Capacity::new("default/a".into(), slots, metrics);
+        capacity.open(vec![door()]);
+        capacity.set_behaviour(AgentBehaviour::default());
+        capacity
+    }
+
+    fn request(n: u8) -> Request {
+        Request {
+            session: SessionId::from_bytes([n; 16]),
+            epoch: Epoch::FIRST,
+            agent: "default/a".into(),
+            tenant: "t".into(),
+            client_key: [n; 32],
+            codec: Codec::Opus,
+            ttl: Duration::from_secs(30),
+        }
+    }
+
+    #[test]
+    fn a_thousand_askers_get_exactly_the_slots() {
+        let capacity = Arc::new(capacity(100));
+        let granted = std::thread::scope(|scope| {
+            let askers: Vec<_> = (0..4_u32)
+                .map(|t| {
+                    let capacity = &capacity;
+                    scope.spawn(move || {
+                        let ask = |i: u32| {
+                            let mut id = [0; 16];
+                            id[..4].copy_from_slice(&(t * 250 + i).to_be_bytes());
+                            capacity.reserve(&Request {
+                                session: SessionId::from_bytes(id),
+                                ..request(0)
+                            })
+                        };
+                        (0..250).filter(|i| ask(*i).is_ok()).count()
+                    })
+                })
+                .collect();
+            askers.into_iter().map(|a| a.join().unwrap()).sum::<usize>()
+        });
+        assert_eq!(granted, 100);
+        assert_eq!(capacity.counts().free, 0);
+    }
+
+    #[test]
+    fn a_repeat_gets_the_same_connection_ids_but_not_with_another_key() {
+        let capacity = capacity(1);
+        let first = capacity.reserve(&request(1)).unwrap();
+        let again = capacity.reserve(&request(1)).unwrap();
+        assert_eq!(first.attempts, again.attempts);
+        let thief = Request {
+            client_key: [9; 32],
+            ..request(1)
+        };
+        assert_eq!(capacity.reserve(&thief).unwrap_err(), Refusal::OtherClient);
+    }
+
+    #[test]
+    fn a_released_lease_closes_the_gate_and_tells_its_session() {
+        let capacity = capacity(1);
+        let terms = capacity.reserve(&request(1)).unwrap();
+        let gate = capacity.inner.lock().doors[0].gate.clone();
+        let cid = terms.attempts[0].0;
+        assert!(gate.lock().attempt(cid.as_bytes()).is_some());
+        assert!(!capacity.release(terms.session, None, "somebody else"));
+        assert!(capacity.release(terms.session, None, "t"));
+        assert!(gate.lock().attempt(cid.as_bytes()).is_none());
+        assert_eq!(*terms.end.borrow(), Some(EndCode::Released));
+        assert!(
+            !capacity.release(terms.session, None, "t"),
+            "twice is not an error"
+        );
+    }
+
+    #[test]
+    fn the_wrong_agent_and_an_unregistered_worker_are_refused() {
+        let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());
+        let unready = Capacity::new("default/a".into(), 1, metrics);
+        assert_eq!(unready.reserve(&request(1)).unwrap_err(), Refusal::NotReady);
+        let other = Request {
+            agent: "default/b".into(),
+            ..request(1)
+        };
+        assert_eq!(unready.reserve(&other).unwrap_err().label(), "wrong_agent");
+    }
+}

@@ -1,0 +1,281 @@
+//! The worker's standing with its region's router: who it is, what it gets told, what it reports.
+//!
+//! The router's answer is needed once, to begin. After that sessions live on without any router: the registration is
+//! tried again for as long as the process runs (invariant I8).
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use antiphon_core::id::{Incarnation, RegionNumber, WorkerNumber};
+use antiphon_proto::v1::{
+    Deregister, Phase, Shard, WorkerDirective, WorkerHello, WorkerMessage, WorkerReport,
+    WorkerWelcome, fleet_client::FleetClient, worker_directive::Directive, worker_message::Message,
+};
+use antiphon_runtime::{
+    Tasks,
+    admin::Readiness,
+    pki::{Identity, Role},
+    tls,
+};
+use anyhow::{Context as _, bail};
+use tokio::sync::mpsc;
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tonic::Streaming;
+
+use crate::{
+    Args,
+    capacity::Capacity,
+    metrics::Metrics,
+    shard::{Shards, ShardsConfig},
+};
+
+/// Registers, reports and carries out directives.
+#[derive(Debug)]
+pub(crate) struct Registration {
+    routers: Vec<String>,
+    identity: Identity,
+    hello: WorkerHello,
+    sockets: Option<Vec<(std::net::UdpSocket, SocketAddr)>>,
+    shards: Option<Shards>,
+    numbers: Option<(RegionNumber, WorkerNumber)>,
+    capacity: Arc<Capacity>,
+    metrics: Metrics,
+    pin: bool,
+}
+
+impl Registration {
+    pub(crate) fn new(
+        args: &Args,
+        identity: &Identity,
+        sockets: Vec<(std::net::UdpSocket, SocketAddr)>,
+        control_address: String,
+        capacity: Arc<Capacity>,
+        metrics: Metrics,
+    ) -> Self {
+        let shards = (0..).zip(&sockets).map(|(number, (_, address))| Shard {
+            number,
+            tunnel_address: address.to_string(),
+        });
+        let hello = WorkerHello {
+            name: args.name.clone(),
+            region: args.region.clone(),
+            agent: args.agent.clone(),
+            gpu_class: args.gpu_class.clone(),
+            slots: args.slots,
+            incarnation: rand::random(),
+            worker_number: None,
+            shards: shards.collect(),
+            control_address,
+        };
+        Self {
+            routers: args.router.clone(),
+            identity: identity.clone(),
+            hello,
+            sockets: Some(sockets),
+            shards: None,
+            numbers: None,
+            capacity,
+            metrics,
+            pin: args.pin,
+        }
+    }
+
+    /// Stays registered until the process stops; tries the routers in turn.
+    pub(crate) async fn run(mut self, tasks: Tasks, readiness: Readiness) -> anyhow::Result<()> {
+        let stopping = tasks.stopping();
+        let mut failures = 0_u32;
+        let routers = self.routers.clone();
+        for router in routers.iter().cycle() {
+            let standing = self.stand(router, &tasks, &readiness);
+            // Deregistration happens inside, when the stop comes.
+            match standing.await {
+                Ok(()) if stopping.is_cancelled() => return Ok(()),
+                Ok(()) => failures = 0,
+                Err(error) if error.is::<Fatal>() => return Err(error),
+                Err(error) => {
+                    failures = failures.saturating_add(1);
+                    tracing::warn!(%router, "registration: {error:#}");
+                }
+            }
+            let pause = backoff(failures);
+            if stopping
+                .run_until_cancelled(tokio::time::sleep(pause))
+                .await
+                .is_none()
+            {
+                return Ok(());
+            }
+        }
+        bail!("no router given")
+    }
+
+    /// One registration, from hello to the end of the stream.
+    async fn stand(
+        &mut self,
+        router: &str,
+        tasks: &Tasks,
+        readiness: &Readiness,
+    ) -> anyhow::Result<()> {
+        let stopping = tasks.stopping();
+        let channel = tls::channel(router, &self.identity, Role::Router, &self.hello.region)?;
+        let (sender, receiver) = mpsc::channel(16);
+        sender
+            .send(message(Message::Hello(self.hello.clone())))
+            .await?;
+        let mut fleet = FleetClient::new(channel);
+        let opening = fleet.run_worker(ReceiverStream::new(receiver));
+        let Some(opened) = stopping.run_until_cancelled(opening).await else {
+            return Ok(());
+        };
+        let mut directives = opened.context("router refused")?.into_inner();
+        let welcome = first_welcome(&mut directives).await?;
+        let every = Duration::from_millis(welcome.report_interval_ms.clamp(100, 60_000).into());
+        self.begin(&welcome, tasks)?;
+        readiness.set("registered", true);
+        tracing::info!(%router, number = welcome.worker_number, "registered");
+        let mut ticks = tokio::time::interval(every);
+        loop {
+            tokio::select! {
+                directive = directives.next() => match directive {
+                    Some(Ok(directive)) => self.carry_out(directive)?,
+                    Some(Err(status)) => bail!("router ended the stream: {}", status.message()),
+                    None => bail!("router closed the stream"),
+                },
+                _ = ticks.tick() => self.report(&sender)?,
+                () = self.capacity.changed() => {
+                    self.report(&sender)?;
+                    // At most ten reports a second, however often counts change.
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                () = stopping.cancelled() => {
+                    sender.send(message(Message::Deregister(Deregister {}))).await?;
+                    // The router closes the stream once it has taken the routes away.
+                    while let Ok(Some(Ok(_))) = tokio::time::timeout(Duration::from_secs(1), directives.next()).await {}
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn report(&self, sender: &mpsc::Sender<WorkerMessage>) -> anyhow::Result<()> {
+        let counts = self.capacity.counts();
+        let phase = if counts.draining {
+            Phase::Draining
+        } else {
+            Phase::Active
+        };
+        let unix_ms = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_millis());
+        let report = WorkerReport {
+            phase: phase.into(),
+            slots: counts.slots,
+            reserved: counts.reserved,
+            active: counts.active,
+            unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX),
+        };
+        match sender.try_send(message(Message::Report(report))) {
+            Err(mpsc::error::TrySendError::Closed(_)) => bail!("router closed the stream"),
+            // The next report says the same or newer.
+            Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
+        }
+    }
+
+    /// Opens the shards on the first welcome; takes over keys and relays on later ones.
+    fn begin(&mut self, welcome: &WorkerWelcome, tasks: &Tasks) -> anyhow::Result<()> {
+        let region = u16::try_from(welcome.region_number)
+            .ok()
+            .and_then(|n| RegionNumber::new(n).ok());
+        let worker = u16::try_from(welcome.worker_number)
+            .ok()
+            .and_then(|n| WorkerNumber::new(n).ok());
+        let numbers = region
+            .zip(worker)
+            .context("router's numbers are out of range")?;
+        if let Some(shards) = &self.shards {
+            if self.numbers != Some(numbers) {
+                // Connection IDs of live sessions name the old number: only a new process can take a new one.
+                return Err(
+                    Fatal("the router numbered this worker anew while it is running").into(),
+                );
+            }
+            return shards.update(welcome);
+        }
+        let incarnation = Incarnation::new(self.hello.incarnation)?;
+        let sockets = self
+            .sockets
+            .take()
+            .context("the first registration failed half way")?;
+        let config = ShardsConfig {
+            numbers,
+            incarnation,
+            identity: &self.identity,
+            region: &self.hello.region,
+            slots: self.hello.slots,
+            pin: self.pin,
+            capacity: self.capacity.clone(),
+            metrics: self.metrics.clone(),
+        };
+        let shards = Shards::open(config, sockets, welcome, tasks)
+            .map_err(|e| e.context(Fatal("opening the shards")))?;
+        self.shards = Some(shards);
+        self.numbers = Some(numbers);
+        self.hello.worker_number = Some(welcome.worker_number);
+        if let Some(behaviour) = welcome.behaviour.clone() {
+            self.capacity.set_behaviour(behaviour);
+        }
+        Ok(())
+    }
+
+    fn carry_out(&self, directive: WorkerDirective) -> anyhow::Result<()> {
+        let shards = self
+            .shards
+            .as_ref()
+            .context("directive before the welcome")?;
+        match directive.directive {
+            Some(Directive::Relays(relays)) => shards.set_relays(&relays.relays),
+            Some(Directive::Behaviour(behaviour)) => {
+                tracing::info!(revision = behaviour.revision, "agent revision");
+                self.capacity.set_behaviour(behaviour);
+                Ok(())
+            }
+            Some(Directive::Welcome(welcome)) => shards.update(&welcome),
+            // A newer router may know more: what is not understood is not acted on.
+            None => Ok(()),
+        }
+    }
+}
+
+/// Nothing that another try would mend.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("{0}")]
+struct Fatal(&'static str);
+
+async fn first_welcome(
+    directives: &mut Streaming<WorkerDirective>,
+) -> anyhow::Result<WorkerWelcome> {
+    let first = tokio::time::timeout(Duration::from_secs(5), directives.next()).await;
+    match first.context("router does not answer")? {
+        Some(Ok(WorkerDirective {
+            directive: Some(Directive::Welcome(welcome)),
+        })) => Ok(welcome),
+        Some(Ok(_)) => bail!("router began with something other than a welcome"),
+        Some(Err(status)) => bail!("router refused: {}", status.message()),
+        None => bail!("router closed the stream"),
+    }
+}
+
+const fn message(message: Message) -> WorkerMessage {
+    WorkerMessage {
+        message: Some(message),
+    }
+}
+
+/// 100 ms doubling to 5 s, with jitter so that a fleet does not return in step.
+fn backoff(failures: u32) -> Duration {
+    let base = Duration::from_millis(100 << failures.min(6)).min(Duration::from_secs(5));
+    base.mul_f64(rand::random_range(0.5..1.0))
+}

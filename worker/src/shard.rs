@@ -1,0 +1,372 @@
+//! A worker's QUIC endpoints: one UDP port, one thread and one endpoint each.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use antiphon_core::{
+    cid::{CidCodec, CidMinter, ConfigId, NonceCounter},
+    id::{Incarnation, RegionNumber, RelayNumber, ServerId, ShardNumber, WorkerNumber},
+    tunnel::Notice,
+};
+use antiphon_media::format::AudioFormat;
+use antiphon_proto::v1::{CidConfig, Codec, WorkerRelay, WorkerWelcome};
+use antiphon_quic::{AudioBudget, Side, server_crypto, transport};
+use antiphon_runtime::{Tasks, pki::Identity, tls};
+use anyhow::{Context as _, anyhow, ensure};
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    capacity::{Capacity, Door},
+    cids::ShardCids,
+    gate::Gate,
+    metrics::Metrics,
+    relays::RelayTable,
+    session,
+    socket::{RelayNotice, TunnelSocket},
+};
+
+/// What a session task needs of its shard.
+#[derive(Debug)]
+pub(crate) struct ShardContext {
+    pub(crate) server_id: ServerId,
+    pub(crate) gate: Arc<Mutex<Gate>>,
+    pub(crate) capacity: Arc<Capacity>,
+    pub(crate) metrics: Metrics,
+    pub(crate) ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
+    pub(crate) draining_relays: watch::Receiver<DrainingRelays>,
+    pub(crate) server_configs: ServerConfigs,
+    /// Random per process: part of the echo engine's receipts.
+    pub(crate) process_nonce: u16,
+}
+
+/// Relays that said they will stop, and when.
+pub(crate) type DrainingRelays = BTreeMap<RelayNumber, Instant>;
+
+/// One QUIC configuration per codec: buffers and floor depend on the frame size.
+#[derive(Debug, Clone)]
+pub(crate) struct ServerConfigs(Vec<(AudioFormat, Arc<ServerConfig>)>);
+
+impl ServerConfigs {
+    fn new(identity: &Identity, slots: u32) -> anyhow::Result<Self> {
+        let crypto = Arc::new(server_crypto(
+            tls::provider(),
+            identity.certificate(),
+            identity.key(),
+        )?);
+        let configs = AudioFormat::ALL.map(|format| {
+            let budget = AudioBudget {
+                frame_bytes: format.max_packet_bytes() + 1,
+            };
+            let mut config = ServerConfig::with_crypto(crypto.clone());
+            config
+                .transport_config(Arc::new(transport(Side::Worker, budget)))
+                .max_incoming(usize::try_from(slots).unwrap_or(usize::MAX))
+                .incoming_buffer_size(16 << 10)
+                .incoming_buffer_size_total(u64::from(slots) * (16 << 10));
+            (format, Arc::new(config))
+        });
+        Ok(Self(configs.into()))
+    }
+
+    pub(crate) fn of(&self, format: AudioFormat) -> Arc<ServerConfig> {
+        let found = self.0.iter().find(|(of, _)| *of == format);
+        found.expect("there is one for every format").1.clone()
+    }
+}
+
+/// The audio format of a codec on the wire.
+pub(crate) const fn audio_format(codec: Codec) -> Option<AudioFormat> {
+    match codec {
+        Codec::Opus => Some(AudioFormat::Opus),
+        Codec::L1616k => Some(AudioFormat::L16At16k),
+        Codec::L1624k => Some(AudioFormat::L16At24k),
+        Codec::Unspecified => None,
+    }
+}
+
+/// What the shards are opened with.
+pub(crate) struct ShardsConfig<'a> {
+    pub(crate) numbers: (RegionNumber, WorkerNumber),
+    pub(crate) incarnation: Incarnation,
+    pub(crate) identity: &'a Identity,
+    pub(crate) region: &'a str,
+    pub(crate) slots: u32,
+    pub(crate) pin: bool,
+    pub(crate) capacity: Arc<Capacity>,
+    pub(crate) metrics: Metrics,
+}
+
+/// Handles to the running shards, for later changes of keys and relays.
+#[derive(Debug)]
+pub(crate) struct Shards {
+    doors: Vec<Door>,
+    relays: Vec<Arc<ArcSwap<RelayTable>>>,
+    ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
+}
+
+impl Shards {
+    /// Starts one thread per socket and opens the doors.
+    pub(crate) fn open(
+        config: ShardsConfig<'_>,
+        sockets: Vec<(std::net::UdpSocket, SocketAddr)>,
+        welcome: &WorkerWelcome,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
+        let (codec, minting) = cid_keys(&welcome.cid_configs)?;
+        let reset_key: [u8; 32] = welcome
+            .reset_key
+            .as_ref()
+            .try_into()
+            .context("reset key: 32 bytes expected")?;
+        let server_configs = ServerConfigs::new(config.identity, config.slots)?;
+        let ticket_keys = Arc::new(ArcSwap::from_pointee(ticket_keys(welcome)?));
+        tracing::info!(region = config.region, worker = %config.numbers.1, shards = sockets.len(), "opening shards");
+        let (mut doors, mut tables) = (Vec::new(), Vec::new());
+        for (number, (socket, _)) in (0_u8..).zip(sockets) {
+            let (region, worker) = config.numbers;
+            let shard = ShardNumber::new(number)?;
+            let server_id = ServerId {
+                region,
+                worker,
+                shard,
+                incarnation: config.incarnation,
+            };
+            let gate = Arc::new(Mutex::new(Gate::new(
+                server_id,
+                codec.clone(),
+                config.slots,
+            )));
+            let counter = NonceCounter::starting_at(rand::random());
+            let minter = Arc::new(Mutex::new(CidMinter::new(
+                server_id, minting.0, minting.1, counter,
+            )));
+            let relays = Arc::new(ArcSwap::from_pointee(RelayTable::new(
+                &welcome.relays,
+                number.into(),
+            )?));
+            let (draining, draining_relays) = watch::channel(DrainingRelays::new());
+            let context = ShardContext {
+                server_id,
+                gate: gate.clone(),
+                capacity: config.capacity.clone(),
+                metrics: config.metrics.clone(),
+                ticket_keys: ticket_keys.clone(),
+                draining_relays,
+                server_configs: server_configs.clone(),
+                process_nonce: rand::random(),
+            };
+            let shard = Shard {
+                context: Arc::new(context),
+                socket,
+                minter: minter.clone(),
+                relays: relays.clone(),
+                reset_key,
+                draining,
+                core: config.pin.then_some(number),
+            };
+            shard.start(tasks)?;
+            doors.push(Door {
+                server_id,
+                minter,
+                gate,
+            });
+            tables.push(relays);
+        }
+        config.capacity.open(doors.clone());
+        Ok(Self {
+            doors,
+            relays: tables,
+            ticket_keys,
+        })
+    }
+
+    /// Takes over what a later welcome says: keys of connection IDs and tickets, relays.
+    pub(crate) fn update(&self, welcome: &WorkerWelcome) -> anyhow::Result<()> {
+        let (codec, minting) = cid_keys(&welcome.cid_configs)?;
+        self.ticket_keys.store(Arc::new(ticket_keys(welcome)?));
+        for door in &self.doors {
+            door.gate.lock().set_codec(codec.clone());
+            door.minter.lock().rotate(minting.0, minting.1);
+        }
+        self.set_relays(&welcome.relays)
+    }
+
+    /// Replaces the relays that frames are accepted from, all shards or none.
+    pub(crate) fn set_relays(&self, relays: &[WorkerRelay]) -> anyhow::Result<()> {
+        let tables: Result<Vec<_>, _> = (0..)
+            .zip(&self.relays)
+            .map(|(n, _)| RelayTable::new(relays, n))
+            .collect();
+        for (slot, table) in self.relays.iter().zip(tables?) {
+            slot.store(Arc::new(table));
+        }
+        Ok(())
+    }
+}
+
+struct Shard {
+    context: Arc<ShardContext>,
+    socket: std::net::UdpSocket,
+    minter: Arc<Mutex<CidMinter>>,
+    relays: Arc<ArcSwap<RelayTable>>,
+    reset_key: [u8; 32],
+    draining: watch::Sender<DrainingRelays>,
+    core: Option<u8>,
+}
+
+impl Shard {
+    /// Runs the shard on a thread of its own; the thread's end is a task's end.
+    fn start(self, tasks: &Tasks) -> anyhow::Result<()> {
+        let (done, outcome) = oneshot::channel();
+        let stopping = tasks.stopping();
+        let name = format!("shard-{}", self.context.server_id.shard);
+        std::thread::Builder::new().name(name).spawn(move || {
+            // Nobody to tell: then the process is ending anyway.
+            let _ = done.send(self.run(stopping));
+        })?;
+        tasks.service("shard", async move {
+            outcome
+                .await
+                .unwrap_or_else(|_| Err(anyhow!("thread panicked")))
+        });
+        Ok(())
+    }
+
+    fn run(self, stopping: CancellationToken) -> anyhow::Result<()> {
+        if let Some(core) = self.core {
+            pin_to(core);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(self.serve(stopping))
+    }
+
+    async fn serve(self, stopping: CancellationToken) -> anyhow::Result<()> {
+        let (notices, told) = mpsc::channel(64);
+        let context = self.context;
+        let metrics = context.metrics.shard.clone();
+        let socket = TunnelSocket::new(
+            self.socket,
+            context.gate.clone(),
+            self.relays,
+            notices,
+            metrics,
+        )?;
+        let reset_key = Arc::new(ring::hmac::Key::new(
+            ring::hmac::HMAC_SHA256,
+            &self.reset_key,
+        ));
+        let mut config = EndpointConfig::new(reset_key);
+        let cids = ShardCids(self.minter);
+        config
+            .cid_generator(move || Box::new(cids.clone()))
+            .max_udp_payload_size(LARGEST_DATAGRAM)?;
+        let server = context
+            .server_configs
+            .of(AudioFormat::Opus)
+            .as_ref()
+            .clone();
+        let socket = Arc::new(socket);
+        let endpoint = Endpoint::new_with_abstract_socket(
+            config,
+            Some(server),
+            socket,
+            Arc::new(TokioRuntime),
+        )?;
+        let tasks = Tasks::new();
+        tasks.service("accept", accept(endpoint.clone(), context, tasks.clone()));
+        tasks.service(
+            "relay notices",
+            note_draining(told, self.draining, tasks.stopping()),
+        );
+        let outcome = tasks.wait(stopping.cancelled()).await;
+        endpoint.close(0_u32.into(), b"worker stopped");
+        // Bounded: a peer that does not answer must not keep the process.
+        let _ = tokio::time::timeout(Duration::from_millis(500), endpoint.wait_idle()).await;
+        outcome
+    }
+}
+
+async fn accept(
+    endpoint: Endpoint,
+    context: Arc<ShardContext>,
+    tasks: Tasks,
+) -> anyhow::Result<()> {
+    let stopping = tasks.stopping();
+    while let Some(incoming) = stopping.run_until_cancelled(endpoint.accept()).await {
+        let incoming = incoming.context("QUIC endpoint closed")?;
+        tasks.spawn(
+            "session",
+            session::serve(context.clone(), incoming, tasks.stopping()),
+        );
+    }
+    Ok(())
+}
+
+/// Remembers which relays will stop until they have; sessions watch the result.
+async fn note_draining(
+    mut told: mpsc::Receiver<RelayNotice>,
+    draining: watch::Sender<DrainingRelays>,
+    stopping: CancellationToken,
+) -> anyhow::Result<()> {
+    while let Some(Some(RelayNotice { relay, notice })) =
+        stopping.run_until_cancelled(told.recv()).await
+    {
+        let Notice::Draining { deadline_ms } = notice;
+        let now = Instant::now();
+        let until = now + Duration::from_millis(deadline_ms.into());
+        draining.send_if_modified(|relays| {
+            relays.retain(|_, until| *until > now);
+            relays.insert(relay, until).is_none()
+        });
+    }
+    Ok(())
+}
+
+/// Keys by codepoint, and the one to mint with.
+fn cid_keys(configs: &[CidConfig]) -> anyhow::Result<(CidCodec, (ConfigId, [u8; 16]))> {
+    let (mut codec, mut minting) = (CidCodec::new(), None);
+    for config in configs {
+        let id = ConfigId::new(u8::try_from(config.config_id).unwrap_or(u8::MAX))?;
+        let key: [u8; 16] = config
+            .key
+            .as_ref()
+            .try_into()
+            .context("connection-ID key: 16 bytes expected")?;
+        codec.insert(id, key);
+        if config.minting {
+            ensure!(
+                minting.replace((id, key)).is_none(),
+                "two connection-ID configurations are for minting"
+            );
+        }
+    }
+    Ok((
+        codec,
+        minting.context("no connection-ID configuration is for minting")?,
+    ))
+}
+
+fn ticket_keys(welcome: &WorkerWelcome) -> anyhow::Result<Vec<[u8; 32]>> {
+    let key = |bytes: &[u8]| bytes.try_into().context("ticket key: 32 bytes expected");
+    welcome.ticket_keys.iter().map(|bytes| key(bytes)).collect()
+}
+
+fn pin_to(core: u8) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(usize::from(core) % cores);
+    if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
+        tracing::warn!(%error, core, "cannot pin the shard's thread");
+    }
+}
+
+/// Ethernet's 1,500 bytes less IPv6, UDP and the tunnel header (invariant I3).
+const LARGEST_DATAGRAM: u16 = 1500 - 40 - 8 - 32;

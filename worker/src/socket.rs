@@ -1,0 +1,379 @@
+//! The socket under a shard's QUIC endpoint: frames of relays outside, datagrams of clients inside.
+//!
+//! For QUIC a path is (client address, ingress relay): the remote address it is shown carries the relay's number in
+//! the IPv6 flow-info field and comes back unchanged in what it sends. A change of relay is then an ordinary,
+//! validated migration, and a spoofed packet through another relay moves nothing (invariant I3).
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::Future,
+    io::{self, IoSliceMut},
+    net::{SocketAddr, SocketAddrV6},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use antiphon_core::{
+    id::RelayNumber,
+    tunnel::{ClientAddr, Ecn, HEADER_LEN, Notice, OpenError},
+};
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use quinn::{
+    AsyncUdpSocket, UdpPoller,
+    udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSocketState},
+};
+use tokio::{io::Interest, sync::mpsc};
+
+use crate::{
+    gate::Gate,
+    metrics::{Drop, ShardMetrics},
+    relays::RelayTable,
+};
+
+/// A relay said something about itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RelayNotice {
+    pub(crate) relay: RelayNumber,
+    pub(crate) notice: Notice,
+}
+
+/// The path's address as QUIC sees it.
+pub(crate) fn path_address(client: ClientAddr, relay: RelayNumber) -> SocketAddr {
+    SocketAddr::V6(SocketAddrV6::new(
+        client.ip,
+        client.port,
+        relay.value().into(),
+        0,
+    ))
+}
+
+/// The ingress relay of a path.
+pub(crate) fn path_relay(address: SocketAddr) -> Option<RelayNumber> {
+    let SocketAddr::V6(address) = address else {
+        return None;
+    };
+    u16::try_from(address.flowinfo())
+        .ok()
+        .and_then(|n| RelayNumber::new(n).ok())
+}
+
+/// One shard's end of all its tunnels.
+pub(crate) struct TunnelSocket {
+    io: tokio::net::UdpSocket,
+    state: UdpSocketState,
+    rx: Mutex<Received>,
+    gate: Arc<Mutex<Gate>>,
+    relays: Arc<ArcSwap<RelayTable>>,
+    notices: mpsc::Sender<RelayNotice>,
+    metrics: ShardMetrics,
+}
+
+/// Frames that came in one batch and wait to be handed on.
+struct Received {
+    buffers: Vec<Vec<u8>>,
+    pending: VecDeque<Pending>,
+}
+
+struct Pending {
+    buffer: usize,
+    start: usize,
+    end: usize,
+    from: SocketAddr,
+    ecn: Option<EcnCodepoint>,
+}
+
+impl fmt::Debug for TunnelSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TunnelSocket").finish_non_exhaustive()
+    }
+}
+
+impl TunnelSocket {
+    /// Takes a bound socket. `notices` is bounded; a notice that finds it full is dropped, relays repeat them.
+    pub(crate) fn new(
+        socket: std::net::UdpSocket,
+        gate: Arc<Mutex<Gate>>,
+        relays: Arc<ArcSwap<RelayTable>>,
+        notices: mpsc::Sender<RelayNotice>,
+        metrics: ShardMetrics,
+    ) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let state = UdpSocketState::new((&socket).into())?;
+        let buffers = (0..BATCH_SIZE).map(|_| vec![0; LARGEST_TRAIN]).collect();
+        let rx = Mutex::new(Received {
+            buffers,
+            pending: VecDeque::new(),
+        });
+        Ok(Self {
+            io: tokio::net::UdpSocket::from_std(socket)?,
+            state,
+            rx,
+            gate,
+            relays,
+            notices,
+            metrics,
+        })
+    }
+
+    /// Reads one batch off the system and keeps what may go on to QUIC.
+    fn receive(&self, rx: &mut Received) -> io::Result<()> {
+        let mut meta = [RecvMeta::default(); BATCH_SIZE];
+        let count = {
+            let mut slices: Vec<IoSliceMut<'_>> =
+                rx.buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
+            self.io.try_io(Interest::READABLE, || {
+                self.state.recv((&self.io).into(), &mut slices, &mut meta)
+            })?
+        };
+        let now_s = unix_seconds();
+        let relays = self.relays.load();
+        let mut gate = self.gate.lock();
+        for (index, meta) in meta[..count].iter().enumerate() {
+            // The system merges frames of different clients into one train: same relay, same port.
+            let mut start = 0;
+            while start < meta.len {
+                let end = (start + meta.stride.max(1)).min(meta.len);
+                let frame = &rx.buffers[index][start..end];
+                if let Some(from) = self.classify(&relays, &mut gate, now_s, frame) {
+                    // The client's own mark travels in the header; the tunnel leg may have added congestion.
+                    let ecn = meta.ecn.filter(|e| *e == EcnCodepoint::Ce).or(from.1);
+                    let (start, from) = (start + HEADER_LEN, from.0);
+                    rx.pending.push_back(Pending {
+                        buffer: index,
+                        start,
+                        end,
+                        from,
+                        ecn,
+                    });
+                }
+                start = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// The path a frame came by and its ECN mark, if QUIC may see it.
+    fn classify(
+        &self,
+        relays: &RelayTable,
+        gate: &mut Gate,
+        now_s: u64,
+        frame: &[u8],
+    ) -> Option<(SocketAddr, Option<EcnCodepoint>)> {
+        self.metrics.received.inc();
+        let (header, datagram) = match relays.open(now_s, frame) {
+            Some(Ok(opened)) => opened,
+            Some(Err(error)) => return self.drop(drop_reason(error)),
+            None => return self.drop(Drop::UnknownRelay),
+        };
+        if header.client == ClientAddr::RELAY {
+            if let Some(notice) = Notice::from_bytes(datagram) {
+                // Full: the same notice is on its way already, and the relay repeats it.
+                let _ = self.notices.try_send(RelayNotice {
+                    relay: header.relay,
+                    notice,
+                });
+            }
+            return None;
+        }
+        if let Err(reason) = gate.admit(now_s, datagram) {
+            return self.drop(Drop::Gate(reason));
+        }
+        Some((
+            path_address(header.client, header.relay),
+            EcnCodepoint::from_bits(header.ecn.bits()),
+        ))
+    }
+
+    fn drop<T>(&self, reason: Drop) -> Option<T> {
+        self.metrics.dropped(reason);
+        None
+    }
+}
+
+impl AsyncUdpSocket for TunnelSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(Writable {
+            socket: self,
+            waiting: None,
+        })
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let (SocketAddr::V6(client), Some(relay)) =
+            (transmit.destination, path_relay(transmit.destination))
+        else {
+            return Ok(());
+        };
+        let now_s = unix_seconds();
+        let segment = transmit
+            .segment_size
+            .unwrap_or(transmit.contents.len())
+            .max(1);
+        if transmit.contents.first().is_some_and(|b| b & 0x80 != 0) {
+            let mut gate = self.gate.lock();
+            transmit
+                .contents
+                .chunks(segment)
+                .for_each(|datagram| gate.on_sent(now_s, datagram));
+        }
+        let count = transmit.contents.len().div_ceil(segment);
+        let mut frames = Vec::with_capacity(transmit.contents.len() + count * HEADER_LEN);
+        let client = ClientAddr {
+            ip: *client.ip(),
+            port: client.port(),
+        };
+        let ecn = transmit
+            .ecn
+            .map_or(Ecn::NotEct, |e| Ecn::from_bits(e as u8));
+        let datagrams = transmit.contents.chunks(segment);
+        let sealed = self
+            .relays
+            .load()
+            .seal(now_s, relay, client, datagrams, ecn, &mut frames);
+        let Some(destination) = sealed else {
+            self.metrics.dropped(Drop::UnknownRelay);
+            return Ok(());
+        };
+        self.metrics.sent.inc_by(count as u64);
+        let segment_size = transmit.segment_size.map(|size| size + HEADER_LEN);
+        let outer = Transmit {
+            destination,
+            ecn: transmit.ecn,
+            contents: &frames,
+            segment_size,
+            src_ip: None,
+        };
+        self.io.try_io(Interest::WRITABLE, || {
+            self.state.send((&self.io).into(), &outer)
+        })
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let rx = &mut *self.rx.lock();
+        loop {
+            let mut count = 0;
+            while count < bufs.len().min(meta.len()) {
+                let Some(next) = rx.pending.pop_front() else {
+                    break;
+                };
+                let datagram = &rx.buffers[next.buffer][next.start..next.end];
+                let Some(out) = bufs[count].get_mut(..datagram.len()) else {
+                    self.metrics.dropped(Drop::TooLong);
+                    continue;
+                };
+                out.copy_from_slice(datagram);
+                let len = datagram.len();
+                meta[count] = RecvMeta {
+                    addr: next.from,
+                    len,
+                    stride: len,
+                    ecn: next.ecn,
+                    dst_ip: None,
+                };
+                count += 1;
+            }
+            if count > 0 {
+                return Poll::Ready(Ok(count));
+            }
+            ready!(self.io.poll_recv_ready(cx))?;
+            match self.receive(rx) {
+                // An error here would end the endpoint: what one datagram causes must not end every call.
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
+                    self.metrics.dropped(Drop::System)
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        // QUIC compares families only; every path is shown as IPv6.
+        let port = self.io.local_addr()?.port();
+        Ok(SocketAddr::V6(SocketAddrV6::new(
+            std::net::Ipv6Addr::UNSPECIFIED,
+            port,
+            0,
+            0,
+        )))
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.state.max_gso_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        1
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.state.may_fragment()
+    }
+}
+
+const fn drop_reason(error: OpenError) -> Drop {
+    match error {
+        OpenError::TooShort | OpenError::Version | OpenError::Direction | OpenError::HopLimit => {
+            Drop::Frame
+        }
+        OpenError::Tag => Drop::Tag,
+        OpenError::Stale => Drop::Stale,
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// Waits until the system takes datagrams again.
+struct Writable {
+    socket: Arc<TunnelSocket>,
+    waiting: Option<Pin<Box<dyn Future<Output = io::Result<()>> + Send + Sync>>>,
+}
+
+impl fmt::Debug for Writable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Writable")
+    }
+}
+
+impl UdpPoller for Writable {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let socket = self.socket.clone();
+        let waiting = self
+            .waiting
+            .get_or_insert_with(|| Box::pin(async move { socket.io.writable().await }));
+        let outcome = ready!(waiting.as_mut().poll(cx));
+        self.waiting = None;
+        Poll::Ready(outcome)
+    }
+}
+
+/// The most that the system merges into one receive.
+const LARGEST_TRAIN: usize = 65_535;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_names_its_relay_and_client() {
+        let client = ClientAddr::from("192.0.2.1:5000".parse::<SocketAddr>().unwrap());
+        let relay = RelayNumber::new(65_535).unwrap();
+        let path = path_address(client, relay);
+        assert_eq!(path_relay(path), Some(relay));
+        assert_ne!(path, path_address(client, RelayNumber::new(1).unwrap()));
+        assert_eq!(path_relay("192.0.2.1:5000".parse().unwrap()), None);
+    }
+}
