@@ -1,0 +1,71 @@
+//! The command line.
+
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
+
+use clap::Parser;
+
+/// Forwards QUIC datagrams between clients and voice workers, without state.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "antiphon-relay", version)]
+pub struct Args {
+    /// Name of this relay; has to be the identity's, which is the default.
+    #[arg(long, env = "ANTIPHON_RELAY_NAME")]
+    pub name: Option<String>,
+    /// Region that it belongs to; has to be the identity's, which is the default.
+    #[arg(long, env = "ANTIPHON_RELAY_REGION")]
+    pub region: Option<String>,
+    /// UDP address for clients. On a host with several addresses bind the one that is advertised: answers leave from it.
+    #[arg(
+        long,
+        env = "ANTIPHON_RELAY_PUBLIC",
+        value_name = "IP:PORT",
+        default_value = "[::]:4433"
+    )]
+    pub public: SocketAddr,
+    /// Where clients reach it, if that is not what `--public` says (address translation, or all addresses bound).
+    #[arg(long, env = "ANTIPHON_RELAY_PUBLIC_ADDRESS", value_name = "IP:PORT")]
+    pub public_address: Option<SocketAddr>,
+    /// UDP address for workers.
+    #[arg(
+        long,
+        env = "ANTIPHON_RELAY_TUNNEL",
+        value_name = "IP:PORT",
+        default_value = "[::]:4434"
+    )]
+    pub tunnel: SocketAddr,
+    /// Where workers reach it, if that is not what `--tunnel` says.
+    #[arg(long, env = "ANTIPHON_RELAY_TUNNEL_ADDRESS", value_name = "IP:PORT")]
+    pub tunnel_address: Option<SocketAddr>,
+    /// Routers of the region, tried in order; give it several times or with commas.
+    #[arg(
+        long,
+        env = "ANTIPHON_RELAY_ROUTER",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        required = true
+    )]
+    pub router: Vec<String>,
+    /// Directory with `cert.pem`, `key.pem` and `ca.pem`.
+    #[arg(long, env = "ANTIPHON_RELAY_IDENTITY", value_name = "DIR")]
+    pub identity: PathBuf,
+    /// TCP address of `/livez`, `/readyz` and `/metrics`.
+    #[arg(
+        long,
+        env = "ANTIPHON_RELAY_ADMIN",
+        value_name = "IP:PORT",
+        default_value = "127.0.0.1:9464"
+    )]
+    pub admin: SocketAddr,
+    /// Forwarding threads, each pinned to a core; as many as there are cores unless given.
+    #[arg(long, env = "ANTIPHON_RELAY_CORES", value_name = "N")]
+    pub cores: Option<NonZeroUsize>,
+    /// Whether forwarding threads are pinned to cores; turn it off where the relay shares few cores with others.
+    #[arg(long, env = "ANTIPHON_RELAY_PIN", default_value_t = true, action = clap::ArgAction::Set)]
+    pub pin: bool,
+    /// How long a planned stop may take at most.
+    #[arg(long, env = "ANTIPHON_RELAY_DRAIN_DEADLINE", value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    pub drain_deadline: Duration,
+    /// Log JSON instead of text.
+    #[arg(long, env = "ANTIPHON_RELAY_LOG_JSON")]
+    pub log_json: bool,
+}

@@ -1,0 +1,181 @@
+//! The process: everything put together, and the planned stop.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    thread::available_parallelism,
+    time::{Duration, Instant},
+};
+
+use antiphon_core::tunnel::Notice;
+use antiphon_proto::v1;
+use antiphon_runtime::{
+    Tasks,
+    admin::{self, Readiness},
+    pki::{Identity, Role},
+    shutdown, telemetry,
+};
+use anyhow::{Context as _, ensure};
+use prometheus_client::registry::Registry;
+use tokio::{net::TcpListener, sync::watch, time::sleep_until};
+
+use crate::{
+    Args,
+    control::{CONDITIONS, Control, Lifecycle},
+    data_path::{Config, DataPath, Exits},
+    drain::{Drain, Reason, Step},
+    metrics::Metrics,
+};
+
+/// Runs the relay until SIGTERM or SIGINT, then drains it.
+///
+/// # Errors
+/// The relay cannot start, or a part of it failed.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    telemetry::init(args.log_json);
+    let stop = shutdown::signal().context("signal handlers")?;
+    serve(args, stop).await
+}
+
+/// Runs the relay until `stop` completes, then drains it: workers are told, and forwarding goes on until clients are
+/// quiet or the deadline has come.
+///
+/// # Errors
+/// The relay cannot start, or a part of it failed.
+pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let Args {
+        name,
+        region,
+        public,
+        public_address,
+        tunnel,
+        tunnel_address,
+        router,
+        identity,
+        admin,
+        cores,
+        pin,
+        drain_deadline,
+        log_json: _,
+    } = args;
+    let identity = Identity::load(&identity).context("identity")?;
+    check_identity(&identity, name.as_deref(), region.as_deref())?;
+    let mut registry = Registry::default();
+    let metrics = Metrics::register(&mut registry);
+    let config = Config {
+        public,
+        tunnel,
+        cores: cores
+            .or(available_parallelism().ok())
+            .map_or(1, usize::from),
+        pin,
+    };
+    let (data_path, exits) = DataPath::start(&config, &metrics)?;
+    let data_path = Arc::new(data_path);
+    let peer = identity.peer().clone();
+    let hello = v1::RelayHello {
+        name: peer.name,
+        region: peer.region,
+        public_address: advertised("public", public_address, data_path.public())?,
+        tunnel_address: advertised("tunnel", tunnel_address, data_path.tunnel())?,
+        relay_number: None,
+    };
+    let listener = TcpListener::bind(admin)
+        .await
+        .with_context(|| format!("binding the admin port {admin} (TCP)"))?;
+
+    let tasks = Tasks::new();
+    let readiness = Readiness::new(&CONDITIONS);
+    let (life, lifecycle) = watch::channel(Lifecycle::Active);
+    tasks.service(
+        "admin",
+        admin::serve(listener, registry, readiness.clone(), tasks.stopping()),
+    );
+    tasks.service(
+        "data path",
+        forward(data_path.clone(), exits, tasks.clone()),
+    );
+    let control = Control {
+        routers: router,
+        identity,
+        hello,
+        data_path: data_path.clone(),
+        readiness: readiness.clone(),
+        metrics,
+        lifecycle,
+    };
+    tasks.spawn("control", control.run(tasks.stopping()));
+    tasks
+        .wait(async move {
+            stop.await;
+            readiness.set("not draining", false);
+            // Receivers live as long as the control task; without it there is nobody to tell.
+            life.send_replace(Lifecycle::Draining);
+            drain(&data_path, drain_deadline).await;
+            life.send_replace(Lifecycle::Leaving);
+        })
+        .await
+}
+
+fn check_identity(
+    identity: &Identity,
+    name: Option<&str>,
+    region: Option<&str>,
+) -> anyhow::Result<()> {
+    let peer = identity.peer();
+    ensure!(
+        peer.role == Role::Relay,
+        "the identity is of {peer}: a relay's is needed"
+    );
+    let same = |given: Option<&str>, own: &str| given.is_none_or(|g| g == own);
+    ensure!(
+        same(name, &peer.name) && same(region, &peer.region),
+        "the identity is of {peer}: --name and --region have to say the same, or nothing"
+    );
+    Ok(())
+}
+
+fn advertised(what: &str, given: Option<SocketAddr>, bound: SocketAddr) -> anyhow::Result<String> {
+    let address = given.unwrap_or(bound);
+    ensure!(
+        !address.ip().is_unspecified() && address.port() != 0,
+        "{address} is no address that others can reach: give --{what}-address IP:PORT"
+    );
+    Ok(address.to_string())
+}
+
+/// The data path as a service: it ends with the process, and the process with it.
+async fn forward(data_path: Arc<DataPath>, mut exits: Exits, tasks: Tasks) -> anyhow::Result<()> {
+    let stopping = tasks.stopping();
+    tokio::select! {
+        outcome = exits.wait() => return outcome,
+        () = stopping.cancelled() => data_path.stop(),
+    }
+    exits.wait().await
+}
+
+async fn drain(data_path: &DataPath, limit: Duration) {
+    let began = Instant::now();
+    let mut drain = Drain::new(began, limit);
+    tracing::info!(?limit, "draining");
+    loop {
+        match drain.poll(Instant::now(), data_path.last_client_datagram()) {
+            Step::Notify { left } => {
+                let deadline_ms = u16::try_from(left.as_millis()).unwrap_or(u16::MAX);
+                let told = data_path.notify(Notice::Draining { deadline_ms });
+                tracing::debug!(told, "told workers");
+            }
+            Step::WaitUntil(at) => sleep_until(at.into()).await,
+            Step::Done(reason) => {
+                let took = began.elapsed();
+                match reason {
+                    Reason::Quiet => tracing::info!(?took, "drained"),
+                    Reason::Deadline => {
+                        tracing::warn!(?took, "clients were still sending at the deadline")
+                    }
+                }
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! UDP sockets: many on one port, batched receive with offload, trains out.
+
+use std::{
+    io::{self, IoSliceMut},
+    net::{IpAddr, SocketAddr},
+};
+
+use antiphon_core::tunnel::Ecn;
+use quinn::udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSocketState};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    forward::DropReason,
+    metrics::{Tally, Way},
+    train::Train,
+};
+
+/// Binds `count` sockets to one address; the kernel spreads senders over them by their address.
+///
+/// # Errors
+/// The system refuses, or another process holds the address.
+pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::UdpSocket>> {
+    if address.port() != 0 {
+        // Sharing a port with another relay of the same user would split its packets silently.
+        bind(address, false)?;
+    }
+    let first = bind(address, true)?;
+    let bound = first.local_addr()?;
+    let mut group = vec![first];
+    for _ in 1..count {
+        group.push(bind(bound, true)?);
+    }
+    Ok(group)
+}
+
+fn bind(address: SocketAddr, shared: bool) -> io::Result<std::net::UdpSocket> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_port(shared)?;
+    socket.set_nonblocking(true)?;
+    // The system may give less than asked for.
+    socket.set_recv_buffer_size(BUFFER_BYTES)?;
+    socket.set_send_buffer_size(BUFFER_BYTES)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+/// One thread's socket.
+#[derive(Debug)]
+pub struct Port {
+    socket: mio::net::UdpSocket,
+    state: UdpSocketState,
+    is_ipv6: bool,
+}
+
+impl Port {
+    /// Turns on receive offload and congestion marks.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
+        let state = UdpSocketState::new((&socket).into())?;
+        let is_ipv6 = socket.local_addr()?.is_ipv6();
+        Ok(Self {
+            socket: mio::net::UdpSocket::from_std(socket),
+            state,
+            is_ipv6,
+        })
+    }
+
+    /// For registering with a poll.
+    pub const fn source(&mut self) -> &mut mio::net::UdpSocket {
+        &mut self.socket
+    }
+
+    /// Receives what has come: the number of messages, one per [`MESSAGE_BYTES`] of `memory`, described by `meta`.
+    ///
+    /// # Errors
+    /// The system's, `WouldBlock` for nothing to receive.
+    pub fn receive(
+        &self,
+        memory: &mut [u8],
+        meta: &mut [RecvMeta; BATCH_SIZE],
+    ) -> io::Result<usize> {
+        let mut chunks = memory.chunks_exact_mut(MESSAGE_BYTES);
+        let mut buffers: [IoSliceMut<'_>; BATCH_SIZE] =
+            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
+        self.state.recv((&self.socket).into(), &mut buffers, meta)
+    }
+
+    /// Sends a train, with one system call where the system can. What cannot be sent is dropped and counted: audio
+    /// that waits for a full buffer is late anyway.
+    pub fn send(&self, train: &Train, way: Way, tally: &mut Tally) {
+        let whole = self.state.max_gso_segments() >= train.len();
+        if whole && self.transmit(train, train.bytes(), way, tally) {
+            return;
+        }
+        for segment in train.bytes().chunks(train.segment_size()) {
+            self.transmit(train, segment, way, tally);
+        }
+    }
+
+    /// False when several segments were refused as such: they have to go one by one.
+    fn transmit(&self, train: &Train, contents: &[u8], way: Way, tally: &mut Tally) -> bool {
+        let packets = contents.len().div_ceil(train.segment_size());
+        let Some(destination) = in_family(train.destination(), self.is_ipv6) else {
+            tally.dropped(DropReason::ClientAddress, packets);
+            return true;
+        };
+        let transmit = Transmit {
+            destination,
+            ecn: EcnCodepoint::from_bits(train.ecn().bits()),
+            contents,
+            segment_size: (packets > 1).then_some(train.segment_size()),
+            src_ip: None,
+        };
+        let refused = match self.state.try_send((&self.socket).into(), &transmit) {
+            Ok(()) => {
+                tally.sent(way, packets, contents.len());
+                return true;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => DropReason::SendBuffer,
+            // Here the library has found that segments cannot be offloaded and has stopped trying (EIO, EINVAL).
+            Err(_) if packets > 1 => return false,
+            Err(error) if error.raw_os_error() == Some(EMSGSIZE) => DropReason::PathMtu,
+            Err(_) => DropReason::SendError,
+        };
+        tally.dropped(refused, packets);
+        true
+    }
+}
+
+/// The address as a socket of that family takes it; `None` for IPv6 on an IPv4 socket.
+#[must_use]
+pub fn in_family(address: SocketAddr, is_ipv6: bool) -> Option<SocketAddr> {
+    let ip = match (address.ip().to_canonical(), is_ipv6) {
+        (IpAddr::V4(v4), true) => v4.to_ipv6_mapped().into(),
+        (IpAddr::V6(_), false) => return None,
+        (ip, _) => ip,
+    };
+    Some(SocketAddr::new(ip, address.port()))
+}
+
+/// What a received datagram's mark is in the tunnel header.
+#[must_use]
+pub fn ecn_of(meta: &RecvMeta) -> Ecn {
+    Ecn::from_bits(meta.ecn.map_or(0, |mark| mark as u8))
+}
+
+/// The source in its own family.
+#[must_use]
+pub fn source_of(meta: &RecvMeta) -> SocketAddr {
+    SocketAddr::new(meta.addr.ip().to_canonical(), meta.addr.port())
+}
+
+/// Room for one received message: the largest that offload builds.
+pub const MESSAGE_BYTES: usize = 1 << 16;
+
+/// About 10,000 voice packets: what comes while a thread is held up for a tenth of a second.
+const BUFFER_BYTES: usize = 4 << 20;
+
+/// Linux: message too long.
+const EMSGSIZE: i32 = rustix::io::Errno::MSGSIZE.raw_os_error();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_fit_the_socket_or_are_refused() {
+        let v4: SocketAddr = "192.0.2.1:5".parse().unwrap();
+        let mapped: SocketAddr = "[::ffff:192.0.2.1]:5".parse().unwrap();
+        let v6: SocketAddr = "[2001:db8::1]:5".parse().unwrap();
+        assert_eq!(in_family(v4, true), Some(mapped));
+        assert_eq!(in_family(mapped, true), Some(mapped));
+        assert_eq!(in_family(mapped, false), Some(v4));
+        assert_eq!(in_family(v6, true), Some(v6));
+        assert_eq!(in_family(v6, false), None);
+    }
+
+    #[test]
+    fn a_port_in_use_is_refused_even_by_the_same_user() {
+        let held = bind_group("127.0.0.1:0".parse().unwrap(), 2).unwrap();
+        let address = held[0].local_addr().unwrap();
+        assert_eq!(held[1].local_addr().unwrap(), address);
+        let error = bind_group(address, 1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+}
