@@ -1,2 +1,70 @@
-//! placeholder
-fn main() {}
+//! The project's own tasks: `cargo xtask demo | test | tidy | crds`.
+#![forbid(unsafe_code)]
+
+mod demo;
+mod gate;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+use workspace::Workspace;
+
+/// Antiphon's own tasks.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Task {
+    /// Builds everything and runs the demonstration: three regions, a hundred calls, failures in the middle of them.
+    Demo {
+        /// Arguments of `antiphon demo`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Runs every check and every test, in the order of `--list`; stops at the first failure.
+    Test {
+        /// Only these steps.
+        steps: Vec<String>,
+        /// Lists the steps and runs none.
+        #[arg(long)]
+        list: bool,
+    },
+    /// Checks the conventions that the compiler does not know.
+    Tidy,
+    /// Writes the CustomResourceDefinitions to crds/yaml.
+    Crds,
+}
+
+fn main() -> ExitCode {
+    match run(Task::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    let workspace = Workspace::find()?;
+    match task {
+        Task::Demo { arguments } => demo::run(&workspace, &arguments),
+        Task::Test { list: true, .. } => {
+            gate::list();
+            Ok(())
+        }
+        Task::Test { steps, list: false } => gate::run(&workspace, &steps),
+        Task::Tidy => tidy::run(&workspace),
+        Task::Crds => workspace.cargo(&[
+            "run",
+            "--package",
+            "antiphon-crds",
+            "--example",
+            "crdgen",
+            "--",
+            "crds/yaml",
+        ]),
+    }
+}
