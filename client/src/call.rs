@@ -1,0 +1,483 @@
+//! A live call.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use antiphon_media::{
+    codec::EncoderSettings,
+    stream::{Receiver, Sender, StreamOrigin},
+};
+use antiphon_proto::v1::{
+    ClientMessage, EndCode, Goodbye, Heartbeat, PlayoutReport, ServerMessage,
+    client_message::Message as ToWorker, server_message::Message as FromWorker,
+};
+use antiphon_quic::{
+    ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow,
+};
+use bytes::Bytes;
+use prost::Message as _;
+use quinn::{Connection, Endpoint};
+use tokio::{
+    sync::mpsc,
+    time::{Interval, MissedTickBehavior, timeout},
+};
+
+use crate::{
+    dial::{Dial, Opened},
+    party::{Event, Party, Step},
+    path::{PathSelector, Switch},
+    playout::Playout,
+    report::{CallReport, Rebind, RelaySwitch, TurnTiming},
+    socket::RelaySocket,
+};
+
+/// Why a call ended before the party hung up.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// Nothing has come from the worker through any relay.
+    #[error("worker {place} does not answer: silent for {:.1} s through every relay", .silent.as_secs_f64())]
+    WorkerSilent {
+        /// `region/worker`.
+        place: String,
+        /// For how long.
+        silent: Duration,
+    },
+    /// The worker ended the session.
+    #[error("worker {place} ended the session: {code:?}")]
+    Ended {
+        /// `region/worker`.
+        place: String,
+        /// Why.
+        code: EndCode,
+    },
+    /// The QUIC connection broke.
+    #[error("connection to worker {place}: {reason}")]
+    Connection {
+        /// `region/worker`.
+        place: String,
+        /// What QUIC says.
+        reason: quinn::ConnectionError,
+    },
+    /// The control stream broke.
+    #[error("control stream: {0}")]
+    Control(#[from] ControlError),
+    /// The audio could not be encoded.
+    #[error("audio: {0}")]
+    Audio(#[from] antiphon_media::codec::EncodeError),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Command {
+    Rebind,
+    HangUp,
+}
+
+/// Steers a running call from elsewhere.
+#[derive(Debug, Clone)]
+pub struct CallHandle(mpsc::Sender<Command>);
+
+impl CallHandle {
+    /// The network changed: go on from a new local address. Ignored when the call is over.
+    pub fn rebind(&self) {
+        // Full: a rebind is waiting already.
+        let _ = self.0.try_send(Command::Rebind);
+    }
+
+    /// Ends the call as the party would.
+    pub fn hang_up(&self) {
+        let _ = self.0.try_send(Command::HangUp);
+    }
+}
+
+/// An active session on a live connection.
+#[derive(Debug)]
+pub struct Call {
+    dial: Dial,
+    endpoint: Endpoint,
+    socket: Arc<RelaySocket>,
+    connection: Connection,
+    writer: ControlWriter<ClientMessage>,
+    reader: ControlReader<ServerMessage>,
+    receiver: Receiver,
+    sender: Sender,
+    path: PathSelector,
+    playout: Playout,
+    beats: Heartbeats,
+    started: Instant,
+    last_heard: Duration,
+    /// The relays have all been tried since the last sign of life: a new local address is due at the next switch.
+    rebind_after: usize,
+    commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    report: CallReport,
+}
+
+impl Call {
+    pub(crate) fn new(
+        dial: Dial,
+        opened: Opened,
+        started: Instant,
+        handshake: Duration,
+    ) -> Result<Self, String> {
+        let origin = StreamOrigin {
+            ssrc: rand::random(),
+            sequence: rand::random(),
+            timestamp: rand::random(),
+        };
+        let flow = opened.activated.audio_flow.into();
+        let sender = Sender::new(dial.format, EncoderSettings::default(), flow, origin)
+            .map_err(|e| e.to_string())?;
+        let now = started.elapsed();
+        let report = CallReport {
+            handshake,
+            attempts: opened.attempts,
+            activated: now,
+            ..CallReport::default()
+        };
+        Ok(Self {
+            receiver: Receiver::new(dial.format),
+            sender,
+            path: PathSelector::new(dial.relays.len(), opened.relay, now),
+            playout: Playout::default(),
+            beats: Heartbeats::new(micros(now), dial.epoch),
+            started,
+            last_heard: now,
+            rebind_after: dial.relays.len(),
+            commands: mpsc::channel(4),
+            report,
+            dial,
+            endpoint: opened.endpoint,
+            socket: opened.socket,
+            connection: opened.connection,
+            writer: opened.writer,
+            reader: opened.reader,
+        })
+    }
+
+    /// For steering the call while it runs.
+    #[must_use]
+    pub fn handle(&self) -> CallHandle {
+        CallHandle(self.commands.0.clone())
+    }
+
+    /// PCM samples per second that the party hears and says.
+    #[must_use]
+    pub const fn sample_rate(&self) -> u32 {
+        self.dial.format.sample_rate()
+    }
+
+    /// Runs the call until the party hangs up or it breaks. The report is complete either way.
+    pub async fn run(mut self, party: &mut dyn Party) -> (CallReport, Result<(), CallError>) {
+        let outcome = self.converse(party).await;
+        let now = self.started.elapsed();
+        if outcome.is_ok() {
+            let goodbye = ToWorker::Goodbye(Goodbye {
+                reason: String::new(),
+            });
+            // A worker that does not take it notices the close.
+            let _ = timeout(GOODBYE, self.tell(goodbye)).await;
+            self.writer.finish();
+            let _ = timeout(GOODBYE, self.writer.delivered()).await;
+        }
+        self.report.ended = now;
+        self.report.rtt = self.connection.rtt();
+        self.report.received = self.receiver.stats();
+        self.report.sent = self.sender.stats();
+        self.report.relay = self.path.active();
+        self.connection.close(0_u32.into(), b"");
+        let _ = timeout(GOODBYE, self.endpoint.wait_idle()).await;
+        (self.report, outcome)
+    }
+
+    async fn converse(&mut self, party: &mut dyn Party) -> Result<(), CallError> {
+        let mut say = vec![0; self.dial.format.frame_samples()];
+        let mut steps = frame_ticks();
+        loop {
+            let connection = self.connection.clone();
+            tokio::select! {
+                datagram = connection.read_datagram() => match datagram {
+                    Ok(datagram) => self.on_datagram(&datagram),
+                    Err(reason) => return Err(self.lost(reason)),
+                },
+                due = steps.tick() => {
+                    if due.elapsed() > FRAME {
+                        self.report.late_steps += 1;
+                    }
+                    if self.step(party, &mut say).await? == Step::HangUp {
+                        return Ok(());
+                    }
+                }
+                message = self.reader.read() => match message {
+                    Ok(Some(message)) => self.on_control(message, party).await?,
+                    Ok(None) => return Err(self.ended(EndCode::Unspecified)),
+                    Err(error) => return Err(self.broken(error)),
+                },
+                command = self.commands.1.recv() => match command {
+                    Some(Command::Rebind) => self.rebind(party),
+                    Some(Command::HangUp) | None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    fn on_datagram(&mut self, datagram: &Bytes) {
+        let now_us = micros(self.started.elapsed());
+        self.beats.on_heard(now_us);
+        match split_flow(datagram) {
+            Some((Flow::Audio, payload)) => {
+                // A packet that cannot be read is a lost one; the receiver counts it.
+                let _ = self
+                    .receiver
+                    .insert(Instant::now(), &datagram.slice_ref(payload));
+            }
+            Some((Flow::Heartbeat, payload)) => {
+                if let Ok(beat) = Heartbeat::decode(payload) {
+                    self.beats.on_heartbeat(now_us, &beat);
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// 20 ms pass.
+    async fn step(&mut self, party: &mut dyn Party, say: &mut [i16]) -> Result<Step, CallError> {
+        let now = self.started.elapsed();
+        self.watch_path(party, now)?;
+        say.fill(0);
+        let heard = self.receiver.pull(Instant::now());
+        let step = party.step(&heard, say);
+        let (answering, finished) = (heard.generation.is_some(), self.playout.on_frame(&heard));
+        if answering {
+            self.note_answer(now);
+        }
+        if let Some(datagram) = self.sender.push(say)? {
+            self.beats.on_sent(micros(now));
+            self.send(datagram);
+        }
+        let jitter = self.receiver.stats().jitter;
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        if let Some(beat) = self
+            .beats
+            .poll(micros(now), count(jitter.received), count(jitter.lost))
+        {
+            self.send(datagram::heartbeat(&beat));
+        }
+        if let Some(report) = finished {
+            self.played(report, party).await?;
+        }
+        Ok(step)
+    }
+
+    fn note_answer(&mut self, now: Duration) {
+        self.report.first_audio.get_or_insert(now);
+        if let Some(turn) = self.report.turns.last_mut() {
+            turn.answered.get_or_insert(now);
+        }
+    }
+
+    async fn played(
+        &mut self,
+        report: PlayoutReport,
+        party: &mut dyn Party,
+    ) -> Result<(), CallError> {
+        let PlayoutReport {
+            generation,
+            complete,
+            ..
+        } = report;
+        party.on_event(&Event::ResponsePlayed {
+            generation,
+            complete,
+        });
+        Ok(self.tell(ToWorker::PlayoutReport(report)).await?)
+    }
+
+    fn send(&self, datagram: Bytes) {
+        // A broken connection shows when reading.
+        let _ = self.connection.send_datagram(datagram);
+    }
+
+    async fn tell(&mut self, message: ToWorker) -> Result<(), ControlError> {
+        self.writer
+            .write(&ClientMessage {
+                message: Some(message),
+            })
+            .await
+    }
+
+    async fn on_control(
+        &mut self,
+        message: ServerMessage,
+        party: &mut dyn Party,
+    ) -> Result<(), CallError> {
+        let now = self.started.elapsed();
+        self.beats.on_heard(micros(now));
+        match message.message {
+            Some(FromWorker::SpeechStarted(m)) => {
+                party.on_event(&Event::SpeechStarted { turn: m.turn })
+            }
+            Some(FromWorker::SpeechStopped(m)) => {
+                self.report.turns.push(TurnTiming {
+                    turn: m.turn,
+                    stopped: now,
+                    answered: None,
+                });
+                party.on_event(&Event::SpeechStopped { turn: m.turn });
+            }
+            Some(FromWorker::ResponseStarted(m)) => {
+                self.playout.on_started(m.generation);
+                party.on_event(&Event::ResponseStarted {
+                    generation: m.generation,
+                    turn: m.turn,
+                });
+            }
+            Some(FromWorker::ResponseDone(m)) => self.playout.on_done(m.generation, m.samples),
+            Some(FromWorker::Flush(m)) => {
+                self.receiver.flush(m.generation);
+                if let Some(report) = self.playout.on_flush(m.generation) {
+                    self.played(report, party).await?;
+                }
+            }
+            Some(FromWorker::MoveRelay(m)) => {
+                let relay = self
+                    .dial
+                    .relay_numbers
+                    .iter()
+                    .position(|number| *number == m.relay);
+                if let Some(switch) = relay.and_then(|relay| self.path.on_draining(relay, now)) {
+                    self.switch(switch, now, party);
+                }
+            }
+            Some(FromWorker::Ended(m)) => {
+                let code = m.code();
+                party.on_event(&Event::Ended(code));
+                return Err(self.ended(code));
+            }
+            // A newer worker may say more: what is not understood is not acted on.
+            Some(FromWorker::Activated(_) | FromWorker::Refused(_)) | None => {}
+        }
+        Ok(())
+    }
+
+    /// Notices silence and acts on it: another relay, then another local address, in the end an error.
+    fn watch_path(&mut self, party: &mut dyn Party, now: Duration) -> Result<(), CallError> {
+        for relay in 0..self.dial.relays.len() {
+            let Some(heard) = self
+                .socket
+                .last_heard(relay)
+                .filter(|heard| *heard > self.last_heard)
+            else {
+                continue;
+            };
+            self.note_gap(heard, relay);
+            self.path.on_heard(relay, heard);
+        }
+        let silent = now.saturating_sub(self.last_heard);
+        if silent > GIVE_UP {
+            return Err(CallError::WorkerSilent {
+                place: self.dial.place.clone(),
+                silent,
+            });
+        }
+        let rtt = self.connection.rtt();
+        let pto = rtt + rtt / 2 + ACK_DELAY;
+        if let Some(switch) = self.path.poll(now, pto) {
+            self.switch(switch, now, party);
+            self.rebind_after = self.rebind_after.saturating_sub(1);
+            if self.rebind_after == 0 {
+                self.rebind_after = self.dial.relays.len();
+                self.rebind(party);
+            }
+        }
+        Ok(())
+    }
+
+    /// Something came at `heard`: how long had it been quiet, and what was it that ended?
+    fn note_gap(&mut self, heard: Duration, relay: usize) {
+        let gap = heard.saturating_sub(self.last_heard);
+        self.report.longest_gap = self.report.longest_gap.max(gap);
+        let pending = self
+            .report
+            .switches
+            .last_mut()
+            .filter(|s| s.gap.is_none() && s.switch.to == relay);
+        if let Some(switch) = pending {
+            switch.gap = Some(gap);
+        }
+        if let Some(rebind) = self
+            .report
+            .rebinds
+            .last_mut()
+            .filter(|r| r.gap.is_none() && heard > r.at)
+        {
+            rebind.gap = Some(gap);
+        }
+        self.last_heard = heard;
+        self.rebind_after = self.dial.relays.len();
+    }
+
+    fn switch(&mut self, switch: Switch, now: Duration, party: &mut dyn Party) {
+        self.socket.use_relay(switch.to);
+        tracing::debug!(session = %self.dial.session, ?switch, "relay");
+        self.report.switches.push(RelaySwitch {
+            at: now,
+            switch,
+            gap: None,
+        });
+        party.on_event(&Event::Switched(switch));
+    }
+
+    fn rebind(&mut self, party: &mut dyn Party) {
+        match self.socket.rebind() {
+            Ok(()) => {
+                self.report.rebinds.push(Rebind {
+                    at: self.started.elapsed(),
+                    gap: None,
+                });
+                party.on_event(&Event::Rebound);
+            }
+            // The old socket stays; the silence that follows brings the next try.
+            Err(error) => tracing::warn!(session = %self.dial.session, %error, "new local address"),
+        }
+    }
+
+    fn ended(&self, code: EndCode) -> CallError {
+        CallError::Ended {
+            place: self.dial.place.clone(),
+            code,
+        }
+    }
+
+    fn lost(&self, reason: quinn::ConnectionError) -> CallError {
+        CallError::Connection {
+            place: self.dial.place.clone(),
+            reason,
+        }
+    }
+
+    fn broken(&self, error: ControlError) -> CallError {
+        match self.connection.close_reason() {
+            Some(reason) => self.lost(reason),
+            None => CallError::Control(error),
+        }
+    }
+}
+
+fn micros(since: Duration) -> u64 {
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn frame_ticks() -> Interval {
+    let mut ticks = tokio::time::interval(FRAME);
+    // The playout clock never skips: late frames are played at once.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    ticks
+}
+
+const FRAME: Duration = Duration::from_millis(20);
+/// The other end delays acknowledgements by this much at most (RFC 9000, section 18.2).
+const ACK_DELAY: Duration = Duration::from_millis(25);
+/// Silence through every relay after which the worker counts as lost.
+const GIVE_UP: Duration = Duration::from_secs(5);
+const GOODBYE: Duration = Duration::from_millis(500);

@@ -1,0 +1,307 @@
+//! From a ticket to an active call.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use antiphon_core::id::{Epoch, SessionId};
+use antiphon_media::format::AudioFormat;
+use antiphon_proto::v1::{
+    Activate, Activated, ClientMessage, Codec, RefusedCode, ServerMessage, Session,
+    client_message::Message as ToWorker, server_message::Message as FromWorker,
+};
+use antiphon_quic::{
+    AudioBudget, ClientKey, ControlError, ControlReader, ControlWriter, Side, activation_message,
+    client_crypto, transport,
+};
+use antiphon_runtime::tls;
+use quinn::{
+    ClientConfig, Connection, ConnectionError, ConnectionId, Endpoint, EndpointConfig,
+    TokioRuntime, crypto::rustls::QuicClientConfig,
+};
+use rustls_pki_types::CertificateDer;
+use tokio::time::timeout;
+
+use crate::{
+    call::Call,
+    socket::{RelaySocket, VIRTUAL},
+};
+
+/// What is wrong with a ticket before anything is sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TicketError {
+    /// A field is missing or malformed.
+    #[error("ticket: {0}")]
+    Malformed(String),
+}
+
+/// Why no call came about.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The ticket cannot be used.
+    #[error(transparent)]
+    Ticket(#[from] TicketError),
+    /// The system refuses a socket.
+    #[error("socket: {0}")]
+    Socket(#[from] std::io::Error),
+    /// No attempt led to a handshake.
+    #[error("no answer through {tried}{}", expiry_hint(.expired))]
+    NoAnswer {
+        /// The relays tried, with their addresses.
+        tried: String,
+        /// How long the ticket has been expired, if it has.
+        expired: Option<Duration>,
+    },
+    /// The worker's certificate or the TLS handshake is wrong.
+    #[error("handshake: {0}")]
+    Handshake(ConnectionError),
+    /// The worker refused the activation.
+    #[error("refused by the worker: {detail} ({code:?})")]
+    Refused {
+        /// Why, as a closed set.
+        code: RefusedCode,
+        /// Why, for people.
+        detail: String,
+    },
+    /// The control stream broke before the worker answered.
+    #[error("activation: {0}")]
+    Control(#[from] ControlError),
+    /// The worker did not answer the activation in time.
+    #[error("the worker did not answer the activation within {0:?}")]
+    NoActivation(Duration),
+    /// The client could not set up its side.
+    #[error("setting up the call: {0}")]
+    SetUp(String),
+}
+
+fn expiry_hint(expired: &Option<Duration>) -> String {
+    match expired {
+        Some(by) => format!(
+            ": the ticket expired {:.0} s ago, ask for a new one",
+            by.as_secs_f64()
+        ),
+        None => ": check that the relays' UDP ports are reachable from here".to_owned(),
+    }
+}
+
+/// A checked ticket, ready to connect.
+pub struct Dial {
+    pub(crate) session: SessionId,
+    pub(crate) epoch: Epoch,
+    ticket: String,
+    initial_ids: Vec<ConnectionId>,
+    pub(crate) relays: Vec<SocketAddr>,
+    pub(crate) relay_numbers: Vec<u32>,
+    server_name: String,
+    crypto: Arc<QuicClientConfig>,
+    expires_at: Option<SystemTime>,
+    pub(crate) format: AudioFormat,
+    /// `region/worker`, for error messages.
+    pub(crate) place: String,
+}
+
+/// The ticket is a secret until it is used up.
+impl fmt::Debug for Dial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dial")
+            .field("session", &self.session)
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Dial {
+    /// Checks what a router answered.
+    ///
+    /// # Errors
+    /// [`TicketError`]: which field and what is wrong with it.
+    pub fn new(session: &Session) -> Result<Self, TicketError> {
+        let malformed = |what: &str| TicketError::Malformed(what.to_owned());
+        let id = session
+            .session
+            .parse()
+            .map_err(|e| TicketError::Malformed(format!("session: {e}")))?;
+        let initial_ids: Vec<_> = session
+            .initial_connection_ids
+            .iter()
+            .map(|id| ConnectionId::new(id))
+            .collect();
+        let legal = |id: &bytes::Bytes| (8..=20).contains(&id.len());
+        if initial_ids.is_empty() || !session.initial_connection_ids.iter().all(legal) {
+            return Err(malformed(
+                "initial_connection_ids: at least one of 8 to 20 bytes expected",
+            ));
+        }
+        let address = |relay: &antiphon_proto::v1::RelayAddress| {
+            relay
+                .address
+                .parse()
+                .map_err(|_| TicketError::Malformed(format!("relay address {:?}", relay.address)))
+        };
+        let relays = session
+            .relays
+            .iter()
+            .map(address)
+            .collect::<Result<Vec<_>, _>>()?;
+        if relays.is_empty() {
+            return Err(malformed("relays: none given"));
+        }
+        let anchor = CertificateDer::from(session.trust_anchor.to_vec());
+        let crypto = client_crypto(tls::provider(), anchor)
+            .map_err(|e| TicketError::Malformed(format!("trust_anchor: {e}")))?;
+        let format = match Codec::try_from(session.codec) {
+            Ok(Codec::Opus) => AudioFormat::Opus,
+            Ok(Codec::L1616k) => AudioFormat::L16At16k,
+            Ok(Codec::L1624k) => AudioFormat::L16At24k,
+            Ok(Codec::Unspecified) | Err(_) => {
+                return Err(malformed("codec: not one that this client knows"));
+            }
+        };
+        Ok(Self {
+            session: id,
+            epoch: Epoch::new(session.epoch).map_err(|e| TicketError::Malformed(e.to_string()))?,
+            ticket: session.ticket.clone(),
+            initial_ids,
+            relay_numbers: session.relays.iter().map(|relay| relay.number).collect(),
+            relays,
+            server_name: session.server_name.clone(),
+            crypto: Arc::new(crypto),
+            expires_at: session
+                .expires_at
+                .and_then(|at| SystemTime::try_from(at).ok()),
+            format,
+            place: format!("{}/{}", session.region, session.worker),
+        })
+    }
+
+    /// Connects through the first relay that answers and activates the session.
+    ///
+    /// Each attempt uses the next relay and a connection ID of its own.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn connect(self, key: &ClientKey) -> Result<Call, DialError> {
+        let started = Instant::now();
+        let socket = Arc::new(RelaySocket::new(self.relays.clone(), started)?);
+        let runtime = Arc::new(TokioRuntime);
+        let endpoint = Endpoint::new_with_abstract_socket(
+            EndpointConfig::default(),
+            None,
+            socket.clone(),
+            runtime,
+        )?;
+        for (attempt, initial) in self.initial_ids.iter().enumerate() {
+            let relay = attempt % self.relays.len();
+            socket.use_relay(relay);
+            let config = self.client_config(*initial);
+            let connecting = endpoint.connect_with(config, VIRTUAL, &self.server_name);
+            let connecting = connecting.map_err(|e| DialError::SetUp(e.to_string()))?;
+            let connection = match timeout(ATTEMPT, connecting).await {
+                Ok(Ok(connection)) => connection,
+                // This attempt is used up; the next one has another relay and connection ID.
+                Err(_) | Ok(Err(ConnectionError::TimedOut | ConnectionError::Reset)) => continue,
+                Ok(Err(error)) => return Err(DialError::Handshake(error)),
+            };
+            let handshake = started.elapsed();
+            let (activated, writer, reader) = self.activate(&connection, key).await?;
+            let attempts = u32::try_from(attempt + 1).unwrap_or(u32::MAX);
+            let opened = Opened {
+                endpoint,
+                socket,
+                connection,
+                writer,
+                reader,
+                activated,
+                relay,
+                attempts,
+            };
+            return Call::new(self, opened, started, handshake).map_err(DialError::SetUp);
+        }
+        Err(self.no_answer())
+    }
+
+    fn client_config(&self, initial: ConnectionId) -> ClientConfig {
+        let budget = AudioBudget {
+            frame_bytes: self.format.max_packet_bytes() + 1,
+        };
+        let mut config = ClientConfig::new(self.crypto.clone());
+        config
+            .transport_config(Arc::new(transport(Side::Client, budget)))
+            .initial_dst_cid_provider(Arc::new(move || initial));
+        config
+    }
+
+    async fn activate(
+        &self,
+        connection: &Connection,
+        key: &ClientKey,
+    ) -> Result<
+        (
+            Activated,
+            ControlWriter<ClientMessage>,
+            ControlReader<ServerMessage>,
+        ),
+        DialError,
+    > {
+        let (send, receive) = connection.open_bi().await.map_err(DialError::Handshake)?;
+        let (mut writer, mut reader) = (ControlWriter::new(send), ControlReader::new(receive));
+        let message = activation_message(connection, self.session, self.epoch);
+        let message = message.map_err(|e| DialError::SetUp(e.to_string()))?;
+        let activate = Activate {
+            session: self.session.as_bytes().to_vec().into(),
+            epoch: self.epoch.value(),
+            ticket: self.ticket.clone(),
+            signature: key.sign(&message).into(),
+        };
+        writer
+            .write(&ClientMessage {
+                message: Some(ToWorker::Activate(activate)),
+            })
+            .await?;
+        let answer = timeout(ACTIVATION, reader.read())
+            .await
+            .map_err(|_| DialError::NoActivation(ACTIVATION))??;
+        match answer.and_then(|message: ServerMessage| message.message) {
+            Some(FromWorker::Activated(activated)) => Ok((activated, writer, reader)),
+            Some(FromWorker::Refused(refused)) => {
+                let (code, detail) = (refused.code(), refused.detail);
+                Err(DialError::Refused { code, detail })
+            }
+            _ => Err(DialError::NoActivation(ACTIVATION)),
+        }
+    }
+
+    fn no_answer(&self) -> DialError {
+        let tried = self.initial_ids.len().min(self.relays.len());
+        let names = self.relays.iter().zip(&self.relay_numbers).take(tried);
+        let tried: Vec<_> = names
+            .map(|(address, number)| format!("relay {number} ({address})"))
+            .collect();
+        let expired = self
+            .expires_at
+            .and_then(|at| SystemTime::now().duration_since(at).ok());
+        DialError::NoAnswer {
+            tried: tried.join(", "),
+            expired,
+        }
+    }
+}
+
+/// What an activated connection consists of.
+pub(crate) struct Opened {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) socket: Arc<RelaySocket>,
+    pub(crate) connection: Connection,
+    pub(crate) writer: ControlWriter<ClientMessage>,
+    pub(crate) reader: ControlReader<ServerMessage>,
+    pub(crate) activated: Activated,
+    pub(crate) relay: usize,
+    pub(crate) attempts: u32,
+}
+
+/// Longest handshake of one attempt: two retransmissions on a path of 100 ms.
+const ATTEMPT: Duration = Duration::from_millis(1_200);
+const ACTIVATION: Duration = Duration::from_secs(5);

@@ -1,0 +1,230 @@
+//! Tickets from a router.
+
+use antiphon_core::id::{Epoch, SessionId};
+use antiphon_proto::{
+    refusal,
+    v1::{
+        Codec, Constraints, CreateSessionRequest, DeleteSessionRequest, ExplainSessionRequest,
+        Explanation, ListSessionsRequest, Location, Refusal, Session, SessionSummary,
+        sessions_client::SessionsClient,
+    },
+};
+use antiphon_runtime::tls::{self, TlsError};
+use tonic::{
+    Code, Request, Status,
+    metadata::{Ascii, MetadataValue},
+    transport::Channel,
+};
+
+/// Why a router did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// The address or the trust anchor is unusable.
+    #[error(transparent)]
+    Address(#[from] TlsError),
+    /// The API key has characters that no key has.
+    #[error("the API key has characters that no key has")]
+    KeyForm,
+    /// The router placed the session nowhere and says why.
+    #[error("refused: {}", describe(.0))]
+    Refused(Box<Refusal>),
+    /// The router knows no such session.
+    #[error("not found: {0}")]
+    NotFound(String),
+    /// The API key is unknown, or may not do this.
+    #[error("not allowed: {0}")]
+    NotAllowed(String),
+    /// The request is impossible.
+    #[error("invalid request: {0}")]
+    Invalid(String),
+    /// The router cannot be reached or failed.
+    #[error("router {address}: {message}")]
+    Unavailable {
+        /// Which router.
+        address: String,
+        /// What happened.
+        message: String,
+    },
+}
+
+fn describe(refusal: &Refusal) -> String {
+    let waiting = match refusal.retry_after_ms {
+        0 => String::new(),
+        ms => format!(
+            " (trying again in {:.1} s may help)",
+            f64::from(ms) / 1000.0
+        ),
+    };
+    format!("{}{waiting}", refusal.detail)
+}
+
+/// What to ask a session for.
+#[derive(Debug, Clone)]
+pub struct SessionRequest {
+    /// `namespace/name`.
+    pub agent: String,
+    /// Latitude and longitude of the caller in degrees, if known.
+    pub location: Option<(f64, f64)>,
+    /// The client's public key, see [`crate::ClientKey::public`].
+    pub client_key: [u8; 32],
+    /// Audio codec.
+    pub codec: Codec,
+    /// Only these regions; empty: any.
+    pub regions: Vec<String>,
+    /// Hard ceiling on the estimated round trip in milliseconds; 0: the agent's policy.
+    pub max_rtt_ms: u32,
+    /// Chosen by the caller, so that a retry is the same request.
+    pub session: SessionId,
+    /// The first unless the session is being moved.
+    pub epoch: Epoch,
+}
+
+/// One router's public API over gRPC. Clones share the connection.
+#[derive(Debug, Clone)]
+pub struct Router {
+    address: String,
+    key: MetadataValue<Ascii>,
+    client: SessionsClient<Channel>,
+}
+
+impl Router {
+    /// Prepares a connection; it is made with the first request.
+    ///
+    /// `server_name` is the name in the router's certificate, `ca_pem` the fleet's trust anchor.
+    ///
+    /// # Errors
+    /// [`RouterError::Address`], [`RouterError::KeyForm`].
+    pub fn new(
+        address: &str,
+        ca_pem: &str,
+        server_name: &str,
+        api_key: &str,
+    ) -> Result<Self, RouterError> {
+        let channel = tls::public_channel(address, ca_pem, server_name)?;
+        let mut key: MetadataValue<Ascii> = format!("Bearer {}", api_key.trim())
+            .parse()
+            .map_err(|_| RouterError::KeyForm)?;
+        key.set_sensitive(true);
+        Ok(Self {
+            address: address.to_owned(),
+            key,
+            client: SessionsClient::new(channel),
+        })
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request
+            .metadata_mut()
+            .insert("authorization", self.key.clone());
+        request
+    }
+
+    fn error(&self, status: &Status) -> RouterError {
+        if let Some(refusal) = refusal::of_status(status) {
+            return RouterError::Refused(Box::new(refusal));
+        }
+        let message = status.message().to_owned();
+        match status.code() {
+            Code::NotFound => RouterError::NotFound(message),
+            Code::Unauthenticated | Code::PermissionDenied => RouterError::NotAllowed(message),
+            Code::InvalidArgument => RouterError::Invalid(message),
+            _ => RouterError::Unavailable {
+                address: self.address.clone(),
+                message: explain(status),
+            },
+        }
+    }
+
+    /// Places and reserves a session.
+    ///
+    /// # Errors
+    /// [`RouterError::Refused`] with every candidate's reason, or another [`RouterError`].
+    pub async fn create(&self, wanted: &SessionRequest) -> Result<Session, RouterError> {
+        let message = CreateSessionRequest {
+            agent: wanted.agent.clone(),
+            location: wanted.location.map(|(latitude, longitude)| Location {
+                latitude,
+                longitude,
+            }),
+            client_key: wanted.client_key.to_vec().into(),
+            constraints: Some(Constraints {
+                regions: wanted.regions.clone(),
+                residency: Vec::new(),
+                max_rtt_ms: wanted.max_rtt_ms,
+            }),
+            codec: wanted.codec.into(),
+            session: wanted.session.as_bytes().to_vec().into(),
+            epoch: wanted.epoch.value(),
+            waited_ms: 0,
+        };
+        let answer = self
+            .client
+            .clone()
+            .create_session(self.request(message))
+            .await;
+        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+    }
+
+    /// Why a session is where it is.
+    ///
+    /// # Errors
+    /// [`RouterError`].
+    pub async fn explain(&self, session: &str) -> Result<Explanation, RouterError> {
+        let message = ExplainSessionRequest {
+            session: session.to_owned(),
+        };
+        let answer = self
+            .client
+            .clone()
+            .explain_session(self.request(message))
+            .await;
+        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+    }
+
+    /// Ends a session or gives its reservation back.
+    ///
+    /// # Errors
+    /// [`RouterError`].
+    pub async fn delete(&self, session: &str) -> Result<(), RouterError> {
+        let message = DeleteSessionRequest {
+            session: session.to_owned(),
+        };
+        let answer = self
+            .client
+            .clone()
+            .delete_session(self.request(message))
+            .await;
+        answer.map(|_| ()).map_err(|status| self.error(&status))
+    }
+
+    /// The tenant's sessions, newest first.
+    ///
+    /// # Errors
+    /// [`RouterError`].
+    pub async fn list(&self, limit: u32) -> Result<Vec<SessionSummary>, RouterError> {
+        let answer = self
+            .client
+            .clone()
+            .list_sessions(self.request(ListSessionsRequest { limit }))
+            .await;
+        Ok(answer
+            .map_err(|status| self.error(&status))?
+            .into_inner()
+            .sessions)
+    }
+}
+
+/// A transport error's own text is "transport error"; what happened is in its sources.
+fn explain(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+        source = error.source();
+    }
+    text
+}
