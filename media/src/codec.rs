@@ -2,6 +2,7 @@
 //!
 //! **Complexity.** Measured with `cargo bench -p antiphon-media`; see [`EncoderSettings::complexity`].
 
+mod conceal;
 mod packet;
 
 use ropus::{Application, Bitrate, Channels, DecodeMode, InbandFec, Signal};
@@ -31,7 +32,7 @@ impl Default for EncoderSettings {
     fn default() -> Self {
         Self {
             bitrate: 24_000,
-            complexity: 3,
+            complexity: 1,
             fec_loss_percent: 5,
             dtx: true,
         }
@@ -212,8 +213,10 @@ fn opus_encoder(bitrate: u32, complexity: u8, loss: u8) -> Result<ropus::Encoder
 pub struct Decoder {
     format: AudioFormat,
     opus: Option<Box<ropus::Decoder>>,
-    /// Linear PCM is concealed by repeating the last frame, halved each time.
+    /// The frame decoded or concealed last.
     last: Vec<i16>,
+    /// Opus conceals by itself.
+    linear: conceal::Repeater,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -235,6 +238,7 @@ impl Decoder {
             format,
             opus,
             last: vec![0; format.frame_samples()],
+            linear: conceal::Repeater::new(format.sample_rate()),
         }
     }
 
@@ -261,6 +265,7 @@ impl Decoder {
                 for (sample, bytes) in self.last.iter_mut().zip(payload.as_chunks::<2>().0) {
                     *sample = i16::from_be_bytes(*bytes);
                 }
+                self.linear.heard(&mut self.last);
             }
         }
         Ok(&self.last)
@@ -279,7 +284,7 @@ impl Decoder {
                     self.last.fill(0);
                 }
             }
-            None => self.last.iter_mut().for_each(|sample| *sample /= 2),
+            None => self.linear.conceal(&mut self.last),
         }
         &self.last
     }
@@ -325,3 +330,6 @@ const DTX_RMS: f32 = 16.0;
 
 /// Silent frames that are sent before transmission stops: 200 ms.
 const DTX_HANGOVER_FRAMES: u32 = 10;
+
+#[cfg(test)]
+mod tests;

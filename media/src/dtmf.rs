@@ -83,36 +83,63 @@ pub fn tone(pcm: &[i16], rate: u32) -> Option<Tone> {
     })
 }
 
-/// All digits of at least 50 ms, with at least 40 ms between equal ones.
+/// All digits of at least 50 ms, with at least 40 ms of silence between equal ones.
+///
+/// Up to 40 ms within a digit may be damaged (a concealed packet): sound that is no digit does not end it, silence
+/// does.
 pub fn detect(pcm: &[i16], rate: u32) -> Vec<Detection> {
     let hop = (rate / 100) as usize;
-    let window = 3 * hop;
+    let window = 2 * hop;
     let mut found: Vec<Detection> = Vec::new();
-    let mut run: Option<(u8, usize, usize)> = None; // digit, first hop, windows
-    let windows = pcm.len().saturating_sub(window) / hop + usize::from(pcm.len() >= window);
-    for index in 0..=windows {
-        let heard = pcm
-            .get(index * hop..index * hop + window)
-            .and_then(|part| tone(part, rate));
-        run = match (run, heard) {
-            (Some((digit, first, count)), Some(tone)) if tone.digit == digit => {
-                Some((digit, first, count + 1))
+    let mut run: Option<Run> = None;
+    for begin in (0..pcm.len().saturating_sub(window - 1)).step_by(hop) {
+        let part = &pcm[begin..begin + window];
+        match (tone(part, rate), &mut run) {
+            (Some(tone), Some(run)) if run.digit == tone.digit => run.extend(begin + window),
+            (Some(tone), _) => {
+                found.extend(run.take().and_then(Run::detection));
+                run = Some(Run {
+                    digit: tone.digit,
+                    windows: 1,
+                    damaged: 0,
+                    begin,
+                    end: begin + window,
+                });
             }
-            (run, heard) => {
-                if let Some((digit, first, count)) =
-                    run.filter(|&(_, _, count)| count >= LEAST_WINDOWS)
-                {
-                    found.push(Detection {
-                        digit,
-                        begin: first * hop,
-                        end: (first + count + 2) * hop,
-                    });
-                }
-                heard.map(|tone| (tone.digit, index, 1))
+            (None, Some(damaged)) if !levels::is_silent(part) && damaged.damaged < MOST_DAMAGED => {
+                damaged.damaged += 1;
             }
-        };
+            (None, _) => found.extend(run.take().and_then(Run::detection)),
+        }
     }
+    found.extend(run.and_then(Run::detection));
     found
+}
+
+/// Windows of the same digit.
+#[derive(Debug)]
+struct Run {
+    digit: u8,
+    windows: usize,
+    /// Since the last good one.
+    damaged: usize,
+    begin: usize,
+    end: usize,
+}
+
+impl Run {
+    fn extend(&mut self, end: usize) {
+        self.windows += 1;
+        self.damaged = 0;
+        self.end = end;
+    }
+
+    fn detection(self) -> Option<Detection> {
+        let Self {
+            digit, begin, end, ..
+        } = self;
+        (self.windows >= LEAST_WINDOWS).then_some(Detection { digit, begin, end })
+    }
 }
 
 /// Shares of a sound's energy at the eight frequencies, 0..=1 each.
@@ -186,5 +213,113 @@ const MOST_TWIST: f32 = 8.0;
 /// Over the other frequencies of the group (5 dB).
 const DOMINANCE: f32 = 3.2;
 
-/// Windows of 30 ms, every 10 ms, that must agree.
+/// Windows of 20 ms, every 10 ms, that must agree.
 const LEAST_WINDOWS: usize = 3;
+
+/// Windows in a row that may be damaged: a concealed packet touches three.
+const MOST_DAMAGED: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::{Decoder, Encoder, EncoderSettings};
+    use crate::format::AudioFormat;
+    use crate::speech::{self, Utterance};
+
+    fn through_opus(pcm: &[i16]) -> Vec<i16> {
+        let mut encoder = Encoder::new(AudioFormat::Opus, EncoderSettings::default()).unwrap();
+        let mut decoder = Decoder::new(AudioFormat::Opus);
+        let mut out = Vec::new();
+        for frame in pcm.chunks_exact(320) {
+            match encoder.encode(frame).unwrap() {
+                Some(payload) => out.extend_from_slice(decoder.decode(&payload).unwrap()),
+                None => out.extend([0; 320]),
+            }
+        }
+        out
+    }
+
+    fn digits(pcm: &[i16], rate: u32) -> Vec<u8> {
+        detect(pcm, rate)
+            .into_iter()
+            .map(|found| found.digit)
+            .collect()
+    }
+
+    #[test]
+    fn every_digit_has_its_own_tone() {
+        for rate in [16_000, 24_000] {
+            for digit in 0..16 {
+                let mut pcm = Vec::new();
+                generate(digit, Duration::from_millis(40), rate, &mut pcm);
+                assert_eq!(
+                    tone(&pcm, rate).map(|tone| tone.digit),
+                    Some(digit),
+                    "{} at {rate}",
+                    key(digit)
+                );
+                assert!((levels::rms(&pcm) - AMPLITUDE).abs() < AMPLITUDE * 0.1);
+            }
+        }
+    }
+
+    #[test]
+    fn codes_survive_opus_at_every_offset() {
+        let sent: Vec<u8> = (0..16).chain([5, 5, 0, 0]).collect();
+        for (tone_ms, gap_ms, offset) in [
+            (60, 40, 0),
+            (60, 40, 111),
+            (80, 50, 200),
+            (100, 40, 77),
+            (60, 45, 319),
+        ] {
+            let mut pcm = vec![0; 1600 + offset];
+            for &digit in &sent {
+                generate(digit, Duration::from_millis(tone_ms), 16_000, &mut pcm);
+                pcm.resize(pcm.len() + gap_ms * 16, 0);
+            }
+            pcm.resize(pcm.len() + 1600, 0);
+            assert_eq!(
+                digits(&through_opus(&pcm), 16_000),
+                sent,
+                "{tone_ms} {gap_ms} {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn speech_holds_no_digits() {
+        for utterance in Utterance::ALL {
+            assert_eq!(
+                digits(&utterance.pcm(), speech::RATE),
+                [],
+                "{}",
+                utterance.name
+            );
+            assert_eq!(
+                digits(&through_opus(&utterance.pcm()), speech::RATE),
+                [],
+                "{}",
+                utterance.name
+            );
+        }
+    }
+
+    #[test]
+    fn one_frequency_and_noise_are_no_digits() {
+        let mut state = 1u32;
+        let noise: Vec<i16> = (0..16_000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 18) as i16 - 8192
+            })
+            .collect();
+        assert_eq!(digits(&noise, 16_000), []);
+        let step = std::f32::consts::TAU * ROWS[0] / 16_000.0;
+        let sine: Vec<i16> = (0..16_000)
+            .map(|i| ((i as f32 * step).sin() * 8000.0) as i16)
+            .collect();
+        assert_eq!(digits(&sine, 16_000), []);
+        assert_eq!(digits(&[0; 100], 16_000), []);
+    }
+}

@@ -100,8 +100,7 @@ pub struct JitterBuffer {
     playout: Playout,
     /// Highest sequence that was played or given up.
     taken: u64,
-    /// Frames concealed since the last packet: loss or the sender's silence, the next packet tells.
-    gap: u64,
+    gap: Gap,
     quiet: bool,
     flushed: Option<u16>,
     stats: JitterStats,
@@ -122,6 +121,14 @@ struct Source {
     /// Extended, of the packet with the highest sequence.
     sequence: u64,
     timestamp: i64,
+}
+
+/// Frames concealed since the last packet: loss or the sender's silence, the next packet tells.
+#[derive(Debug, Clone, Copy, Default)]
+struct Gap {
+    frames: u64,
+    /// Timestamp of the first of them.
+    from: i64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -147,7 +154,7 @@ impl JitterBuffer {
             epoch: None,
             playout: Playout::Silent,
             taken: 0,
-            gap: 0,
+            gap: Gap::default(),
             quiet: false,
             flushed: None,
             stats: JitterStats::default(),
@@ -238,7 +245,7 @@ impl JitterBuffer {
         self.taken = taken;
         self.stats.flushed += (before - self.packets.len()) as u64;
         self.playout = Playout::Silent;
-        self.gap = 0;
+        self.gap = Gap::default();
     }
 
     /// Counts and delays.
@@ -284,7 +291,7 @@ impl JitterBuffer {
         self.target.begin_anew();
         self.jitter.rebase();
         self.playout = Playout::Silent;
-        self.gap = 0;
+        self.gap = Gap::default();
     }
 
     /// Timestamps without end, around the newest one.
@@ -398,7 +405,7 @@ impl JitterBuffer {
         }
         if head.sequence == self.taken + 1 {
             self.playout = Playout::Silent;
-            self.gap = 0; // it was the sender's silence
+            self.gap = Gap::default(); // it was the sender's silence
             return self.pull_silent(now);
         }
         let successor = (head.timestamp < next + 2 * self.step).then(|| head.payload.clone());
@@ -418,12 +425,16 @@ impl JitterBuffer {
         }
         // With less delay than there should be, wait for the packet and let the delay grow.
         let wait = self.delay(now, next) + delay::FRAME / 2 < self.target.micros();
+        let due = next;
         let next = if wait { next } else { next + self.step };
         self.playout = Playout::Playing {
             next,
             concealed: concealed + 1,
         };
-        self.gap += 1;
+        if self.gap.frames == 0 {
+            self.gap.from = due;
+        }
+        self.gap.frames += 1;
         Frame::Conceal {
             fec_from: successor.filter(|_| !wait),
         }
@@ -433,7 +444,11 @@ impl JitterBuffer {
         let Some(head) = self.packets.pop_front() else {
             return Frame::Silence;
         };
-        self.stats.concealed += std::mem::take(&mut self.gap);
+        let gap = std::mem::take(&mut self.gap);
+        let paused = head.sequence == self.taken + 1 && head.timestamp > gap.from;
+        if !paused {
+            self.stats.concealed += gap.frames;
+        }
         self.stats.played += 1;
         self.taken = head.sequence;
         self.playout = Playout::Playing {

@@ -34,6 +34,14 @@ pub fn audible_range(pcm: &[i16], rate: u32) -> Range<usize> {
     }
 }
 
+/// How much of it is audible, in steps of 10 ms.
+pub fn audible_duration(pcm: &[i16], rate: u32) -> Duration {
+    let audible = pcm
+        .chunks(block_samples(rate))
+        .filter(|part| !is_silent(part));
+    Duration::from_millis(10 * audible.count() as u64)
+}
+
 /// The longest silence, in steps of 10 ms, and the sample where it begins.
 pub fn longest_silence(pcm: &[i16], rate: u32) -> (Duration, usize) {
     let block = block_samples(rate);

@@ -178,9 +178,9 @@ mod tests {
     fn impossible_rates_are_refused() {
         assert_eq!(convert(&[0], 0, 16_000), Err(ResampleError::Rate(0)));
         assert_eq!(
-            FrameResampler::new(22_050, 16_000).unwrap_err(),
+            FrameResampler::new(11_025, 16_000).unwrap_err(),
             ResampleError::Frames {
-                from: 22_050,
+                from: 11_025,
                 to: 16_000
             }
         );

@@ -180,3 +180,132 @@ impl TurnMachine {
 
 /// Quiet between sounds that together may begin a turn.
 const LONGEST_HESITATION: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// One character per frame: `#` speech, `.` quiet, `A`/`a` the agent begins/stops before the next frame.
+    fn events(settings: TurnTaking, script: &str) -> Vec<TurnEvent> {
+        let mut machine = TurnMachine::new(settings);
+        let (mut at, mut events) = (0, Vec::new());
+        for sign in script.chars() {
+            match sign {
+                'A' | 'a' => machine.handle(TurnInput::AgentSpeaking(sign == 'A')),
+                _ => {
+                    machine.handle(TurnInput::Frame {
+                        speech: sign == '#',
+                        at,
+                    });
+                    at += FRAME_POSITIONS;
+                }
+            }
+            events.extend(std::iter::from_fn(|| machine.poll_output()));
+        }
+        events
+    }
+
+    fn settings() -> TurnTaking {
+        TurnTaking {
+            end_silence: Duration::from_millis(100),
+            min_speech: Duration::from_millis(60),
+            interruptible: true,
+        }
+    }
+
+    const F: u64 = FRAME_POSITIONS;
+
+    #[test]
+    fn a_turn_begins_and_ends_where_the_speech_does() {
+        assert_eq!(
+            events(settings(), "..#####.....#"),
+            [
+                TurnEvent::SpeechStarted { turn: 1, at: 2 * F },
+                TurnEvent::SpeechStopped { turn: 1, at: 7 * F }
+            ]
+        );
+    }
+
+    #[test]
+    fn pauses_shorter_than_the_end_silence_belong_to_the_turn() {
+        let found = events(settings(), "###....###....##.....");
+        assert_eq!(
+            found.last(),
+            Some(&TurnEvent::SpeechStopped {
+                turn: 1,
+                at: 16 * F
+            })
+        );
+        assert_eq!(found.len(), 2);
+    }
+
+    #[test]
+    fn short_sounds_are_no_turn_and_count_nothing() {
+        assert_eq!(events(settings(), "##..........##..........#"), []);
+        assert_eq!(
+            events(settings(), "##..........###")[0],
+            TurnEvent::SpeechStarted {
+                turn: 1,
+                at: 12 * F
+            },
+            "the first two were forgotten"
+        );
+        assert_eq!(
+            events(settings(), "#.#.#")[0],
+            TurnEvent::SpeechStarted { turn: 1, at: 0 }
+        );
+    }
+
+    #[test]
+    fn the_agent_is_interrupted_once_and_only_if_it_may_be() {
+        let interrupted = |settings, script| {
+            events(settings, script)
+                .iter()
+                .filter(|event| matches!(event, TurnEvent::Interrupted { .. }))
+                .count()
+        };
+        assert_eq!(interrupted(settings(), "A..########"), 1);
+        assert_eq!(interrupted(settings(), "A..##......"), 0, "too short");
+        assert_eq!(
+            interrupted(settings(), "Aa..########"),
+            0,
+            "the agent had ended"
+        );
+        assert_eq!(
+            interrupted(
+                TurnTaking {
+                    interruptible: false,
+                    ..settings()
+                },
+                "A..########"
+            ),
+            0
+        );
+        assert_eq!(
+            events(settings(), "A.###")[1],
+            TurnEvent::Interrupted { turn: 1, at: 4 * F },
+            "with the frame that made it a turn"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn starts_and_stops_alternate(script in "[#.Aa]{0,300}") {
+            let mut open = None;
+            let mut last = 0;
+            for event in events(settings(), &script) {
+                match event {
+                    TurnEvent::SpeechStarted { turn, at } => {
+                        prop_assert_eq!(open.replace(turn), None);
+                        prop_assert_eq!(turn, last + 1);
+                        prop_assert!(at % F == 0);
+                        last = turn;
+                    }
+                    TurnEvent::SpeechStopped { turn, .. } => prop_assert_eq!(open.take(), Some(turn)),
+                    TurnEvent::Interrupted { turn, .. } => prop_assert_eq!(open, Some(turn)),
+                }
+            }
+        }
+    }
+}

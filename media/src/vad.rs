@@ -97,3 +97,49 @@ impl Vad {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::speech::Utterance;
+    use std::time::Duration;
+
+    fn share(pcm: &[i16]) -> f32 {
+        let mut vad = Vad::new(VadSettings::default());
+        let frames = pcm.chunks_exact(FRAME_SAMPLES);
+        let total = frames.len();
+        frames.filter(|frame| vad.frame(frame).speech).count() as f32 / total as f32
+    }
+
+    #[test]
+    fn speech_is_speech() {
+        for utterance in Utterance::ALL {
+            let share = share(&utterance.pcm());
+            assert!(share > 0.6, "{}: {share}", utterance.name);
+        }
+    }
+
+    #[test]
+    fn digital_silence_and_faint_hiss_never_are() {
+        assert_eq!(share(&[0; 32_000]), 0.0);
+        let hiss: Vec<i16> = (0..32_000)
+            .map(|i: i32| (i.wrapping_mul(7919) % 41 - 20) as i16)
+            .collect();
+        assert_eq!(share(&hiss), 0.0);
+        // Not even right after speech.
+        let mut vad = Vad::new(VadSettings::default());
+        for frame in Utterance::ALL[0].pcm().chunks_exact(FRAME_SAMPLES) {
+            vad.frame(frame);
+        }
+        assert!(!vad.frame(&[0; FRAME_SAMPLES]).speech);
+    }
+
+    #[test]
+    fn tones_of_a_keypad_are_speech() {
+        for digit in 0..16 {
+            let mut pcm = Vec::new();
+            dtmf::generate(digit, Duration::from_millis(400), RATE, &mut pcm);
+            assert!(share(&pcm) > 0.9, "{}: {}", dtmf::key(digit), share(&pcm));
+        }
+    }
+}

@@ -121,12 +121,12 @@ pub enum Problem {
         /// Time into what was said.
         from: Duration,
     },
-    /// Something is said after the words.
-    #[error("{duration:.1?} of sound after the words of answer {turn} that nobody said")]
+    /// Something else is said before or after the words.
+    #[error("{duration:.1?} of sound around the words of answer {turn} that nobody said")]
     ExtraSound {
         /// Counted from 1.
         turn: u32,
-        /// From first to last of it.
+        /// All of it together, without silence in between.
         duration: Duration,
     },
     /// The answer breaks off for longer than the speaker paused.
@@ -189,48 +189,51 @@ impl Report {
 
 /// Compares a recording at `rate` with what was said.
 pub fn verify(said: &[Said<'_>], recording: &[i16], rate: u32) -> Report {
+    let found = find_receipts(recording, rate);
     let mut problems = Vec::new();
     let mut answers = Vec::new();
-    for found in find_receipts(recording, rate) {
-        match found.receipt {
-            Ok(receipt) => answers.push((receipt, found.samples)),
+    for (index, FoundReceipt { samples, receipt }) in found.iter().enumerate() {
+        // Each answer lasts until the next receipt, readable or not.
+        let end = found
+            .get(index + 1)
+            .map_or(recording.len(), |next| next.samples.start);
+        match *receipt {
+            Ok(receipt) => answers.push(Answer {
+                receipt,
+                begin: samples.start,
+                words: samples.end..end,
+            }),
             Err(error) => problems.push(Problem::UnreadableReceipt {
-                at: time(found.samples.start, rate),
+                at: time(samples.start, rate),
                 error,
             }),
         }
     }
-    // Each answer lasts until the next receipt.
-    let ends: Vec<usize> = answers
-        .iter()
-        .skip(1)
-        .map(|(_, samples)| samples.start)
-        .chain([recording.len()])
-        .collect();
     let mut taken = vec![false; answers.len()];
     let mut expected_chain = 0;
     let mut turns = Vec::with_capacity(said.len());
     for (number, said) in (1..).zip(said) {
         expected_chain = receipt::chain(expected_chain, said.code);
         let own = (0..answers.len())
-            .find(|&index| !taken[index] && answers[index].0.turn == number as u8);
+            .find(|&index| !taken[index] && answers[index].receipt.turn == number as u8);
         let Some(index) = own else {
             turns.push(unanswered(number, expected_chain));
             continue;
         };
         taken[index] = true;
-        let (receipt, samples) = &answers[index];
-        let heard = Answer {
-            receipt: *receipt,
-            begin: samples.start,
-            words: samples.end..ends[index],
-        };
-        turns.push(judge(number, expected_chain, said, &heard, recording, rate));
+        turns.push(judge(
+            number,
+            expected_chain,
+            said,
+            &answers[index],
+            recording,
+            rate,
+        ));
     }
-    for ((receipt, samples), _) in answers.iter().zip(&taken).filter(|&(_, &taken)| !taken) {
+    for (answer, _) in answers.iter().zip(&taken).filter(|&(_, &taken)| !taken) {
         problems.push(Problem::UnexpectedAnswer {
-            turn: receipt.turn,
-            at: time(samples.start, rate),
+            turn: answer.receipt.turn,
+            at: time(answer.begin, rate),
         });
     }
     Report { turns, problems }
@@ -290,8 +293,12 @@ fn judge(
         });
     }
     let end = heard.words.start + words.samples.end;
-    let after = &recording[end.min(heard.words.end)..heard.words.end];
-    let extra = time(levels::audible_range(after, rate).len(), rate);
+    let extra = extra_sound(
+        recording,
+        &heard.words,
+        heard.words.start + words.samples.start..end,
+        rate,
+    );
     if extra > MOST_EXTRA {
         problems.push(Problem::ExtraSound {
             turn,
@@ -323,8 +330,23 @@ fn judge(
     }
 }
 
+/// What is audible between receipt and words, and between words and the next receipt.
+fn extra_sound(recording: &[i16], span: &Range<usize>, words: Range<usize>, rate: u32) -> Duration {
+    let margin = samples(EXTRA_MARGIN, rate);
+    let before = span.start + margin..words.start.saturating_sub(margin);
+    let after = words.end + margin..span.end.saturating_sub(margin);
+    [before, after]
+        .into_iter()
+        .map(|part| levels::audible_duration(recording.get(part).unwrap_or_default(), rate))
+        .sum()
+}
+
 fn time(samples: usize, rate: u32) -> Duration {
     Duration::from_micros(samples as u64 * 1_000_000 / u64::from(rate.max(1)))
+}
+
+fn samples(duration: Duration, rate: u32) -> usize {
+    (duration.as_micros() as u64 * u64::from(rate) / 1_000_000) as usize
 }
 
 /// Between receipt and words, with the 20 ms that are kept before the first sound.
@@ -333,8 +355,6 @@ const PAUSE_AFTER_RECEIPT: Duration = Duration::from_millis(140);
 /// Silence beyond the longest pause that was said: the rest of a fading sound may fall below what is audible.
 const MOST_DROPOUT: Duration = Duration::from_millis(100);
 
-/// Sound after the words: codecs and concealment ring on.
-const MOST_EXTRA: Duration = Duration::from_millis(150);
-
-#[cfg(test)]
-mod tests;
+/// Sound around the words, but for the margins at both ends: codecs and concealment ring on.
+const MOST_EXTRA: Duration = Duration::from_millis(60);
+const EXTRA_MARGIN: Duration = Duration::from_millis(100);

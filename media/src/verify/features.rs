@@ -13,7 +13,7 @@ pub(super) const FRAMES_PER_SECOND: u32 = 100;
 /// Energies of one moment's bands, natural logarithms.
 pub(super) type Bands = [f32; BANDS];
 
-/// A spectrogram with the mean of each band taken away, so that only what changes is left.
+/// A log spectrogram.
 #[derive(Debug)]
 pub(super) struct Spectrogram {
     pub(super) frames: Vec<Bands>,
@@ -46,14 +46,22 @@ impl Spectrogram {
                 (energy * scale + FLOOR).ln()
             }));
         }
-        Self { frames }.centred()
+        Self { frames }
     }
 
-    fn centred(mut self) -> Self {
+    /// Mean of each band.
+    pub(super) fn mean(&self) -> Bands {
         let count = self.frames.len().max(1) as f32;
-        for band in 0..BANDS {
-            let mean = self.frames.iter().map(|frame| frame[band]).sum::<f32>() / count;
-            self.frames.iter_mut().for_each(|frame| frame[band] -= mean);
+        std::array::from_fn(|band| self.frames.iter().map(|frame| frame[band]).sum::<f32>() / count)
+    }
+
+    /// Takes `mean` away: what all speech has in common is no evidence.
+    pub(super) fn less(mut self, mean: &Bands) -> Self {
+        for frame in &mut self.frames {
+            frame
+                .iter_mut()
+                .zip(mean)
+                .for_each(|(energy, mean)| *energy -= mean);
         }
         self
     }

@@ -25,7 +25,7 @@ pub fn find_receipts(recording: &[i16], rate: u32) -> Vec<FoundReceipt> {
             let digits = best_digits(&moments[train.clone()]);
             FoundReceipt {
                 samples: train.start * hop..train.end * hop,
-                receipt: Receipt::parse(&digits),
+                receipt: read(digits),
             }
         })
         .collect()
@@ -66,8 +66,28 @@ fn trains(moments: &[Moment]) -> Vec<Range<usize>> {
     trains
 }
 
-/// The eighteen digits, each of 40 to 80 ms, that explain the train best (dynamic programming over their ends).
-fn best_digits(train: &[Moment]) -> [u8; DIGITS] {
+/// A digit and how well it explains its moments, 0..=1.
+type Explained = (u8, f32);
+
+/// Reads the digits. One that was hardly heard is made up from the check digits, if they do not fit as it is: they
+/// determine any one digit. A wrong guess shows in the chain.
+fn read(explained: [Explained; DIGITS]) -> Result<Receipt, ReceiptError> {
+    let mut digits = explained.map(|(digit, _)| digit);
+    let read = Receipt::parse(&digits);
+    let weakest = (0..DIGITS).min_by(|&a, &b| explained[a].1.total_cmp(&explained[b].1));
+    let Some(weakest) = weakest.filter(|&place| explained[place].1 < HARDLY_HEARD && read.is_err())
+    else {
+        return read;
+    };
+    let corrected = (0..16).find_map(|digit| {
+        digits[weakest] = digit;
+        Receipt::parse(&digits).ok()
+    });
+    corrected.map_or(read, Ok)
+}
+
+/// The eighteen digits, each of 40 to 90 ms, that explain the train best (dynamic programming over their ends).
+fn best_digits(train: &[Moment]) -> [Explained; DIGITS] {
     // sums[t][digit]: of all moments before t.
     let mut sums = vec![[0.0f32; 16]];
     for moment in train {
@@ -103,11 +123,12 @@ fn best_digits(train: &[Moment]) -> [u8; DIGITS] {
             score(a).total_cmp(&score(b))
         })
         .unwrap_or(end);
-    let mut digits = [0; DIGITS];
+    let mut digits = [(0, 0.0); DIGITS];
     let mut at = last;
     for place in (1..=DIGITS).rev() {
         let (digit, length) = chosen[at][place];
-        digits[place - 1] = digit;
+        let of = |at: usize| sums[at][usize::from(digit)];
+        digits[place - 1] = (digit, (of(at) - of(at - length)) / length.max(1) as f32);
         at -= length;
     }
     digits
@@ -127,8 +148,11 @@ fn explanation(before: &Moment, after: &Moment) -> (u8, f32) {
 /// A moment explained this well is part of a tone.
 const TONE: f32 = 0.4;
 
-/// Moments without a tone within a train.
-const LONGEST_BREAK: usize = 6;
+/// A digit explained worse than this may be another one.
+const HARDLY_HEARD: f32 = 0.6;
+
+/// Moments without a tone within a train: a whole digit may be lost. The pause before the words is longer.
+const LONGEST_BREAK: usize = 9;
 
 /// Moments of a train.
 const SHORTEST: usize = 90;

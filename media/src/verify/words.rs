@@ -27,14 +27,16 @@ pub struct WordsFound {
 /// Looks for `said` in `span`, both at `rate`.
 pub fn compare_words(said: &[i16], span: &[i16], rate: u32) -> WordsFound {
     let hop = (rate / FRAMES_PER_SECOND) as usize;
-    let said = Spectrogram::of(said, rate).frames;
+    let said = Spectrogram::of(said, rate);
+    let mean = said.mean();
+    let said = said.less(&mean).frames;
     // Silence on both sides, so that every offset is a whole comparison.
     let lead = said.len();
     let padded: Vec<i16> = std::iter::repeat_n(0, lead * hop)
         .chain(span.iter().copied())
         .chain(std::iter::repeat_n(0, lead * hop))
         .collect();
-    let heard = Spectrogram::of(&padded, rate).frames;
+    let heard = Spectrogram::of(&padded, rate).less(&mean).frames;
     let offset = best_offset(&said, &heard);
     let mut drift = offset;
     let (mut scores, mut missing) = (Vec::new(), Vec::new());
@@ -64,7 +66,8 @@ pub fn compare_words(said: &[i16], span: &[i16], rate: u32) -> WordsFound {
 fn best_offset(said: &[Bands], heard: &[Bands]) -> usize {
     let offsets = 0..=heard.len().saturating_sub(said.len());
     let score = |offset: usize| correlation(said, &heard[offset..]);
-    let scored = offsets.map(|offset| (score(offset), offset));
+    // The first of equals.
+    let scored = offsets.rev().map(|offset| (score(offset), offset));
     scored
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map_or(0, |(_, offset)| offset)
