@@ -1,1 +1,57 @@
-//! placeholder
+//! The command line of Antiphon, and the fleet that it runs on one machine.
+#![forbid(unsafe_code)]
+
+mod args;
+mod call;
+mod cid;
+mod demo;
+mod explain;
+pub mod fleet;
+mod keys;
+mod present;
+mod sessions;
+mod up;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context as _;
+
+pub use args::Cli;
+use args::Command;
+
+/// Runs one command. Errors go to standard error, one line per cause; the exit code says whether it went well.
+#[must_use]
+pub fn main(cli: Cli) -> ExitCode {
+    antiphon_runtime::telemetry::init_for_people();
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting")
+        .and_then(|runtime| runtime.block_on(run(cli)));
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            present::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let dir = cli.dir.map_or_else(default_dir, Ok)?;
+    let json = cli.json;
+    match cli.command {
+        Command::Up(args) => up::run(&args, dir, json).await,
+        Command::Call(args) => call::run(&args, &dir, json).await,
+        Command::Sessions(args) => sessions::run(&args, &dir, json).await,
+        Command::Explain(args) => explain::run(&args, &dir, json).await,
+        Command::Keys(args) => keys::run(&args, &dir, json).await,
+        Command::Demo(args) => demo::run(&args, json).await,
+        Command::Cid(args) => cid::run(&args, json),
+    }
+}
+
+fn default_dir() -> anyhow::Result<PathBuf> {
+    let home = std::env::home_dir().context("no home directory: name the fleet's directory with --dir")?;
+    Ok(home.join(".antiphon"))
+}

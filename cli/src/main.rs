@@ -1,2 +1,10 @@
-//! placeholder
-fn main() {}
+//! The `antiphon` command.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    antiphon_cli::main(antiphon_cli::Cli::parse())
+}

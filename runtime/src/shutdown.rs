@@ -6,6 +6,7 @@
 /// The operating system refuses the handler.
 pub fn signal() -> std::io::Result<impl Future<Output = ()> + Send> {
     use tokio::signal::unix::{SignalKind, signal};
+    follow_parent()?;
     let (mut term, mut int) = (
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
@@ -17,3 +18,20 @@ pub fn signal() -> std::io::Result<impl Future<Output = ()> + Send> {
         }
     })
 }
+
+/// With [`PARENT_VARIABLE`] set the process stops when the parent that set it is gone, however it went.
+fn follow_parent() -> std::io::Result<()> {
+    let Ok(expected) = std::env::var(PARENT_VARIABLE) else {
+        return Ok(());
+    };
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    // It may have gone before the line above.
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
+    if parent.as_deref() == Some(expected.as_str()) {
+        return Ok(());
+    }
+    Err(std::io::Error::other("the parent process is gone"))
+}
+
+/// Names the process whose end ends this one.
+pub const PARENT_VARIABLE: &str = "ANTIPHON_PARENT";

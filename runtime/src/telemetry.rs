@@ -31,3 +31,13 @@ pub fn init(json: bool) {
         tracing::debug!(%error, "logging is set up already");
     }
 }
+
+/// For commands that people run: warnings only unless `ANTIPHON_LOG` asks for more.
+pub fn init_for_people() {
+    let filter = EnvFilter::try_from_env("ANTIPHON_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let layer = fmt::layer().with_ansi(colours).with_target(false).with_writer(std::io::stderr);
+    if let Err(error) = tracing_subscriber::registry().with(filter).with(layer).try_init() {
+        tracing::debug!(%error, "logging is set up already");
+    }
+}

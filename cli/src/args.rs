@@ -1,0 +1,219 @@
+//! The command line.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Realtime voice sessions: run a fleet, make calls, look inside.
+#[derive(Debug, Parser)]
+#[command(name = "antiphon", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Directory of the fleet: keys, identities, logs.
+    #[arg(long, env = "ANTIPHON_DIR", global = true, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Print JSON for machines instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a whole fleet on this machine from manifests, without Kubernetes.
+    Up(UpArgs),
+    /// Call an agent: speak recordings, save what is answered.
+    Call(CallArgs),
+    /// List live sessions.
+    Sessions(SessionsArgs),
+    /// Say why a session is where it is.
+    Explain(ExplainArgs),
+    /// Create, list and revoke API keys.
+    Keys(KeysArgs),
+    /// Prove it: three clouds, a hundred callers, relays lost on the way.
+    Demo(DemoArgs),
+    /// Encode and decode QUIC-LB connection IDs.
+    Cid(CidArgs),
+}
+
+/// `antiphon up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Manifests: YAML files with VoiceRegion and VoiceAgent resources, or directories of them.
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// How long live calls may go on after Ctrl-C.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub stop_deadline: Duration,
+}
+
+/// Audio codec of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CodecArg {
+    /// Opus.
+    Opus,
+    /// Linear PCM, 16 kHz.
+    #[value(name = "l16-16k")]
+    L1616k,
+    /// Linear PCM, 24 kHz.
+    #[value(name = "l16-24k")]
+    L1624k,
+}
+
+/// `antiphon call`.
+#[derive(Debug, Args)]
+pub struct CallArgs {
+    /// The agent, NAMESPACE/NAME; NAME alone is in namespace `default`.
+    pub agent: String,
+    /// What to say: a WAV file per turn, in order; a built-in sentence unless given.
+    #[arg(long, value_name = "IN")]
+    pub wav: Vec<PathBuf>,
+    /// Where to save what was heard, as WAV.
+    #[arg(long, value_name = "OUT")]
+    pub save: Option<PathBuf>,
+    /// Where the caller is, in degrees: 52.5,13.4 (north and east are positive).
+    #[arg(long, value_name = "LAT,LON", value_parser = location, allow_hyphen_values = true)]
+    pub from: Option<(f64, f64)>,
+    /// Audio codec.
+    #[arg(long, value_enum, default_value_t = CodecArg::Opus)]
+    pub codec: CodecArg,
+    /// Only in these regions.
+    #[arg(long, value_name = "REGION")]
+    pub region: Vec<String>,
+    /// API key; the fleet's own unless given.
+    #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Longest wait for an answer to begin and end.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub patience: Duration,
+}
+
+/// `antiphon sessions`.
+#[derive(Debug, Args)]
+pub struct SessionsArgs {
+    /// At most this many, newest first.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+    /// API key; the fleet's own unless given.
+    #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+/// `antiphon explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// Session id, as `antiphon call` and `antiphon sessions` print it.
+    pub session: String,
+    /// API key; the fleet's own unless given.
+    #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+/// `antiphon keys`.
+#[derive(Debug, Args)]
+pub struct KeysArgs {
+    /// What to do with keys.
+    #[command(subcommand)]
+    pub command: KeysCommand,
+}
+
+/// What to do with keys.
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Make a key and print it: this is the only time that it is shown.
+    Create {
+        /// Whose it is; quotas are per tenant.
+        #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        tenant: String,
+        /// Only for these agents, NAMESPACE/NAME or NAMESPACE/*; all unless given.
+        #[arg(long, value_name = "AGENT")]
+        agent: Vec<String>,
+    },
+    /// List keys by their public part.
+    List,
+    /// Revoke a key.
+    Revoke {
+        /// Public part, as `keys list` prints it.
+        id: String,
+    },
+}
+
+/// `antiphon demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Concurrent callers.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=240))]
+    pub calls: u32,
+    /// Turns of each caller.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
+    pub turns: u32,
+    /// Keep recordings, logs and a report in this directory.
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+}
+
+/// `antiphon cid`.
+#[derive(Debug, Args)]
+pub struct CidArgs {
+    /// Encode or decode.
+    #[command(subcommand)]
+    pub command: CidCommand,
+}
+
+/// The shape of a QUIC-LB configuration.
+#[derive(Debug, Args)]
+pub struct CidConfigArgs {
+    /// AES-128 key, 32 hex digits; plaintext connection IDs unless given.
+    #[arg(long, value_name = "HEX", env = "ANTIPHON_CID_KEY", hide_env_values = true)]
+    pub key: Option<String>,
+    /// Length of the nonce in bytes.
+    #[arg(long, default_value_t = 8, value_name = "BYTES")]
+    pub nonce_len: usize,
+}
+
+/// What to do with a connection ID.
+#[derive(Debug, Subcommand)]
+pub enum CidCommand {
+    /// Make a connection ID.
+    Encode {
+        /// Server ID, hex.
+        server_id: String,
+        /// Nonce, hex.
+        nonce: String,
+        /// AES-128 key, 32 hex digits; a plaintext connection ID unless given.
+        #[arg(long, value_name = "HEX", env = "ANTIPHON_CID_KEY", hide_env_values = true)]
+        key: Option<String>,
+        /// Configuration, the top three bits of the first octet.
+        #[arg(long, default_value_t = 0, value_name = "0..=6")]
+        config: u8,
+        /// Put these five random bits (0..=31) into the first octet instead of the length.
+        #[arg(long, value_name = "BITS")]
+        random: Option<u8>,
+    },
+    /// Take a connection ID apart.
+    Decode {
+        /// Connection ID, hex.
+        cid: String,
+        /// Length of the server ID in bytes.
+        #[arg(long, default_value_t = 8, value_name = "BYTES")]
+        server_id_len: usize,
+        /// The shape of the rest.
+        #[command(flatten)]
+        config: CidConfigArgs,
+        /// The first octet's low bits are random, not the length.
+        #[arg(long)]
+        random: bool,
+    },
+}
+
+fn location(text: &str) -> Result<(f64, f64), String> {
+    let parse = || {
+        let (latitude, longitude) = text.split_once(',')?;
+        Some((latitude.trim().parse().ok()?, longitude.trim().parse().ok()?))
+    };
+    let (latitude, longitude): (f64, f64) = parse().ok_or("expected LATITUDE,LONGITUDE in degrees, such as 52.5,13.4")?;
+    antiphon_core::geo::Location::new(latitude, longitude).map_err(|e| e.to_string())?;
+    Ok((latitude, longitude))
+}

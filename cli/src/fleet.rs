@@ -1,0 +1,285 @@
+//! A whole fleet on this machine: real routers, relays and workers as processes, no Kubernetes.
+//!
+//! What is to run is the plan that resources compile to; this module is its *apply* for one machine. Every process
+//! gets a loopback address of its own (127.77.N.x), so the usual ports are free and fleets do not meet.
+
+mod address;
+mod context;
+mod process;
+mod records;
+mod root;
+
+use std::{
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use antiphon_core::keys::FleetRoot;
+use antiphon_crds::compile::FleetPlan;
+use antiphon_proto::{api_key::ApiKey, v1::admin_client::AdminClient};
+use antiphon_runtime::{
+    pki::{FleetCa, PeerName, Role, shared_dns},
+    tls,
+};
+use anyhow::{Context as _, bail};
+use tonic::transport::Channel;
+
+pub use address::Subnet;
+pub use context::{Context, RouterContext};
+pub use process::{Kind, Process};
+
+use process::{ProcessSpec, find_binaries};
+
+/// How a fleet is to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Keys, identities and logs live here; made if absent, kept afterwards.
+    pub dir: PathBuf,
+    /// How long a process may take to stop before it is killed.
+    pub stop_deadline: Duration,
+    /// Lease and tenant of the first API key.
+    pub tenant: String,
+}
+
+/// A running fleet. Its processes end with it.
+#[derive(Debug)]
+pub struct Fleet {
+    plan: FleetPlan,
+    context: Context,
+    processes: Vec<Process>,
+    options: Options,
+    // Held for as long as the fleet lives: it is what keeps the subnet ours.
+    _subnet: Subnet,
+}
+
+impl Fleet {
+    /// Starts everything and waits until the fleet takes calls; `progress` is told what is waited for.
+    ///
+    /// # Errors
+    /// A binary is missing, a process ends early, or something is not ready in time; says which and where its log is.
+    pub async fn start(plan: FleetPlan, options: Options, progress: &dyn Fn(&str)) -> anyhow::Result<Self> {
+        let binaries = find_binaries()?;
+        std::fs::create_dir_all(&options.dir).with_context(|| options.dir.display().to_string())?;
+        let mut subnet = Subnet::claim().context("no free loopback subnet")?;
+        let root = root::load_or_make(&options.dir)?;
+        let ca = FleetCa::from_seed(&root.ca_seed())?;
+        progress("keys and identities");
+        let (mut specs, context) = layout(&plan, &options, &mut subnet, &ca)?;
+        let mut processes = Vec::new();
+        specs.sort_by_key(|spec| spec.kind);
+        for spec in specs {
+            processes.push(Process::start(spec, &binaries, &options.dir)?);
+        }
+        let mut fleet = Self { plan, context, processes, options, _subnet: subnet };
+        fleet.wait_for(Kind::Router, progress).await?;
+        let key = context::load_or_make_key(&fleet.options.dir)?;
+        fleet.apply(&[(key, fleet.options.tenant.clone())]).await?;
+        fleet.wait_for(Kind::Relay, progress).await?;
+        fleet.wait_for(Kind::Worker, progress).await?;
+        fleet.wait_until_placeable(progress).await?;
+        fleet.context.save(&fleet.options.dir)?;
+        Ok(fleet)
+    }
+
+    /// What runs.
+    #[must_use]
+    pub const fn plan(&self) -> &FleetPlan {
+        &self.plan
+    }
+
+    /// Where it can be reached.
+    #[must_use]
+    pub const fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Its processes.
+    #[must_use]
+    pub fn processes(&self) -> &[Process] {
+        &self.processes
+    }
+
+    /// One process by kind, region and index.
+    pub fn process(&mut self, kind: Kind, region: &str, index: usize) -> Option<&mut Process> {
+        let mut of_kind = self.processes.iter_mut().filter(|p| p.spec().kind == kind && p.spec().region == region);
+        of_kind.nth(index)
+    }
+
+    /// Writes the plan's records, and these API keys, to every router.
+    ///
+    /// # Errors
+    /// A router refuses or cannot be reached.
+    pub async fn apply(&self, keys: &[(ApiKey, String)]) -> anyhow::Result<()> {
+        let request = records::of(&self.plan, &self.context, keys);
+        for router in &self.context.routers {
+            let mut admin = self.admin(router)?;
+            let applied = admin.apply(request.clone()).await;
+            applied.with_context(|| format!("router of {} refused the records", router.region))?;
+        }
+        Ok(())
+    }
+
+    /// An operator's channel to a router.
+    ///
+    /// # Errors
+    /// The identity or address is unusable.
+    pub fn admin(&self, router: &RouterContext) -> anyhow::Result<AdminClient<Channel>> {
+        self.context.admin(router)
+    }
+
+    /// Waits until every process of a kind says that it is ready.
+    async fn wait_for(&mut self, kind: Kind, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
+        for index in 0..self.processes.len() {
+            if self.processes[index].spec().kind == kind {
+                progress(&self.processes[index].spec().title());
+                self.processes[index].wait_ready(READY).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until every router sees every region's free slots: only then are calls placed as planned.
+    async fn wait_until_placeable(&self, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
+        progress("regions seeing each other");
+        let deadline = tokio::time::Instant::now() + READY;
+        loop {
+            match self.unseen().await? {
+                None => return Ok(()),
+                Some(missing) if tokio::time::Instant::now() > deadline => bail!("{missing}"),
+                Some(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    }
+
+    /// What some router does not see yet.
+    async fn unseen(&self) -> anyhow::Result<Option<String>> {
+        for router in &self.context.routers {
+            let status = self.admin(router)?.fleet_status(antiphon_proto::v1::FleetStatusRequest {}).await?.into_inner();
+            for pool in self.plan.pools.iter().filter(|pool| pool.replicas > 0) {
+                let digests = status.regions.iter().filter_map(|region| region.digest.as_ref());
+                let mut pools = digests.filter(|d| d.region == pool.region).flat_map(|d| &d.pools);
+                if !pools.any(|seen| seen.agent == pool.agent && seen.workers == pool.replicas) {
+                    let (region, agent) = (&pool.region, &pool.agent);
+                    let from = &router.region;
+                    return Ok(Some(format!("the router of {from} does not see the workers of {agent} in {region}")));
+                }
+            }
+            for region in &self.plan.regions {
+                let digests = status.regions.iter().filter_map(|region| region.digest.as_ref());
+                let seen = digests.filter(|d| d.region == region.name).map(|d| d.relays.len()).sum::<usize>();
+                if seen < usize::from(region.relays) {
+                    let from = &router.region;
+                    return Ok(Some(format!("the router of {from} does not see the relays of {}", region.name)));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Starts again what has ended by itself; returns what it found ended.
+    ///
+    /// # Errors
+    /// A process cannot be started.
+    pub async fn heal(&mut self) -> anyhow::Result<Vec<String>> {
+        let mut healed = Vec::new();
+        let mut routers = false;
+        for process in &mut self.processes {
+            if let Some(how) = process.restart_if_ended()? {
+                routers |= process.spec().kind == Kind::Router;
+                healed.push(format!("{} {how}; started again", process.spec().title()));
+            }
+        }
+        if routers {
+            // A router in memory mode comes back empty; the records come from here.
+            let keys = [(context::load_or_make_key(&self.options.dir)?, self.options.tenant.clone())];
+            self.wait_for(Kind::Router, &|_| ()).await?;
+            self.apply(&keys).await?;
+        }
+        Ok(healed)
+    }
+
+    /// Stops everything: workers end their calls, then relays, then routers.
+    pub async fn stop(mut self) {
+        for kind in [Kind::Worker, Kind::Relay, Kind::Router] {
+            let of_kind = self.processes.iter_mut().filter(|process| process.spec().kind == kind);
+            let deadline = self.options.stop_deadline;
+            futures::future::join_all(of_kind.map(|process| process.stop(deadline))).await;
+        }
+    }
+}
+
+/// Where everything runs, with an identity for each process.
+fn layout(
+    plan: &FleetPlan,
+    options: &Options,
+    subnet: &mut Subnet,
+    ca: &FleetCa,
+) -> anyhow::Result<(Vec<ProcessSpec>, Context)> {
+    let (mut specs, mut routers) = (Vec::new(), Vec::new());
+    let now = SystemTime::now();
+    let identity = |name: &str, role, region: &str, ip: Ipv4Addr| -> anyhow::Result<PathBuf> {
+        let dir = identity_dir(&options.dir, region, name);
+        ca.issue(&PeerName::new(name, role, region)?, &[ip.into()], now)?.save(&dir)?;
+        Ok(dir)
+    };
+    for region in &plan.regions {
+        let ip = subnet.next()?;
+        let dir = identity("router-0", Role::Router, &region.name, ip)?;
+        let spec = ProcessSpec::router(&region.name, ip, dir, root::path(&options.dir));
+        routers.push(RouterContext {
+            region: region.name.clone(),
+            public: format!("{ip}:{}", process::ROUTER_PUBLIC),
+            internal: format!("{ip}:{}", process::ROUTER_INTERNAL),
+            server_name: shared_dns(Role::Router, &region.name),
+            latitude: region.latitude,
+            longitude: region.longitude,
+        });
+        let internal = format!("{ip}:{}", process::ROUTER_INTERNAL);
+        specs.push(spec);
+        for index in 0..region.relays {
+            let (name, ip) = (format!("relay-{index}"), subnet.next()?);
+            let dir = identity(&name, Role::Relay, &region.name, ip)?;
+            specs.push(ProcessSpec::relay(&name, &region.name, ip, dir, &internal, options.stop_deadline));
+        }
+        for pool in plan.pools.iter().filter(|pool| pool.region == region.name) {
+            for index in 0..pool.replicas {
+                let name = format!("{}-{index}", pool.agent.replace('/', "-"));
+                let ip = subnet.next()?;
+                let dir = identity(&name, Role::Worker, &region.name, ip)?;
+                specs.push(ProcessSpec::worker(&name, pool, ip, dir, &internal, options.stop_deadline));
+            }
+        }
+    }
+    let operator = PeerName::new("operator", Role::Operator, "local")?;
+    let operator_dir = identity_dir(&options.dir, "local", "operator");
+    ca.issue(&operator, &[], now)?.save(&operator_dir)?;
+    let context = Context {
+        routers,
+        ca_pem: ca.certificate_pem().to_owned(),
+        operator_identity: operator_dir,
+        api_key_file: context::key_path(&options.dir),
+    };
+    Ok((specs, context))
+}
+
+fn identity_dir(dir: &Path, region: &str, name: &str) -> PathBuf {
+    dir.join("identities").join(region).join(name)
+}
+
+/// The root of a fleet's directory, for commands that only read.
+///
+/// # Errors
+/// It is not there or not readable.
+pub fn read_root(dir: &Path) -> anyhow::Result<FleetRoot> {
+    root::load(dir)
+}
+
+/// How long one process may take to become ready.
+const READY: Duration = Duration::from_secs(20);
+
+/// Connects as the operator; used by commands against a running fleet.
+pub(crate) fn admin_channel(address: &str, identity: &Path, region: &str) -> anyhow::Result<AdminClient<Channel>> {
+    let identity = antiphon_runtime::pki::Identity::load(identity)?;
+    Ok(AdminClient::new(tls::channel(address, &identity, Role::Router, region)?))
+}

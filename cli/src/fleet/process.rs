@@ -1,0 +1,332 @@
+//! One process of a fleet: how it is started, watched, stopped and killed.
+
+use std::{
+    fs::{File, OpenOptions},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use antiphon_crds::compile::PoolPlan;
+use antiphon_runtime::shutdown::PARENT_VARIABLE;
+use anyhow::{Context as _, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::{Child, Command},
+    time::timeout,
+};
+
+pub(super) const ROUTER_PUBLIC: u16 = 7443;
+pub(super) const ROUTER_INTERNAL: u16 = 7444;
+const RELAY_PUBLIC: u16 = 4433;
+const RELAY_TUNNEL: u16 = 4434;
+const WORKER_TUNNEL: u16 = 4500;
+const WORKER_CONTROL: u16 = 4480;
+const ADMIN: u16 = 7445;
+
+/// Which program. In the order to start them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `antiphon-router`.
+    Router,
+    /// `antiphon-relay`.
+    Relay,
+    /// `antiphon-worker`.
+    Worker,
+}
+
+impl Kind {
+    const fn binary(self) -> &'static str {
+        match self {
+            Self::Router => "antiphon-router",
+            Self::Relay => "antiphon-relay",
+            Self::Worker => "antiphon-worker",
+        }
+    }
+
+    /// For people.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Router => "router",
+            Self::Relay => "relay",
+            Self::Worker => "worker",
+        }
+    }
+}
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct ProcessSpec {
+    /// Program.
+    pub kind: Kind,
+    /// Name, unique in its region.
+    pub name: String,
+    /// Region.
+    pub region: String,
+    /// Its address.
+    pub ip: Ipv4Addr,
+    args: Vec<String>,
+}
+
+impl ProcessSpec {
+    /// `region/name`.
+    #[must_use]
+    pub fn title(&self) -> String {
+        format!("{} {}/{}", self.kind.label(), self.region, self.name)
+    }
+
+    fn new(kind: Kind, name: &str, region: &str, ip: Ipv4Addr, identity: &Path) -> Self {
+        let spec = Self { kind, name: name.into(), region: region.into(), ip, args: Vec::new() };
+        spec.with("region", region).with("identity", identity.display()).port("admin", ADMIN)
+    }
+
+    fn with(mut self, flag: &str, value: impl ToString) -> Self {
+        self.args.extend([format!("--{flag}"), value.to_string()]);
+        self
+    }
+
+    fn port(self, flag: &str, port: u16) -> Self {
+        let address = format!("{}:{port}", self.ip);
+        self.with(flag, address)
+    }
+
+    pub(super) fn router(region: &str, ip: Ipv4Addr, identity: PathBuf, root: PathBuf) -> Self {
+        Self::new(Kind::Router, "router-0", region, ip, &identity)
+            .port("public", ROUTER_PUBLIC)
+            .port("internal", ROUTER_INTERNAL)
+            .with("root", root.display())
+    }
+
+    pub(super) fn relay(
+        name: &str,
+        region: &str,
+        ip: Ipv4Addr,
+        identity: PathBuf,
+        router: &str,
+        drain: Duration,
+    ) -> Self {
+        Self::new(Kind::Relay, name, region, ip, &identity)
+            .with("name", name)
+            .port("public", RELAY_PUBLIC)
+            .port("tunnel", RELAY_TUNNEL)
+            .with("router", router)
+            // Many processes share few cores here.
+            .with("cores", 1)
+            .with("pin", false)
+            .with("drain-deadline", humantime::format_duration(drain))
+    }
+
+    pub(super) fn worker(
+        name: &str,
+        pool: &PoolPlan,
+        ip: Ipv4Addr,
+        identity: PathBuf,
+        router: &str,
+        drain: Duration,
+    ) -> Self {
+        Self::new(Kind::Worker, name, &pool.region, ip, &identity)
+            .with("name", name)
+            .with("agent", &pool.agent)
+            .with("gpu-class", pool.gpu_class.as_deref().unwrap_or_default())
+            .with("slots", pool.slots)
+            .port("tunnel", WORKER_TUNNEL)
+            .port("control", WORKER_CONTROL)
+            .with("router", router)
+            .with("drain-deadline", humantime::format_duration(drain))
+    }
+}
+
+/// A started process.
+#[derive(Debug)]
+pub struct Process {
+    spec: ProcessSpec,
+    binary: PathBuf,
+    log: PathBuf,
+    child: Child,
+    started: Instant,
+    /// Ended on purpose: not to be started again.
+    stopped: bool,
+    restarts: u32,
+}
+
+impl Process {
+    pub(super) fn start(spec: ProcessSpec, binaries: &Path, dir: &Path) -> anyhow::Result<Self> {
+        let logs = dir.join("logs");
+        std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
+        let log = logs.join(format!("{}-{}.log", spec.region, spec.name));
+        File::create(&log).with_context(|| log.display().to_string())?;
+        let binary = binaries.join(spec.kind.binary());
+        let child = spawn(&spec, &binary, &log)?;
+        Ok(Self { spec, binary, log, child, started: Instant::now(), stopped: false, restarts: 0 })
+    }
+
+    /// What it was started from.
+    #[must_use]
+    pub const fn spec(&self) -> &ProcessSpec {
+        &self.spec
+    }
+
+    /// Operating-system process id, while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Where it writes.
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// Waits until `/readyz` says so.
+    ///
+    /// # Errors
+    /// The process ends first, or is not ready in time; with the last lines of its log.
+    pub(super) async fn wait_ready(&mut self, deadline: Duration) -> anyhow::Result<()> {
+        let until = Instant::now() + deadline;
+        let mut last = String::from("does not answer");
+        while Instant::now() < until {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended ({status}); {}", self.spec.title(), self.log_tail());
+            }
+            match http_get(&format!("{}:{ADMIN}", self.spec.ip), "/readyz").await {
+                Ok((200, _)) => return Ok(()),
+                Ok((_, body)) => last = body.trim().to_owned(),
+                // Not listening yet.
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        bail!("{} is not ready after {deadline:?} ({last}); {}", self.spec.title(), self.log_tail())
+    }
+
+    /// The text of its `/metrics`.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn metrics(&self) -> anyhow::Result<String> {
+        let (status, body) = http_get(&format!("{}:{ADMIN}", self.spec.ip), "/metrics").await?;
+        ensure!(status == 200, "{}: /metrics says {status}", self.spec.title());
+        Ok(body)
+    }
+
+    fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = text.lines().rev().take(3).collect();
+        let tail: Vec<_> = lines.into_iter().rev().collect();
+        format!("see {}\n  {}", self.log.display(), tail.join("\n  "))
+    }
+
+    /// Sends SIGTERM: the planned stop. Returns at once.
+    ///
+    /// # Errors
+    /// It has ended already.
+    pub fn terminate(&mut self) -> anyhow::Result<()> {
+        self.stopped = true;
+        self.signal(Signal::TERM)
+    }
+
+    /// Sends SIGKILL: the unplanned end. It is not started again.
+    ///
+    /// # Errors
+    /// It has ended already.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.stopped = true;
+        self.signal(Signal::KILL)
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        let pid = pid.with_context(|| format!("{} has ended", self.spec.title()))?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// Waits until it has ended, `deadline` at most; says how.
+    ///
+    /// # Errors
+    /// It still runs.
+    pub async fn ended(&mut self, deadline: Duration) -> anyhow::Result<std::process::ExitStatus> {
+        let ended = timeout(deadline, self.child.wait()).await;
+        Ok(ended.with_context(|| format!("{} still runs after {deadline:?}", self.spec.title()))??)
+    }
+
+    /// Asks it to stop and, after the deadline and a little, kills it.
+    pub(super) async fn stop(&mut self, deadline: Duration) {
+        if self.terminate().is_err() {
+            return;
+        }
+        if self.ended(deadline + Duration::from_secs(2)).await.is_err() {
+            // The handle's drop would do the same; waiting for it leaves no zombie.
+            let _ = self.child.kill().await;
+        }
+    }
+
+    /// Starts it again if it has ended by itself; says how it had.
+    pub(super) fn restart_if_ended(&mut self) -> anyhow::Result<Option<String>> {
+        if self.stopped {
+            return Ok(None);
+        }
+        let Some(status) = self.child.try_wait()? else { return Ok(None) };
+        // A process that ends as soon as it begins is tried ever more slowly.
+        let pause = Duration::from_millis(200 << self.restarts.min(6));
+        if self.started.elapsed() < pause {
+            return Ok(None);
+        }
+        self.restarts = if self.started.elapsed() > Duration::from_secs(60) { 0 } else { self.restarts + 1 };
+        self.child = spawn(&self.spec, &self.binary, &self.log)?;
+        self.started = Instant::now();
+        Ok(Some(format!("ended ({status})")))
+    }
+}
+
+fn spawn(spec: &ProcessSpec, binary: &Path, log: &Path) -> anyhow::Result<Child> {
+    let output = OpenOptions::new().append(true).open(log).with_context(|| log.display().to_string())?;
+    Command::new(binary)
+        .args(&spec.args)
+        .env(PARENT_VARIABLE, std::process::id().to_string())
+        .env("NO_COLOR", "1")
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("starting {}", binary.display()))
+}
+
+/// The directory with the other programs: beside this one.
+pub(super) fn find_binaries() -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let mut dir = own.parent().context("this program is in no directory")?;
+    // Test binaries are one level deeper than the programs.
+    if dir.ends_with("deps") {
+        dir = dir.parent().unwrap_or(dir);
+    }
+    for kind in [Kind::Router, Kind::Relay, Kind::Worker] {
+        let path = dir.join(kind.binary());
+        ensure!(
+            path.is_file(),
+            "{} is missing: build all programs with `cargo build --workspace --bins`",
+            path.display()
+        );
+    }
+    Ok(dir.to_owned())
+}
+
+/// A plain HTTP/1.0 GET of a local admin port: status and body.
+async fn http_get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = timeout(Duration::from_secs(2), exchange).await??;
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("not an HTTP answer")?;
+    Ok((status, body.to_owned()))
+}
