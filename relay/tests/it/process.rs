@@ -1,0 +1,422 @@
+//! The whole process against a router that speaks the real protocol over mTLS.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use antiphon_core::tunnel::{ClientAddr, Notice};
+use antiphon_proto::v1::{
+    self,
+    fleet_server::{Fleet, FleetServer},
+    relay_directive::Directive,
+    relay_message::Message,
+};
+use antiphon_relay::{Args, serve};
+use antiphon_runtime::{
+    pki::{FleetCa, PeerName, Role},
+    tls,
+};
+use clap::Parser as _;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::{Notify, mpsc},
+    time::timeout,
+};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use crate::fixture::{
+    DEADLINE, GENERATION, Worker, config_id, generation, loopback, relay_number, root, secret,
+    short,
+};
+
+type Outgoing = mpsc::Sender<Result<v1::RelayDirective, Status>>;
+
+/// Hands every relay's connection to the test.
+struct Router(mpsc::Sender<Registered>);
+
+struct Registered {
+    peer: PeerName,
+    messages: Streaming<v1::RelayMessage>,
+    directives: Outgoing,
+}
+
+#[tonic::async_trait]
+impl Fleet for Router {
+    type RunWorkerStream = ReceiverStream<Result<v1::WorkerDirective, Status>>;
+    type RunRelayStream = ReceiverStream<Result<v1::RelayDirective, Status>>;
+
+    async fn run_worker(
+        &self,
+        _request: Request<Streaming<v1::WorkerMessage>>,
+    ) -> Result<Response<Self::RunWorkerStream>, Status> {
+        Err(Status::unimplemented("only relays here"))
+    }
+
+    async fn run_relay(
+        &self,
+        request: Request<Streaming<v1::RelayMessage>>,
+    ) -> Result<Response<Self::RunRelayStream>, Status> {
+        let peer = tls::peer_of(&request).map_err(|e| Status::unauthenticated(e.to_string()))?;
+        let (directives, outgoing) = mpsc::channel(8);
+        let registered = Registered {
+            peer,
+            messages: request.into_inner(),
+            directives,
+        };
+        self.0
+            .send(registered)
+            .await
+            .map_err(|_| Status::unavailable("over"))?;
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+}
+
+impl Registered {
+    async fn message(&mut self) -> Option<Message> {
+        let next = timeout(DEADLINE, self.messages.message())
+            .await
+            .expect("a message in time");
+        next.ok().flatten().and_then(|m| m.message)
+    }
+
+    async fn hello(&mut self) -> v1::RelayHello {
+        match self.message().await {
+            Some(Message::Hello(hello)) => hello,
+            other => panic!("not a hello: {other:?}"),
+        }
+    }
+
+    async fn report(&mut self, wanted: impl Fn(&v1::RelayReport) -> bool) -> v1::RelayReport {
+        loop {
+            match self.message().await {
+                Some(Message::Report(report)) if wanted(&report) => return report,
+                Some(Message::Report(_)) => {}
+                other => panic!("not a report: {other:?}"),
+            }
+        }
+    }
+
+    async fn send(&self, directive: Directive) {
+        let directive = v1::RelayDirective {
+            directive: Some(directive),
+        };
+        self.directives.send(Ok(directive)).await.unwrap();
+    }
+
+    async fn welcome(&self) {
+        self.send(Directive::Welcome(v1::RelayWelcome {
+            relay_number: relay_number().value().into(),
+            cid_configs: vec![v1::CidConfig {
+                config_id: config_id().value().into(),
+                generation: GENERATION,
+                key: root().cid_key(generation()).to_vec().into(),
+                minting: true,
+            }],
+            secrets: vec![v1::RelaySecret {
+                generation: GENERATION,
+                secret: secret().as_bytes().to_vec().into(),
+                sealing: true,
+            }],
+            report_interval_ms: 50,
+        }))
+        .await;
+    }
+
+    async fn routes(&self, version: u64, full: bool, workers: &[&Worker]) {
+        let upserts = workers
+            .iter()
+            .map(|w| v1::Route {
+                server_id: w.server_id.to_u64(),
+                tunnel_address: w.address().to_string(),
+            })
+            .collect();
+        self.send(Directive::Routes(v1::RouteUpdate {
+            version,
+            full,
+            upserts,
+            ..v1::RouteUpdate::default()
+        }))
+        .await;
+    }
+}
+
+/// A fleet's issuer, a router and the arguments of a relay that registers there.
+struct Fixture {
+    _identities: tempfile::TempDir,
+    args: Args,
+    admin: SocketAddr,
+    registrations: mpsc::Receiver<Registered>,
+}
+
+async fn fixture(extra: &[&str]) -> Fixture {
+    let ca = FleetCa::from_seed(&root().ca_seed()).unwrap();
+    let issue = |name, role| {
+        let peer = PeerName::new(name, role, "here").unwrap();
+        ca.issue(&peer, &[], SystemTime::now()).unwrap()
+    };
+    let identities = tempfile::tempdir().unwrap();
+    issue("relay-1", Role::Relay)
+        .save(identities.path())
+        .unwrap();
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let router = listener.local_addr().unwrap().to_string();
+    let (registered, registrations) = mpsc::channel(4);
+    let tls = tls::grpc_server(&issue("router-1", Role::Router));
+    let server = Server::builder()
+        .tls_config(tls)
+        .unwrap()
+        .add_service(FleetServer::new(Router(registered)))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    // Free a moment ago, and the system hands ports out in turn.
+    let admin = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let tasks = antiphon_runtime::Tasks::new();
+    tasks.service("router", async move { Ok(server.await?) });
+
+    let dir = identities.path().to_str().unwrap();
+    let admin_text = admin.to_string();
+    let mut line = vec![
+        "antiphon-relay",
+        "--public",
+        "127.0.0.1:0",
+        "--tunnel",
+        "127.0.0.1:0",
+        "--identity",
+        dir,
+        "--admin",
+        &admin_text,
+        "--cores",
+        "2",
+    ];
+    // The first of them is nobody: relays have to go on to the next.
+    let routers = format!("127.0.0.1:1,{router}");
+    line.extend(["--router", &routers]);
+    line.extend(extra);
+    Fixture {
+        args: Args::parse_from(line),
+        _identities: identities,
+        admin,
+        registrations,
+    }
+}
+
+impl Fixture {
+    async fn registered(&mut self) -> Registered {
+        timeout(DEADLINE, self.registrations.recv())
+            .await
+            .expect("a relay in time")
+            .unwrap()
+    }
+
+    async fn http(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(self.admin).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    async fn eventually_http(&self, path: &str, wanted: &str) {
+        let waiting = async {
+            while !self.http(path).await.contains(wanted) {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(DEADLINE, waiting)
+            .await
+            .unwrap_or_else(|_| panic!("{path} never says {wanted}"));
+    }
+}
+
+/// Runs until the test is done with it, and gives what [`serve`] gave.
+struct Running {
+    stop: Arc<Notify>,
+    ended: tokio::sync::oneshot::Receiver<anyhow::Result<()>>,
+}
+
+fn start(args: Args) -> Running {
+    let (stop, (send, ended)) = (Arc::new(Notify::new()), tokio::sync::oneshot::channel());
+    let stopped = stop.clone();
+    let tasks = antiphon_runtime::Tasks::new();
+    tasks.spawn("relay", async move {
+        let outcome = serve(args, async move { stopped.notified().await }).await;
+        let _ = send.send(outcome);
+        Ok(())
+    });
+    Running { stop, ended }
+}
+
+fn forwards(client: &std::net::UdpSocket, relay: SocketAddr, worker: &mut Worker, fill: u8) {
+    let packet = short(&worker.live_cid(), 120, fill);
+    client.send_to(&packet, relay).unwrap();
+    assert_eq!(worker.frame().datagram, packet);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_registers_forwards_and_outlives_its_router() {
+    let mut fixture = fixture(&[]).await;
+    let running = start(fixture.args.clone());
+    let mut router = fixture.registered().await;
+    assert_eq!(router.peer.to_string(), "relay relay-1 of here");
+    let hello = router.hello().await;
+    assert_eq!(
+        (hello.name.as_str(), hello.region.as_str()),
+        ("relay-1", "here")
+    );
+    assert_eq!(hello.relay_number, None);
+    let public: SocketAddr = hello.public_address.parse().unwrap();
+    fixture
+        .eventually_http("/readyz", "waiting for: number, keys, routes")
+        .await;
+    assert!(fixture.http("/livez").await.starts_with("HTTP/1.1 200"));
+
+    let mut worker = Worker::new(0x0040_0000_0000_0001);
+    let second = Worker::new(0x0040_0001_0000_0001);
+    router.welcome().await;
+    router.routes(1, true, &[&worker]).await;
+    let report = router.report(|r| r.table_version == 1).await;
+    assert_eq!((report.routes, report.phase()), (1, v1::Phase::Active));
+    fixture.eventually_http("/readyz", "HTTP/1.1 200").await;
+    let client = loopback("127.0.0.1:0");
+    forwards(&client, public, &mut worker, 1);
+    router.routes(2, false, &[&second]).await;
+    assert_eq!(router.report(|r| r.table_version == 2).await.routes, 2);
+    fixture
+        .eventually_http("/metrics", "antiphon_relay_routes 2\n")
+        .await;
+    fixture
+        .eventually_http(
+            "/metrics",
+            "antiphon_relay_forwarded_packets_total{direction=\"up\"} 1\n",
+        )
+        .await;
+
+    // The router goes away: the table stays, and the relay asks for the number that it holds.
+    drop(router);
+    let mut router = fixture.registered().await;
+    forwards(&client, public, &mut worker, 2);
+    assert_eq!(
+        router.hello().await.relay_number,
+        Some(relay_number().value().into())
+    );
+    router.welcome().await;
+    assert_eq!(router.report(|r| r.table_version == 2).await.routes, 2);
+
+    // A gap makes it start over.
+    router.routes(7, false, &[&second]).await;
+    while router.message().await.is_some() {}
+    let mut router = fixture.registered().await;
+    router.hello().await;
+    router.welcome().await;
+    fixture
+        .eventually_http(
+            "/metrics",
+            "antiphon_relay_refused_updates_total{reason=\"gap\"} 1\n",
+        )
+        .await;
+    drop(running);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_stop_tells_workers_and_the_router_first() {
+    let mut fixture = fixture(&["--drain-deadline", "30s"]).await;
+    let running = start(fixture.args.clone());
+    let mut router = fixture.registered().await;
+    router.hello().await;
+    let workers = [Worker::new(1), Worker::new(2)];
+    router.welcome().await;
+    router.routes(1, true, &[&workers[0], &workers[1]]).await;
+    router.report(|r| r.routes == 2).await;
+
+    running.stop.notify_one();
+    let report = router.report(|r| r.phase() == v1::Phase::Draining).await;
+    assert_eq!(report.routes, 2);
+    for worker in &workers {
+        let frame = worker.frame();
+        assert_eq!(frame.header.client, ClientAddr::RELAY);
+        let Some(Notice::Draining { deadline_ms }) = Notice::from_bytes(&frame.datagram) else {
+            panic!("no notice: {:?}", frame.datagram);
+        };
+        assert!((1..=30_000).contains(&deadline_ms));
+    }
+    fixture
+        .eventually_http("/readyz", "waiting for: not draining")
+        .await;
+    let goodbye = loop {
+        match router.message().await {
+            Some(Message::Report(_)) => {}
+            other => break other,
+        }
+    };
+    assert!(
+        matches!(goodbye, Some(Message::Deregister(_))),
+        "{goodbye:?}"
+    );
+    drop(router);
+    timeout(DEADLINE, running.ended)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_without_a_router_stops_all_the_same() {
+    let mut fixture = fixture(&["--drain-deadline", "1ms"]).await;
+    fixture.args.router = vec!["127.0.0.1:1".into()];
+    let running = start(fixture.args.clone());
+    fixture.eventually_admin().await;
+    running.stop.notify_one();
+    timeout(DEADLINE, running.ended)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+impl Fixture {
+    async fn eventually_admin(&self) {
+        let waiting = async {
+            while TcpStream::connect(self.admin).await.is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(DEADLINE, waiting)
+            .await
+            .expect("an admin port in time");
+    }
+}
+
+#[tokio::test]
+async fn impossible_arguments_are_refused_with_a_reason() {
+    let pending = || std::future::pending::<()>();
+    let fixture = fixture(&[]).await;
+    let refused = async |change: fn(&mut Args)| {
+        let mut args = fixture.args.clone();
+        change(&mut args);
+        let outcome = timeout(Duration::from_secs(20), serve(args, pending())).await;
+        format!("{:#}", outcome.expect("refused at once").unwrap_err())
+    };
+    let other_name = refused(|a| a.name = Some("relay-2".into())).await;
+    assert!(other_name.contains("relay relay-1 of here"), "{other_name}");
+    let anywhere = refused(|a| a.public = "0.0.0.0:0".parse().unwrap()).await;
+    assert!(
+        anywhere.contains("give --public-address IP:PORT"),
+        "{anywhere}"
+    );
+    let nowhere = refused(|a| a.identity = "/nonexistent".into()).await;
+    assert!(nowhere.contains("/nonexistent/cert.pem"), "{nowhere}");
+    let foreign = refused(|a| a.tunnel = "192.0.2.1:0".parse().unwrap()).await;
+    assert!(
+        foreign.contains("binding the tunnel port 192.0.2.1:0"),
+        "{foreign}"
+    );
+}
