@@ -1,0 +1,196 @@
+//! Sessions that exist: list, explain, delete.
+
+use std::{sync::Arc, time::Duration};
+
+use antiphon_core::id::SessionId;
+use antiphon_proto::v1::{self, peer_client::PeerClient, worker_client::WorkerClient};
+use futures::{StreamExt as _, stream};
+use tokio::time::timeout;
+use tonic::{Request, transport::Channel};
+
+use super::Admission;
+use crate::{auth::Caller, fleet::Target, refusals::Failure};
+
+/// Sessions, and who did not answer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Listing {
+    /// Newest first.
+    pub(crate) sessions: Vec<v1::SessionSummary>,
+    /// Workers and regions whose sessions are not listed because they did not answer in time.
+    pub(crate) missing: Vec<String>,
+}
+
+impl Listing {
+    fn merge(&mut self, name: String, answer: Option<Vec<v1::SessionSummary>>) {
+        match answer {
+            Some(sessions) => self.sessions.extend(sessions),
+            None => self.missing.push(name),
+        }
+    }
+
+    fn cut(mut self, limit: usize) -> Self {
+        let since = |s: &v1::SessionSummary| s.since.map(|t| (t.seconds, t.nanos));
+        self.sessions.sort_by_key(|s| std::cmp::Reverse(since(s)));
+        self.sessions.truncate(limit);
+        self.missing.sort();
+        self
+    }
+}
+
+impl Admission {
+    /// A tenant's sessions in all regions.
+    pub(crate) async fn list(self: &Arc<Self>, tenant: &str, limit: usize) -> Listing {
+        let own = async {
+            let mut own = self.list_here(MAX_LISTED).await;
+            own.sessions.retain(|s| s.tenant == tenant);
+            own
+        };
+        let peers = stream::iter(self.fleet.peer_addresses())
+            .map(|(name, address)| async move {
+                let answer = match self.peers.channel(&name, &address) {
+                    Ok(channel) => list_peer(channel).await,
+                    Err(_) => None,
+                };
+                (name, answer)
+            })
+            .buffer_unordered(FAN_OUT)
+            .collect::<Vec<_>>();
+        let (mut listing, peers) = tokio::join!(own, peers);
+        for (name, answer) in peers {
+            listing.merge(name, answer);
+        }
+        // The only place that shows sessions to applications: whatever others sent, no tenant sees another's.
+        listing.sessions.retain(|s| s.tenant == tenant);
+        listing.cut(limit)
+    }
+
+    /// All tenants' sessions in this region.
+    pub(crate) async fn list_here(&self, limit: usize) -> Listing {
+        let mut listing = Listing::default();
+        let answers = stream::iter(self.fleet.worker_channels())
+            .map(|(name, channel)| async move { (name, list_worker(channel).await) })
+            .buffer_unordered(FAN_OUT)
+            .collect::<Vec<_>>()
+            .await;
+        for (name, answer) in answers {
+            listing.merge(name, answer);
+        }
+        listing.cut(limit)
+    }
+
+    /// Why a session is where it is.
+    pub(crate) fn explain(
+        &self,
+        caller: &Caller,
+        session: SessionId,
+    ) -> Result<v1::Explanation, Failure> {
+        let decisions = self.decisions.lock();
+        let decision = decisions.of(session);
+        // Another tenant's session looks like none.
+        let own = decision.filter(|d| d.tenant == caller.tenant);
+        let unknown = || {
+            Failure::NotFound(format!(
+                "no decision about session {session} is remembered here: only the region that placed it knows, for a while"
+            ))
+        };
+        own.map(|d| d.explanation.clone()).ok_or_else(unknown)
+    }
+
+    /// Ends a session or gives its lease back, wherever it is. One that is nowhere is no error.
+    pub(crate) async fn delete(
+        self: &Arc<Self>,
+        tenant: &str,
+        session: SessionId,
+    ) -> Result<(), Failure> {
+        let known = {
+            let decisions = self.decisions.lock();
+            let own = decisions.of(session).filter(|d| d.tenant == tenant);
+            own.map(|d| d.target.clone())
+        };
+        if let Some(target) = known
+            && self.give_back(&target, session, 0, tenant).await == Some(true)
+        {
+            return Ok(());
+        }
+        let regions = self.fleet.peer_addresses().into_iter();
+        let regions = regions.map(|(name, address)| Target::Region { name, address });
+        let targets = self.fleet.worker_targets().into_iter().chain(regions);
+        self.release_among(targets.collect(), tenant, session, 0)
+            .await
+            .map(drop)
+    }
+
+    /// The same among the workers of this region only.
+    pub(crate) async fn delete_here(
+        &self,
+        tenant: &str,
+        session: SessionId,
+        epoch: u32,
+    ) -> Result<bool, Failure> {
+        self.release_among(self.fleet.worker_targets(), tenant, session, epoch)
+            .await
+    }
+
+    async fn release_among(
+        &self,
+        targets: Vec<Target>,
+        tenant: &str,
+        session: SessionId,
+        epoch: u32,
+    ) -> Result<bool, Failure> {
+        let answers = stream::iter(targets)
+            .map(|target| async move {
+                let answer = self.give_back(&target, session, epoch, tenant).await;
+                (target, answer)
+            })
+            .buffer_unordered(FAN_OUT)
+            .collect::<Vec<_>>()
+            .await;
+        if answers.iter().any(|(_, answer)| *answer == Some(true)) {
+            return Ok(true);
+        }
+        let silent = answers.iter().filter(|(_, answer)| answer.is_none());
+        let silent: Vec<&str> = silent.map(|(target, _)| target.name()).collect();
+        if silent.is_empty() {
+            return Ok(false);
+        }
+        Err(Failure::Unavailable(format!(
+            "session {session} may be at {}, which did not answer: try again",
+            silent.join(", ")
+        )))
+    }
+}
+
+impl Target {
+    fn name(&self) -> &str {
+        match self {
+            Self::Worker(_, name) | Self::Region { name, .. } => name,
+        }
+    }
+}
+
+async fn list_worker(channel: Channel) -> Option<Vec<v1::SessionSummary>> {
+    let mut worker = WorkerClient::new(channel);
+    let answer = timeout(LIST_DEADLINE, worker.list_sessions(request())).await;
+    Some(answer.ok()?.ok()?.into_inner().sessions)
+}
+
+async fn list_peer(channel: Channel) -> Option<Vec<v1::SessionSummary>> {
+    let mut peer = PeerClient::new(channel).max_decoding_message_size(MAX_LISTING_BYTES);
+    let answer = timeout(LIST_DEADLINE, peer.list_sessions(request())).await;
+    Some(answer.ok()?.ok()?.into_inner().sessions)
+}
+
+fn request() -> Request<v1::ListSessionsRequest> {
+    let limit = u32::try_from(MAX_LISTED).unwrap_or(u32::MAX);
+    let mut request = Request::new(v1::ListSessionsRequest { limit });
+    request.set_timeout(LIST_DEADLINE);
+    request
+}
+
+/// Sessions in one listing at most.
+pub(crate) const MAX_LISTED: usize = 10_000;
+/// Questions under way at once.
+const FAN_OUT: usize = 32;
+const LIST_DEADLINE: Duration = Duration::from_secs(1);
+const MAX_LISTING_BYTES: usize = 16 << 20;

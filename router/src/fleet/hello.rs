@@ -1,0 +1,165 @@
+//! Who wants to register, checked.
+
+use antiphon_core::id::{Incarnation, RelayNumber, ServerId, ShardNumber, WorkerNumber};
+use antiphon_proto::v1;
+use antiphon_runtime::pki::PeerName;
+
+use crate::field::{self, FieldError};
+
+/// A worker that wants to register.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct WorkerHello {
+    pub(crate) name: String,
+    /// The name that only this worker's certificate carries.
+    pub(crate) server_name: String,
+    pub(crate) agent: String,
+    pub(crate) gpu_class: String,
+    pub(crate) slots: u32,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) held: Option<WorkerNumber>,
+    /// Where relays send each shard's frames.
+    pub(crate) shards: Vec<(ShardNumber, String)>,
+    pub(crate) control_address: String,
+}
+
+impl WorkerHello {
+    /// Checks what a worker says of itself against its certificate and the ranges.
+    pub(crate) fn check(hello: &v1::WorkerHello, peer: &PeerName) -> Result<Self, FieldError> {
+        own_name(&hello.name, &hello.region, peer)?;
+        if !(1..=MAX_SLOTS).contains(&hello.slots) {
+            let problem = format!("{} is out of range 1..={MAX_SLOTS}", hello.slots);
+            return Err(FieldError::new("slots", problem));
+        }
+        let held = hello.worker_number.map(|number| {
+            let number = u16::try_from(number).ok();
+            let number = number.and_then(|n| WorkerNumber::new(n).ok());
+            number.ok_or_else(|| FieldError::new("workerNumber", "is out of range 0..=65535"))
+        });
+        let mut shards = Vec::with_capacity(hello.shards.len());
+        for (index, shard) in hello.shards.iter().enumerate() {
+            let at = format!("shards[{index}]");
+            let number = u8::try_from(shard.number).ok();
+            let number = number.and_then(|n| ShardNumber::new(n).ok());
+            let number = number.filter(|n| shards.iter().all(|(other, _)| other != n));
+            let number = number.ok_or_else(|| {
+                FieldError::new(format!("{at}.number"), "is not in 0..=63 or there twice")
+            })?;
+            let address = field::socket_address("tunnelAddress", &shard.tunnel_address);
+            shards.push((number, address.map_err(|e| e.below(&at))?));
+        }
+        if shards.is_empty() {
+            return Err(FieldError::new("shards", "a worker has at least one"));
+        }
+        let incarnation = Incarnation::new(hello.incarnation);
+        Ok(Self {
+            name: hello.name.clone(),
+            server_name: peer.dns(),
+            agent: field::agent("agent", &hello.agent)?,
+            gpu_class: hello.gpu_class.clone(),
+            slots: hello.slots,
+            incarnation: incarnation.map_err(|e| FieldError::new("incarnation", e.to_string()))?,
+            held: held.transpose()?,
+            shards,
+            control_address: field::socket_address("controlAddress", &hello.control_address)?,
+        })
+    }
+}
+
+/// A relay that wants to register.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RelayHello {
+    pub(crate) name: String,
+    pub(crate) public_address: String,
+    pub(crate) tunnel_address: String,
+    /// Its index in the region, if it holds a number of this region.
+    pub(crate) held: Option<u8>,
+}
+
+impl RelayHello {
+    /// Checks what a relay says of itself against its certificate and the ranges.
+    pub(crate) fn check(hello: &v1::RelayHello, peer: &PeerName) -> Result<Self, FieldError> {
+        own_name(&hello.name, &hello.region, peer)?;
+        let number = hello.relay_number.and_then(|n| u16::try_from(n).ok());
+        let number = number.and_then(|n| RelayNumber::new(n).ok());
+        Ok(Self {
+            name: hello.name.clone(),
+            public_address: field::socket_address("publicAddress", &hello.public_address)?,
+            tunnel_address: field::socket_address("tunnelAddress", &hello.tunnel_address)?,
+            held: number.map(RelayNumber::index),
+        })
+    }
+}
+
+/// A process may register under the name of its certificate only.
+fn own_name(name: &str, region: &str, peer: &PeerName) -> Result<(), FieldError> {
+    for (path, said, certified) in [("name", name, &peer.name), ("region", region, &peer.region)] {
+        if said != certified {
+            let said: String = said.chars().take(80).collect();
+            let problem = format!("{said:?}, but the certificate says {certified:?}");
+            return Err(FieldError::new(path, problem));
+        }
+    }
+    Ok(())
+}
+
+/// The server ID of one shard.
+pub(crate) fn server_id(
+    region: antiphon_core::id::RegionNumber,
+    worker: WorkerNumber,
+    shard: ShardNumber,
+    incarnation: Incarnation,
+) -> ServerId {
+    ServerId {
+        region,
+        worker,
+        shard,
+        incarnation,
+    }
+}
+
+/// Far above what one machine serves.
+const MAX_SLOTS: u32 = 100_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use antiphon_runtime::pki::Role;
+
+    fn hello() -> v1::WorkerHello {
+        v1::WorkerHello {
+            name: "w-1".into(),
+            region: "frankfurt".into(),
+            agent: "shop/desk".into(),
+            slots: 10,
+            shards: vec![v1::Shard {
+                number: 0,
+                tunnel_address: "127.0.0.1:4000".into(),
+            }],
+            control_address: "127.0.0.1:4001".into(),
+            ..v1::WorkerHello::default()
+        }
+    }
+
+    #[test]
+    fn a_worker_is_what_its_certificate_says() {
+        let peer = PeerName::new("w-1", Role::Worker, "frankfurt").unwrap();
+        assert!(WorkerHello::check(&hello(), &peer).is_ok());
+        type Change = fn(&mut v1::WorkerHello);
+        let table: [(&str, Change); 9] = [
+            ("name", |h| h.name = "w-2".into()),
+            ("region", |h| h.region = "virginia".into()),
+            ("agent", |h| h.agent = "desk".into()),
+            ("slots", |h| h.slots = 0),
+            ("workerNumber", |h| h.worker_number = Some(65_536)),
+            ("shards", |h| h.shards.clear()),
+            ("shards[0].number", |h| h.shards[0].number = 64),
+            ("shards[1].number", |h| h.shards.push(h.shards[0].clone())),
+            ("controlAddress", |h| h.control_address = "x".into()),
+        ];
+        for (path, change) in table {
+            let mut bad = hello();
+            change(&mut bad);
+            assert_eq!(WorkerHello::check(&bad, &peer).unwrap_err().path, path);
+        }
+    }
+}

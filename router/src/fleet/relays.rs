@@ -1,0 +1,277 @@
+//! Relays: those of the own region and those that peers tell of.
+
+use std::time::Duration;
+
+use antiphon_core::{
+    clock::Millis,
+    geo::{self, Location},
+    id::RelayNumber,
+    placement::Phase,
+};
+use antiphon_proto::v1;
+
+use super::{Fleet, State, hello::RelayHello, workers::RegisterError, workers::Standing};
+use crate::records;
+
+/// A registered relay. It stays until it deregisters.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    pub(crate) hello: RelayHello,
+    pub(crate) stream: Option<u64>,
+    pub(crate) phase: Phase,
+    pub(crate) heard: Millis,
+}
+
+impl Relay {
+    /// The phase that clients should go by: one that is silent gets nobody new.
+    fn phase(&self, now: Millis) -> Phase {
+        match self.stream {
+            Some(_) if now.since(self.heard) <= RELAY_LEASE => self.phase,
+            _ if self.phase == Phase::Draining => Phase::Draining,
+            _ => Phase::Cordoned,
+        }
+    }
+
+    pub(crate) fn info(&self, number: RelayNumber, now: Millis) -> v1::RelayInfo {
+        v1::RelayInfo {
+            number: number.value().into(),
+            public_address: self.hello.public_address.clone(),
+            tunnel_address: self.hello.tunnel_address.clone(),
+            phase: records::proto_phase(self.phase(now)).into(),
+        }
+    }
+}
+
+impl Fleet {
+    /// Registers a relay. The newest stream of a name speaks for it.
+    pub(crate) async fn register_relay(
+        &self,
+        hello: RelayHello,
+    ) -> Result<Standing<RelayNumber>, RegisterError> {
+        let _turn = self.registering.lock().await;
+        let region = {
+            let state = self.state.lock();
+            let number = self.own_number(&state);
+            number.ok_or_else(|| RegisterError::NoRegion(self.region.clone()))?
+        };
+        let index = self.store.claim_relay(&hello.name, hello.held).await?;
+        let number = RelayNumber::of_region(region, index).expect("the store numbers up to 63");
+        let mut state = self.state.lock();
+        let stream = state.next_stream();
+        tracing::info!(relay = hello.name, %number, "relay registered");
+        let relay = Relay {
+            hello,
+            stream: Some(stream),
+            phase: Phase::Active,
+            heard: self.clock.now(),
+        };
+        state.relays.insert(number, relay);
+        drop(state);
+        self.topology.send_modify(|n| *n += 1);
+        Ok(Standing { number, stream })
+    }
+
+    /// Takes a report. `false`: another stream speaks for the relay now.
+    pub(crate) fn relay_reported(
+        &self,
+        standing: Standing<RelayNumber>,
+        report: &v1::RelayReport,
+    ) -> bool {
+        let now = self.clock.now();
+        let mut state = self.state.lock();
+        let Some(relay) = state.relay_of(standing) else {
+            return false;
+        };
+        let before = relay.phase(now);
+        (relay.phase, relay.heard) = (records::phase(report.phase), now);
+        let changed = before != relay.phase;
+        drop(state);
+        if changed {
+            self.topology.send_modify(|n| *n += 1);
+        }
+        true
+    }
+
+    /// The relay's stream is broken: clients are sent elsewhere, workers still accept its frames.
+    pub(crate) fn relay_disconnected(&self, standing: Standing<RelayNumber>) {
+        let mut state = self.state.lock();
+        if let Some(relay) = state.relay_of(standing) {
+            relay.stream = None;
+            tracing::warn!(relay = relay.hello.name, "relay disconnected");
+            drop(state);
+            self.topology.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// The relay says that it is gone for good.
+    pub(crate) async fn relay_deregistered(&self, standing: Standing<RelayNumber>) {
+        let gone = {
+            let mut state = self.state.lock();
+            match state.relay_of(standing) {
+                Some(_) => state.relays.remove(&standing.number),
+                None => None,
+            }
+        };
+        if let Some(relay) = gone {
+            tracing::info!(relay = relay.hello.name, "relay deregistered");
+            self.store.release_relay(&relay.hello.name).await;
+            self.topology.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// Number and tunnel address of every relay whose frames workers accept.
+    pub(crate) fn tunnel_ends(&self) -> Vec<(RelayNumber, String)> {
+        let state = self.state.lock();
+        let own = state.relays.iter();
+        let own = own.map(|(number, relay)| (*number, relay.hello.tunnel_address.clone()));
+        let digests = state.peers.values().filter_map(|p| p.digest.as_deref());
+        let of_peers = digests.flat_map(|d| &d.relays).filter_map(|relay| {
+            let number = u16::try_from(relay.number).ok();
+            let number = number.and_then(|n| RelayNumber::new(n).ok())?;
+            Some((number, relay.tunnel_address.clone()))
+        });
+        let mut ends: Vec<_> = own.chain(of_peers).collect();
+        ends.sort();
+        ends
+    }
+
+    /// Relays for a caller in the order to try them: active ones first, near ones first, the worker's region first
+    /// among equals. At most [`RELAYS_OFFERED`]; after the first two from regions not named yet, as far as there are
+    /// any, and the worker's own region is among them.
+    pub(crate) fn relays_for(
+        &self,
+        caller: Option<Location>,
+        worker_region: &str,
+    ) -> Vec<v1::RelayAddress> {
+        let now = self.clock.now();
+        let state = self.state.lock();
+        let own = state.relays.iter();
+        let own = own.map(|(number, relay)| (self.region.as_str(), relay.info(*number, now)));
+        let digests = state.peers.values().filter_map(|p| p.digest.as_deref());
+        let of_peers =
+            digests.flat_map(|d| d.relays.iter().map(|r| (d.region.as_str(), r.clone())));
+        let mut known: Vec<Known> = own
+            .chain(of_peers)
+            .map(|(region, info)| {
+                let place = state.records.regions.get(region).and_then(|r| r.location);
+                let rtt = caller.zip(place).map(|(caller, place)| {
+                    geo::estimated_rtt(caller.unit_vector().distance_km(place.unit_vector()))
+                });
+                Known {
+                    inactive: info.phase != i32::from(v1::Phase::Active),
+                    rtt,
+                    elsewhere: region != worker_region,
+                    number: info.number,
+                    address: info.public_address,
+                    region: region.to_owned(),
+                }
+            })
+            .collect();
+        known.sort();
+        choose(known, worker_region)
+    }
+}
+
+/// Compared field by field, in this order.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Known {
+    inactive: bool,
+    /// `None` sorts first: without the caller's location all are alike.
+    rtt: Option<Duration>,
+    elsewhere: bool,
+    number: u32,
+    address: String,
+    region: String,
+}
+
+fn choose(mut known: Vec<Known>, worker_region: &str) -> Vec<v1::RelayAddress> {
+    let mut chosen: Vec<Known> = Vec::with_capacity(RELAYS_OFFERED);
+    let mut take = |chosen: &mut Vec<Known>, want: &dyn Fn(&Known, &[Known]) -> bool| {
+        if let Some(at) = known.iter().position(|k| want(k, chosen)) {
+            chosen.push(known.remove(at));
+        }
+    };
+    let unseen = |k: &Known, chosen: &[Known]| chosen.iter().all(|c| c.region != k.region);
+    take(&mut chosen, &|_, _| true);
+    take(&mut chosen, &|_, _| true);
+    take(&mut chosen, &|k, chosen| {
+        k.region == worker_region && !k.inactive && unseen(k, chosen)
+    });
+    while chosen.len() < RELAYS_OFFERED {
+        let before = chosen.len();
+        take(&mut chosen, &|k, chosen| !k.inactive && unseen(k, chosen));
+        if chosen.len() == before {
+            take(&mut chosen, &|_, _| true);
+        }
+        if chosen.len() == before {
+            break;
+        }
+    }
+    let address = |k: Known| v1::RelayAddress {
+        number: k.number,
+        address: k.address,
+        region: k.region,
+        estimated_rtt_ms: k
+            .rtt
+            .map_or(0, |rtt| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX)),
+    };
+    chosen.into_iter().map(address).collect()
+}
+
+impl State {
+    /// The relay, if this stream still speaks for it.
+    fn relay_of(&mut self, standing: Standing<RelayNumber>) -> Option<&mut Relay> {
+        let relay = self.relays.get_mut(&standing.number)?;
+        (relay.stream == Some(standing.stream)).then_some(relay)
+    }
+}
+
+/// Relays in one answer.
+pub(crate) const RELAYS_OFFERED: usize = 4;
+/// How long a relay's report holds for new callers.
+const RELAY_LEASE: Duration = Duration::from_secs(3);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(number: u32, region: &str, rtt_ms: u64, inactive: bool) -> Known {
+        Known {
+            inactive,
+            rtt: Some(Duration::from_millis(rtt_ms)),
+            elsewhere: region != "osaka",
+            number,
+            address: format!("127.0.0.1:{number}"),
+            region: region.into(),
+        }
+    }
+
+    fn order(mut all: Vec<Known>) -> Vec<u32> {
+        all.sort();
+        choose(all, "osaka").iter().map(|r| r.number).collect()
+    }
+
+    #[test]
+    fn near_relays_first_then_other_regions() {
+        let fleet = vec![
+            known(1, "paris", 10, false),
+            known(2, "paris", 10, false),
+            known(3, "paris", 10, false),
+            known(4, "milan", 20, false),
+            known(5, "osaka", 200, false),
+            known(6, "lima", 90, true),
+        ];
+        assert_eq!(order(fleet), [1, 2, 5, 4]);
+    }
+
+    #[test]
+    fn inactive_relays_come_last_and_only_if_nothing_else_is_there() {
+        let fleet = vec![
+            known(1, "paris", 10, true),
+            known(2, "osaka", 200, false),
+            known(3, "osaka", 200, false),
+        ];
+        assert_eq!(order(fleet), [2, 3, 1]);
+        assert!(order(vec![]).is_empty());
+    }
+}

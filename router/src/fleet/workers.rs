@@ -1,0 +1,383 @@
+//! Workers of the own region: registration, reports, claims on their free leases.
+
+use std::{sync::Arc, time::Duration};
+
+use antiphon_core::{
+    clock::Millis,
+    id::{RegionNumber, WorkerNumber},
+    placement::{Freshness, Phase, WorkerView},
+};
+use antiphon_proto::v1;
+use antiphon_runtime::{pki::Role, tls};
+use tonic::transport::Channel;
+
+use super::{Fleet, State, Target, hello, hello::WorkerHello};
+use crate::{
+    records,
+    store::{StoreError, WorkerClaim},
+};
+
+/// A registered worker. It stays until it deregisters or a newer incarnation takes its place.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) hello: WorkerHello,
+    pub(crate) number: WorkerNumber,
+    /// Its open control stream; `None`: broken.
+    pub(crate) stream: Option<u64>,
+    pub(crate) report: Option<Report>,
+    /// Leases that it has given, as far as we know.
+    pub(crate) taken: u32,
+    /// Leases that we are asking it for.
+    pub(crate) claims: u32,
+    pub(crate) channel: Channel,
+}
+
+/// The newest report.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Report {
+    pub(crate) at: Millis,
+    pub(crate) phase: Phase,
+    pub(crate) slots: u32,
+    pub(crate) reserved: u32,
+    pub(crate) active: u32,
+}
+
+impl Worker {
+    pub(crate) fn slots(&self) -> u32 {
+        self.report.map_or(self.hello.slots, |r| r.slots)
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.report.map_or(Phase::Active, |r| r.phase)
+    }
+
+    pub(crate) fn free(&self) -> u32 {
+        self.slots()
+            .saturating_sub(self.taken.saturating_add(self.claims))
+    }
+
+    pub(crate) fn freshness(&self) -> Freshness {
+        match (self.stream, self.report) {
+            (None, _) => Freshness::Disconnected,
+            (Some(_), None) => Freshness::Never,
+            (Some(_), Some(report)) => Freshness::Reported {
+                at: report.at,
+                lease: WORKER_LEASE,
+            },
+        }
+    }
+
+    /// Whether it takes part in placement now, room aside.
+    pub(crate) fn in_service(&self, now: Millis) -> bool {
+        let fresh =
+            self.stream.is_some() && self.report.is_some_and(|r| now.since(r.at) <= WORKER_LEASE);
+        fresh && self.phase() == Phase::Active
+    }
+
+    pub(crate) fn view(&self, region: &str) -> WorkerView {
+        WorkerView {
+            region: region.to_owned(),
+            agent: self.hello.agent.clone(),
+            gpu_class: self.hello.gpu_class.clone(),
+            phase: self.phase(),
+            freshness: self.freshness(),
+            slots: self.slots(),
+            free: self.free(),
+        }
+    }
+
+    /// Its routes: server ID and address of each shard.
+    pub(crate) fn routes(&self, region: RegionNumber) -> impl Iterator<Item = (u64, Arc<str>)> {
+        self.hello.shards.iter().map(move |(shard, address)| {
+            let id = hello::server_id(region, self.number, *shard, self.hello.incarnation);
+            (id.to_u64(), address.as_str().into())
+        })
+    }
+}
+
+/// Why a worker or relay cannot register.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RegisterError {
+    #[error("region {0} has no record yet")]
+    NoRegion(String),
+    #[error("there is no agent {0}")]
+    NoAgent(String),
+    #[error("{0} is connected with another incarnation; it can be replaced once that one is gone")]
+    Alive(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
+}
+
+impl From<RegisterError> for tonic::Status {
+    fn from(error: RegisterError) -> Self {
+        let text = error.to_string();
+        match error {
+            RegisterError::NoRegion(_) => Self::unavailable(text),
+            RegisterError::NoAgent(_) => Self::failed_precondition(text),
+            RegisterError::Alive(_) => Self::already_exists(text),
+            RegisterError::Store(_) => Self::resource_exhausted(text),
+            RegisterError::Tls(_) => Self::invalid_argument(text),
+        }
+    }
+}
+
+/// A registration in force; names the stream, so that a later one is not undone by an earlier one's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Standing<N> {
+    pub(crate) number: N,
+    pub(crate) stream: u64,
+}
+
+impl Fleet {
+    /// Registers a worker and its routes.
+    pub(crate) async fn register_worker(
+        &self,
+        hello: WorkerHello,
+    ) -> Result<Standing<WorkerNumber>, RegisterError> {
+        // One at a time: looking for a living namesake and taking its number must not interleave.
+        let _turn = self.registering.lock().await;
+        {
+            let state = self.state.lock();
+            if self.own_number(&state).is_none() {
+                return Err(RegisterError::NoRegion(self.region.clone()));
+            }
+            if !state.records.agents.contains_key(&hello.agent) {
+                return Err(RegisterError::NoAgent(hello.agent));
+            }
+            let now = self.clock.now();
+            let heard = |w: &Worker| w.report.is_none_or(|r| now.since(r.at) <= WORKER_LEASE);
+            let lives = |w: &&Worker| {
+                w.hello.name == hello.name
+                    && w.hello.incarnation != hello.incarnation
+                    && w.stream.is_some()
+                    && heard(w)
+            };
+            if state.workers.values().any(|w| lives(&w)) {
+                return Err(RegisterError::Alive(hello.name));
+            }
+        }
+        let channel = tls::channel(
+            &hello.control_address,
+            &self.identity,
+            Role::Worker,
+            &self.region,
+        )?;
+        let claim = WorkerClaim {
+            name: hello.name.clone(),
+            incarnation: hello.incarnation,
+            held: hello.held,
+        };
+        let number = self.store.claim_worker(&claim).await?;
+        let mut state = self.state.lock();
+        let stream = state.next_stream();
+        // The former incarnation is gone: its successor is here. Its reports do not speak for the new one.
+        state
+            .workers
+            .retain(|other, w| *other != number && w.hello.name != hello.name);
+        let worker = Worker {
+            hello,
+            number,
+            stream: Some(stream),
+            report: None,
+            taken: 0,
+            claims: 0,
+            channel,
+        };
+        tracing::info!(worker = worker.hello.name, %number, "worker registered");
+        state.workers.insert(number, worker);
+        self.routes_changed(&mut state);
+        Ok(Standing { number, stream })
+    }
+
+    /// Takes a report. `false`: another stream speaks for the worker now.
+    pub(crate) fn worker_reported(
+        &self,
+        standing: Standing<WorkerNumber>,
+        report: &v1::WorkerReport,
+    ) -> bool {
+        let now = self.clock.now();
+        let mut state = self.state.lock();
+        let Some(worker) = state.worker_of(standing) else {
+            return false;
+        };
+        worker.report = Some(Report {
+            at: now,
+            phase: records::phase(report.phase),
+            slots: report.slots,
+            reserved: report.reserved,
+            active: report.active,
+        });
+        worker.taken = report.reserved.saturating_add(report.active);
+        let slots = worker.slots();
+        if state.slots_in_view(standing.number) == slots {
+            state.refresh_worker(standing.number);
+        } else {
+            state.view = None;
+        }
+        drop(state);
+        self.capacity.send_modify(|n| *n += 1);
+        true
+    }
+
+    /// Whether this stream still speaks for the worker.
+    pub(crate) fn worker_stands(&self, standing: Standing<WorkerNumber>) -> bool {
+        self.state.lock().worker_of(standing).is_some()
+    }
+
+    /// The worker's stream is broken: out of placement, its routes stay.
+    pub(crate) fn worker_disconnected(&self, standing: Standing<WorkerNumber>) {
+        let mut state = self.state.lock();
+        if let Some(worker) = state.worker_of(standing) {
+            worker.stream = None;
+            tracing::warn!(
+                worker = worker.hello.name,
+                "worker disconnected, its routes stay"
+            );
+            state.refresh_worker(standing.number);
+            drop(state);
+            self.capacity.send_modify(|n| *n += 1);
+            self.settled.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// The worker says that it is gone for good: its routes go and its number is free.
+    pub(crate) async fn worker_deregistered(&self, standing: Standing<WorkerNumber>) {
+        let gone = {
+            let mut state = self.state.lock();
+            if state.worker_of(standing).is_none() {
+                return;
+            }
+            let gone = state.workers.remove(&standing.number);
+            self.routes_changed(&mut state);
+            gone
+        };
+        if let Some(worker) = gone {
+            tracing::info!(worker = worker.hello.name, "worker deregistered");
+            let incarnation = worker.hello.incarnation;
+            self.store
+                .release_worker(standing.number, incarnation)
+                .await;
+        }
+    }
+
+    /// Counts a lease as taken while its worker is being asked. `None`: there is none free, or it is gone.
+    pub(crate) fn claim(self: &Arc<Self>, number: WorkerNumber) -> Option<Claim> {
+        self.claim_in(&mut self.state.lock(), number)
+    }
+
+    pub(super) fn claim_in(
+        self: &Arc<Self>,
+        state: &mut State,
+        number: WorkerNumber,
+    ) -> Option<Claim> {
+        let worker = state.workers.get_mut(&number)?;
+        if worker.free() == 0 {
+            return None;
+        }
+        worker.claims += 1;
+        let claim = Claim {
+            fleet: Arc::clone(self),
+            number,
+            name: worker.hello.name.clone(),
+            server_name: worker.hello.server_name.clone(),
+            incarnation: worker.hello.incarnation,
+            channel: worker.channel.clone(),
+        };
+        state.refresh_worker(number);
+        Some(claim)
+    }
+
+    /// The channel of a registered worker.
+    pub(crate) fn worker_channel(&self, number: WorkerNumber) -> Option<Channel> {
+        let state = self.state.lock();
+        state.workers.get(&number).map(|w| w.channel.clone())
+    }
+
+    /// All registered workers.
+    pub(crate) fn worker_targets(&self) -> Vec<Target> {
+        let state = self.state.lock();
+        let target = |w: &Worker| Target::Worker(w.number, w.hello.name.clone());
+        state.workers.values().map(target).collect()
+    }
+
+    /// Channels of all connected workers, with their names.
+    pub(crate) fn worker_channels(&self) -> Vec<(String, Channel)> {
+        let state = self.state.lock();
+        let connected = state.workers.values().filter(|w| w.stream.is_some());
+        connected
+            .map(|w| (w.hello.name.clone(), w.channel.clone()))
+            .collect()
+    }
+}
+
+/// One lease that is being asked for; settles when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    fleet: Arc<Fleet>,
+    pub(crate) number: WorkerNumber,
+    pub(crate) name: String,
+    pub(crate) server_name: String,
+    pub(crate) incarnation: antiphon_core::id::Incarnation,
+    pub(crate) channel: Channel,
+}
+
+impl Claim {
+    /// The worker answered, and this many leases are free now.
+    pub(crate) fn answered(&self, free: u32) {
+        let mut state = self.fleet.state.lock();
+        if let Some(worker) = state.workers.get_mut(&self.number)
+            && worker.hello.incarnation == self.incarnation
+        {
+            worker.taken = worker.slots().saturating_sub(free);
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut state = self.fleet.state.lock();
+        if let Some(worker) = state.workers.get_mut(&self.number)
+            && worker.hello.incarnation == self.incarnation
+        {
+            worker.claims = worker.claims.saturating_sub(1);
+            state.refresh_worker(self.number);
+        }
+        drop(state);
+        self.fleet.settled.send_modify(|n| *n += 1);
+        self.fleet.capacity.send_modify(|n| *n += 1);
+    }
+}
+
+impl State {
+    /// The worker, if this stream still speaks for it.
+    pub(super) fn worker_of(&mut self, standing: Standing<WorkerNumber>) -> Option<&mut Worker> {
+        let worker = self.workers.get_mut(&standing.number)?;
+        (worker.stream == Some(standing.stream)).then_some(worker)
+    }
+
+    /// Brings a worker's newest numbers into the planner's view, if there is one.
+    pub(super) fn refresh_worker(&mut self, number: WorkerNumber) {
+        let (Some(view), Some(worker)) = (&mut self.view, self.workers.get(&number)) else {
+            return;
+        };
+        match view.workers.binary_search(&number) {
+            Ok(index) => {
+                let (phase, freshness) = (worker.phase(), worker.freshness());
+                view.snapshot
+                    .update_worker(index, phase, freshness, worker.free());
+            }
+            Err(_) => self.view = None,
+        }
+    }
+
+    fn slots_in_view(&self, number: WorkerNumber) -> u32 {
+        let view = self.view.as_ref();
+        let index = view.and_then(|v| v.workers.binary_search(&number).ok());
+        view.zip(index).map_or(0, |(v, index)| v.slots[index])
+    }
+}
+
+/// How long a worker's report holds for placement.
+pub(crate) const WORKER_LEASE: Duration = Duration::from_secs(3);

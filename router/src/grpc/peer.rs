@@ -1,0 +1,144 @@
+//! `Peer`, for routers of other regions.
+
+use std::{sync::Arc, time::Duration};
+
+use antiphon_core::id::SessionId;
+use antiphon_proto::v1::{
+    ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionUpdate, ReleaseRequest,
+    ReleaseResponse, RouteUpdate, Session, WatchRegionRequest, peer_server::Peer,
+};
+use antiphon_runtime::pki::Role;
+use tokio::{
+    sync::mpsc,
+    time::{MissedTickBehavior, interval},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Pace, STREAM_QUEUE};
+use crate::{
+    admission::Admission,
+    auth,
+    create::limit,
+    fleet::{Fleet, RouteMap, delta, full},
+};
+
+#[derive(Clone, Debug)]
+pub(super) struct Service(pub(super) Arc<Admission>);
+
+#[tonic::async_trait]
+impl Peer for Service {
+    type WatchRegionStream = ReceiverStream<Result<RegionUpdate, Status>>;
+
+    async fn watch_region(
+        &self,
+        request: Request<WatchRegionRequest>,
+    ) -> Result<Response<Self::WatchRegionStream>, Status> {
+        auth::peer(&request, Role::Router, None)?;
+        let fleet = Arc::clone(&self.0.fleet);
+        let wanted = &request.get_ref().region;
+        if *wanted != fleet.region {
+            let text = format!("this router serves {}, not {wanted:?}", fleet.region);
+            return Err(Status::not_found(text));
+        }
+        if !fleet.has_region() {
+            let text = format!("region {} has no record yet", fleet.region);
+            return Err(Status::unavailable(text));
+        }
+        let (updates, stream) = mpsc::channel(STREAM_QUEUE);
+        let stopping = self.0.tasks.stopping();
+        self.0.tasks.spawn("peer stream", async move {
+            stopping.run_until_cancelled(tell(fleet, updates)).await;
+            Ok(())
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn place(&self, request: Request<PlaceRequest>) -> Result<Response<Session>, Status> {
+        auth::peer(&request, Role::Router, None)?;
+        let PlaceRequest { request, tenant } = request.into_inner();
+        let request = request.ok_or_else(|| Status::invalid_argument("request: is required"))?;
+        Ok(Response::new(self.0.place_here(&tenant, &request).await?))
+    }
+
+    async fn release(
+        &self,
+        request: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseResponse>, Status> {
+        auth::peer(&request, Role::Router, None)?;
+        let request = request.into_inner();
+        let session = request.session.as_ref().try_into();
+        let session =
+            session.map_err(|_| Status::invalid_argument("session: expected 16 bytes"))?;
+        let session = SessionId::from_bytes(session);
+        let released = self
+            .0
+            .delete_here(&request.tenant, session, request.epoch)
+            .await?;
+        Ok(Response::new(ReleaseResponse { released }))
+    }
+
+    async fn list_sessions(
+        &self,
+        request: Request<ListSessionsRequest>,
+    ) -> Result<Response<ListSessionsResponse>, Status> {
+        auth::peer(&request, Role::Router, None)?;
+        let limit = limit(request.get_ref().limit)?;
+        let listing = self.0.list_here(limit).await;
+        Ok(Response::new(ListSessionsResponse {
+            sessions: listing.sessions,
+        }))
+    }
+}
+
+/// A full state, then changes, and at least every [`HEARTBEAT`] a sign that what was told is current. Ends with the
+/// stream.
+async fn tell(fleet: Arc<Fleet>, updates: mpsc::Sender<Result<RegionUpdate, Status>>) {
+    let (mut topology, mut capacity) = (fleet.topology.subscribe(), fleet.capacity.subscribe());
+    let mut heartbeat = interval(HEARTBEAT);
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut pace = Pace::new();
+    let mut told = (None, None::<Arc<RouteMap>>);
+    let mut version = 0;
+    pace.mark();
+    loop {
+        let due = tokio::select! {
+            changed = topology.changed() => { if changed.is_err() { return } pace.mark(); false }
+            changed = capacity.changed() => { if changed.is_err() { return } pace.mark(); false }
+            _ = heartbeat.tick() => true,
+            () = pace.due() => true,
+            () = updates.closed() => return,
+        };
+        if !due {
+            continue;
+        }
+        pace.sent();
+        let (digest, routes) = (fleet.digest(), fleet.own_routes());
+        let update = RegionUpdate {
+            routes: told_routes(&mut version, told.1.as_ref(), &routes),
+            digest: digest.clone().filter(|_| told.0 != digest),
+        };
+        told = (digest, Some(routes));
+        // A peer that does not take its updates is cut off and asks again for a full state.
+        if updates.try_send(Ok(update)).is_err() {
+            return;
+        }
+    }
+}
+
+/// The update that brings a receiver from `old` to `new`, full if it has nothing yet.
+pub(super) fn told_routes(
+    version: &mut u64,
+    old: Option<&Arc<RouteMap>>,
+    new: &Arc<RouteMap>,
+) -> Option<RouteUpdate> {
+    let update = match old {
+        Some(old) if Arc::ptr_eq(old, new) => None,
+        Some(old) => delta(*version + 1, old, new),
+        None => Some(full(*version + 1, new)),
+    };
+    *version += u64::from(update.is_some());
+    update
+}
+
+const HEARTBEAT: Duration = Duration::from_secs(1);

@@ -1,0 +1,170 @@
+//! Metrics of the router.
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+use crate::refusals::{Failure, Reason};
+
+/// How a request for a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum TicketOutcome {
+    Local,
+    Remote,
+    Refused,
+    Rejected,
+    Cancelled,
+}
+
+/// How one reservation at a worker or region ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum AttemptOutcome {
+    Granted,
+    Refused,
+    Unreachable,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TicketLabels {
+    outcome: TicketOutcome,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AttemptLabels {
+    outcome: AttemptOutcome,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusalLabels {
+    reason: Reason,
+}
+
+/// What the router counts.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    tickets: Family<TicketLabels, Counter>,
+    refusals: Family<RefusalLabels, Counter>,
+    attempts: Family<AttemptLabels, Counter>,
+    pub(crate) placement_seconds: Histogram,
+    pub(crate) workers: Gauge,
+    pub(crate) relays: Gauge,
+    pub(crate) digest_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
+    pub(crate) connections: Gauge,
+}
+
+impl Metrics {
+    /// Registers everything under `antiphon_router_`.
+    pub(crate) fn new(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("antiphon_router");
+        let metrics = Self {
+            tickets: Family::default(),
+            refusals: Family::default(),
+            attempts: Family::default(),
+            placement_seconds: Histogram::new(SECONDS),
+            workers: Gauge::default(),
+            relays: Gauge::default(),
+            digest_age_seconds: Gauge::default(),
+            connections: Gauge::default(),
+        };
+        registry.register(
+            "tickets",
+            "Requests for a session by outcome",
+            metrics.tickets.clone(),
+        );
+        registry.register(
+            "refusals",
+            "Refused requests for a session by reason",
+            metrics.refusals.clone(),
+        );
+        registry.register(
+            "attempts",
+            "Workers and regions asked to take a session, by outcome",
+            metrics.attempts.clone(),
+        );
+        registry.register(
+            "placement_seconds",
+            "From a request for a session to its answer",
+            metrics.placement_seconds.clone(),
+        );
+        registry.register("workers", "Workers in placement", metrics.workers.clone());
+        registry.register("relays", "Connected relays", metrics.relays.clone());
+        registry.register(
+            "digest_age_seconds",
+            "Age of the oldest digest of another region",
+            metrics.digest_age_seconds.clone(),
+        );
+        registry.register(
+            "connections",
+            "Open connections at the public port",
+            metrics.connections.clone(),
+        );
+        metrics
+    }
+
+    pub(crate) fn ticket(&self, outcome: TicketOutcome) {
+        self.tickets.get_or_create(&TicketLabels { outcome }).inc();
+    }
+
+    pub(crate) fn failure(&self, failure: &Failure) {
+        match failure {
+            Failure::Refused(_, reason) => {
+                let labels = RefusalLabels { reason: *reason };
+                self.refusals.get_or_create(&labels).inc();
+                self.ticket(TicketOutcome::Refused);
+            }
+            Failure::Unauthenticated(_)
+            | Failure::Forbidden(_)
+            | Failure::Invalid(_)
+            | Failure::NotFound(_)
+            | Failure::Conflict(_)
+            | Failure::Unavailable(_) => self.ticket(TicketOutcome::Rejected),
+        }
+    }
+
+    pub(crate) fn attempt(&self, outcome: AttemptOutcome) {
+        self.attempts
+            .get_or_create(&AttemptLabels { outcome })
+            .inc();
+    }
+}
+
+impl TicketOutcome {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Remote => "remote",
+            Self::Refused => "refused",
+            Self::Rejected => "rejected",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl AttemptOutcome {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Granted => "granted",
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+        }
+    }
+}
+
+macro_rules! label_value {
+    ($($type:ty),+) => {$(
+        impl EncodeLabelValue for $type {
+            fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+                self.label().encode(encoder)
+            }
+        }
+    )+};
+}
+
+label_value!(TicketOutcome, AttemptOutcome, Reason);
+
+/// From a decision without any network to the longest that a caller waits.
+const SECONDS: [f64; 12] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
+];

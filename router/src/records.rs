@@ -1,0 +1,389 @@
+//! What the operator compiles from resources and routers act on: regions, agents, API keys.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use antiphon_core::{
+    geo::Location,
+    id::RegionNumber,
+    placement::{AgentPolicy, Phase, RELAX_OVER},
+};
+use antiphon_proto::{api_key, ticket::codec_label, v1};
+
+use crate::field::{self, FieldError};
+
+/// A region of the fleet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Region {
+    /// Name, unique in the fleet.
+    pub name: String,
+    /// Number, unique in the fleet.
+    pub number: RegionNumber,
+    /// The cloud it is in.
+    pub cloud: String,
+    /// Where it is.
+    pub location: Option<Location>,
+    /// Whether it takes new sessions.
+    pub phase: Phase,
+    /// Residency zones it is in.
+    pub residency: Vec<String>,
+    /// `host:port` of its routers for other routers; empty: not reachable.
+    pub router_address: String,
+}
+
+/// An agent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Agent {
+    /// What its workers have to know.
+    pub behaviour: v1::AgentBehaviour,
+    /// What placement has to know.
+    pub policy: AgentPolicy,
+    /// What callers may ask for; never empty.
+    pub codecs: Vec<v1::Codec>,
+    /// Sessions of one tenant at a time; 0: no limit.
+    pub sessions_per_tenant: u32,
+}
+
+/// An API key, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// SHA-256 of the whole text.
+    pub sha256: [u8; 32],
+    /// Whose it is.
+    pub tenant: String,
+    /// `namespace/name` or `namespace/*`; empty: all agents.
+    pub agents: Vec<String>,
+}
+
+impl Key {
+    /// Whether the key may be used for an agent.
+    #[must_use]
+    pub fn allows(&self, agent: &str) -> bool {
+        let matches = |pattern: &String| match pattern.strip_suffix('*') {
+            Some(prefix) => agent.starts_with(prefix),
+            None => agent == pattern,
+        };
+        self.agents.is_empty() || self.agents.iter().any(matches)
+    }
+}
+
+/// All records at one revision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Records {
+    /// Grows by one with each change.
+    pub revision: u64,
+    /// By name.
+    pub regions: BTreeMap<String, Region>,
+    /// By `namespace/name`.
+    pub agents: BTreeMap<String, Agent>,
+    /// By id.
+    pub keys: BTreeMap<String, Key>,
+}
+
+impl Records {
+    /// The records after a change, all of it or nothing.
+    ///
+    /// # Errors
+    /// The first field that is wrong.
+    pub fn apply(&self, change: &v1::ApplyRequest) -> Result<Self, FieldError> {
+        let mut next = self.clone();
+        for (index, record) in change.regions.iter().enumerate() {
+            let at = format!("regions[{index}]");
+            let region = region(record).map_err(|e| e.below(&at))?;
+            let taken = |r: &Region| r.number == region.number && r.name != region.name;
+            if let Some(other) = next.regions.values().find(|r| taken(r)) {
+                return Err(FieldError::new(
+                    format!("{at}.number"),
+                    format!("{} is the number of region {}", region.number, other.name),
+                ));
+            }
+            next.regions.insert(region.name.clone(), region);
+        }
+        for (index, record) in change.agents.iter().enumerate() {
+            let agent = agent(record).map_err(|e| e.below(&format!("agents[{index}]")))?;
+            next.agents.insert(agent.behaviour.agent.clone(), agent);
+        }
+        for (index, record) in change.keys.iter().enumerate() {
+            let (id, key) = key(record).map_err(|e| e.below(&format!("keys[{index}]")))?;
+            next.keys.insert(id, key);
+        }
+        for id in &change.removed_keys {
+            next.keys.remove(id);
+        }
+        for name in &change.removed_agents {
+            next.agents.remove(name);
+        }
+        next.revision += 1;
+        Ok(next)
+    }
+}
+
+/// The domain's phase; unspecified counts as active.
+#[must_use]
+pub(crate) fn phase(phase: i32) -> Phase {
+    match v1::Phase::try_from(phase) {
+        Ok(v1::Phase::Cordoned) => Phase::Cordoned,
+        Ok(v1::Phase::Draining) => Phase::Draining,
+        // A value of a newer release must not bring something into service.
+        Err(_) => Phase::Cordoned,
+        Ok(v1::Phase::Active | v1::Phase::Unspecified) => Phase::Active,
+    }
+}
+
+/// The protocol's phase.
+#[must_use]
+pub(crate) const fn proto_phase(phase: Phase) -> v1::Phase {
+    match phase {
+        Phase::Active => v1::Phase::Active,
+        Phase::Cordoned => v1::Phase::Cordoned,
+        Phase::Draining => v1::Phase::Draining,
+    }
+}
+
+/// Checks a point; `None` stays `None`.
+pub(crate) fn location(location: Option<&v1::Location>) -> Result<Option<Location>, FieldError> {
+    let checked = location.map(|l| Location::new(l.latitude, l.longitude));
+    checked
+        .transpose()
+        .map_err(|e| FieldError::new("location", e.to_string()))
+}
+
+fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
+    let number = u16::try_from(record.number).ok();
+    let number = number.and_then(|n| RegionNumber::new(n).ok());
+    for (index, zone) in record.residency.iter().enumerate() {
+        field::label(&format!("residency[{index}]"), zone)?;
+    }
+    if !record.router_address.is_empty() && !record.router_address.contains(':') {
+        return Err(FieldError::new("routerAddress", "expected HOST:PORT"));
+    }
+    Ok(Region {
+        name: field::label("name", &record.name)?,
+        number: number.ok_or_else(|| {
+            FieldError::new(
+                "number",
+                format!("{} is out of range 0..=1023", record.number),
+            )
+        })?,
+        cloud: record.cloud.clone(),
+        location: location(record.location.as_ref())?,
+        phase: phase(record.phase),
+        residency: record.residency.clone(),
+        router_address: record.router_address.clone(),
+    })
+}
+
+fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
+    let Some(behaviour) = record.behaviour.clone() else {
+        return Err(FieldError::new("behaviour", "is required"));
+    };
+    field::agent("behaviour.agent", &behaviour.agent)?;
+    if behaviour.engine.is_empty() {
+        return Err(FieldError::new(
+            "behaviour.engine",
+            "is required, such as \"echo\"",
+        ));
+    }
+    let mut regions = Vec::with_capacity(record.regions.len());
+    for (index, entry) in record.regions.iter().enumerate() {
+        let at = format!("regions[{index}]");
+        let name = field::label("region", &entry.region).map_err(|e| e.below(&at))?;
+        if !(1..=1000).contains(&entry.weight) {
+            let problem = format!("{} is out of range 1..=1000", entry.weight);
+            return Err(FieldError::new(format!("{at}.weight"), problem));
+        }
+        regions.push((name, entry.weight));
+    }
+    let any = AgentPolicy::default();
+    let (preferred, max) = match (record.rtt_ceiling_ms, record.rtt_ceiling_max_ms) {
+        (0, 0) => (any.rtt_ceiling, any.rtt_ceiling_max),
+        (0, max) => (millis(max), millis(max)),
+        (preferred, 0) => (millis(preferred), millis(preferred)),
+        (preferred, max) if preferred <= max => (millis(preferred), millis(max)),
+        (preferred, max) => {
+            let problem = format!("{max} is below rttCeilingMs, which is {preferred}");
+            return Err(FieldError::new("rttCeilingMaxMs", problem));
+        }
+    };
+    let codec = |(index, codec): (usize, &i32)| match v1::Codec::try_from(*codec) {
+        Ok(codec) if codec_label(codec).is_some() => Ok(codec),
+        _ => Err(FieldError::new(format!("codecs[{index}]"), "is no codec")),
+    };
+    let mut codecs = record
+        .codecs
+        .iter()
+        .enumerate()
+        .map(codec)
+        .collect::<Result<Vec<_>, _>>()?;
+    if codecs.is_empty() {
+        codecs = vec![v1::Codec::Opus, v1::Codec::L1616k, v1::Codec::L1624k];
+    }
+    Ok(Agent {
+        policy: AgentPolicy {
+            gpu_class: record.gpu_class.clone(),
+            rtt_ceiling: preferred,
+            rtt_ceiling_max: max,
+            relax_over: RELAX_OVER,
+            regions: Some(regions),
+        },
+        behaviour,
+        codecs,
+        sessions_per_tenant: record.sessions_per_tenant,
+    })
+}
+
+fn key(record: &v1::KeyRecord) -> Result<(String, Key), FieldError> {
+    if !api_key::is_id(&record.id) {
+        return Err(FieldError::new("id", "expected 12 characters of base32"));
+    }
+    let sha256 = record.sha256.as_ref().try_into();
+    let sha256 = sha256.map_err(|_| FieldError::new("sha256", "expected 32 bytes"))?;
+    for (index, pattern) in record.agents.iter().enumerate() {
+        let at = format!("agents[{index}]");
+        match pattern.strip_suffix("/*") {
+            Some(namespace) => field::label(&at, namespace)?,
+            None => field::agent(&at, pattern)?,
+        };
+    }
+    let key = Key {
+        sha256,
+        tenant: field::label("tenant", &record.tenant)?,
+        agents: record.agents.clone(),
+    };
+    Ok((record.id.clone(), key))
+}
+
+fn millis(ms: u32) -> Duration {
+    Duration::from_millis(ms.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(name: &str, number: u32) -> v1::RegionRecord {
+        v1::RegionRecord {
+            name: name.into(),
+            number,
+            ..v1::RegionRecord::default()
+        }
+    }
+
+    fn agent_record() -> v1::AgentRecord {
+        v1::AgentRecord {
+            behaviour: Some(v1::AgentBehaviour {
+                agent: "shop/desk".into(),
+                engine: "echo".into(),
+                ..v1::AgentBehaviour::default()
+            }),
+            ..v1::AgentRecord::default()
+        }
+    }
+
+    #[test]
+    fn a_change_is_taken_whole_or_not_at_all() {
+        let good = v1::ApplyRequest {
+            regions: vec![region("frankfurt", 1)],
+            agents: vec![agent_record()],
+            ..v1::ApplyRequest::default()
+        };
+        let records = Records::default().apply(&good).unwrap();
+        assert_eq!((records.revision, records.regions.len()), (1, 1));
+        let bad = v1::ApplyRequest {
+            regions: vec![region("virginia", 2), region("osaka", 1)],
+            ..v1::ApplyRequest::default()
+        };
+        let error = records.apply(&bad).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "regions[1].number: 1 is the number of region frankfurt"
+        );
+        let gone = v1::ApplyRequest {
+            removed_agents: vec!["shop/desk".into(), "never/was".into()],
+            ..v1::ApplyRequest::default()
+        };
+        assert!(records.apply(&gone).unwrap().agents.is_empty());
+    }
+
+    #[test]
+    fn impossible_values_name_their_field() {
+        let agent = |change: fn(&mut v1::AgentRecord)| {
+            let mut record = agent_record();
+            change(&mut record);
+            v1::ApplyRequest {
+                agents: vec![record],
+                ..v1::ApplyRequest::default()
+            }
+        };
+        let region = |record| v1::ApplyRequest {
+            regions: vec![record],
+            ..v1::ApplyRequest::default()
+        };
+        let key = |id: &str, sha256: &'static [u8], agents: &str| v1::ApplyRequest {
+            keys: vec![v1::KeyRecord {
+                id: id.into(),
+                sha256: sha256.into(),
+                tenant: "acme".into(),
+                agents: vec![agents.into()],
+            }],
+            ..v1::ApplyRequest::default()
+        };
+        let nowhere = v1::Location {
+            latitude: 91.0,
+            longitude: 0.0,
+        };
+        let table = [
+            (region(self::region("Frankfurt", 1)), "regions[0].name"),
+            (region(self::region("f", 1024)), "regions[0].number"),
+            (
+                region(v1::RegionRecord {
+                    location: Some(nowhere),
+                    ..self::region("f", 1)
+                }),
+                "regions[0].location",
+            ),
+            (agent(|a| a.behaviour = None), "agents[0].behaviour"),
+            (
+                agent(|a| a.behaviour.as_mut().unwrap().agent = "x".into()),
+                "agents[0].behaviour.agent",
+            ),
+            (
+                agent(|a| a.behaviour.as_mut().unwrap().engine.clear()),
+                "agents[0].behaviour.engine",
+            ),
+            (
+                agent(|a| {
+                    a.regions = vec![v1::AgentRegion {
+                        region: "f".into(),
+                        weight: 0,
+                    }]
+                }),
+                "agents[0].regions[0].weight",
+            ),
+            (
+                agent(|a| (a.rtt_ceiling_ms, a.rtt_ceiling_max_ms) = (100, 50)),
+                "agents[0].rttCeilingMaxMs",
+            ),
+            (agent(|a| a.codecs = vec![0]), "agents[0].codecs[0]"),
+            (key("short", &[0; 32], "a/b"), "keys[0].id"),
+            (key("000000000000", &[0; 31], "a/b"), "keys[0].sha256"),
+            (key("000000000000", &[0; 32], "a*"), "keys[0].agents[0]"),
+        ];
+        for (change, path) in table {
+            assert_eq!(Records::default().apply(&change).unwrap_err().path, path);
+        }
+    }
+
+    #[test]
+    fn keys_are_limited_to_their_agents() {
+        let key = |agents: &[&str]| Key {
+            sha256: [0; 32],
+            tenant: "acme".into(),
+            agents: agents.iter().map(|a| (*a).to_owned()).collect(),
+        };
+        assert!(key(&[]).allows("any/thing"));
+        assert!(key(&["shop/*"]).allows("shop/desk"));
+        assert!(!key(&["shop/*"]).allows("shopping/desk"));
+        assert!(key(&["a/b", "shop/desk"]).allows("shop/desk"));
+        assert!(!key(&["shop/desk"]).allows("shop/desk2"));
+    }
+}
