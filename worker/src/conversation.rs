@@ -224,3 +224,240 @@ impl Conversation {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    use antiphon_media::{
+        engine::{EchoEngine, EchoSettings},
+        rtp,
+        script::Script,
+        verify::{Said, verify},
+    };
+
+    const FRAME: Duration = Duration::from_millis(20);
+
+    /// A conversation and its caller on one virtual clock, with a seeded network between them.
+    struct Line {
+        format: AudioFormat,
+        conversation: Conversation,
+        caller: Sender,
+        ears: Receiver,
+        now: Instant,
+        recording: Vec<i16>,
+        events: Vec<Output>,
+        seed: u64,
+        loss_percent: u64,
+    }
+
+    fn origin(seed: u32) -> StreamOrigin {
+        StreamOrigin {
+            ssrc: seed,
+            sequence: 65_530,
+            timestamp: u32::MAX - 5_000,
+        }
+    }
+
+    impl Line {
+        fn new(format: AudioFormat, loss_percent: u64) -> Self {
+            let engine = EchoEngine::new(EchoSettings::new(format.sample_rate(), 0xbeef, 1));
+            let setup = Setup {
+                format,
+                flow: 0,
+                origin: origin(1),
+                turn_taking: TurnTaking::default(),
+                engine: Box::new(engine),
+            };
+            Self {
+                format,
+                conversation: Conversation::new(setup).unwrap(),
+                caller: Sender::new(format, EncoderSettings::default(), 0, origin(2)).unwrap(),
+                ears: Receiver::new(format),
+                now: Instant::now(),
+                recording: Vec::new(),
+                events: Vec::new(),
+                seed: 7,
+                loss_percent,
+            }
+        }
+
+        fn lost(&mut self) -> bool {
+            self.seed = self
+                .seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (self.seed >> 33) % 100 < self.loss_percent
+        }
+
+        /// 20 ms: the caller says a frame and hears one.
+        fn step(&mut self, say: &[i16], paused: bool) {
+            if let Some(datagram) = self.caller.push(say).unwrap()
+                && !self.lost()
+            {
+                let (_, packet) = rtp::split_flow(&datagram).unwrap();
+                self.conversation.on_audio(self.now, &packet).unwrap();
+            }
+            self.conversation.step(self.now, paused).unwrap();
+            while let Some(output) = self.conversation.poll_output() {
+                match output {
+                    Output::Datagram(datagram) if !self.lost() => {
+                        let (_, packet) = rtp::split_flow(&datagram).unwrap();
+                        self.ears.insert(self.now, &packet).unwrap();
+                    }
+                    Output::Datagram(_) => {}
+                    Output::Control(Message::Flush(ref flush)) => {
+                        self.ears.flush(flush.generation);
+                        self.events.push(output);
+                    }
+                    event => self.events.push(event),
+                }
+            }
+            let heard = self.ears.pull(self.now);
+            self.recording.extend_from_slice(heard.pcm);
+            self.now += FRAME;
+        }
+
+        fn say(&mut self, pcm: &[i16]) -> usize {
+            let samples = self.format.frame_samples();
+            for frame in pcm.chunks(samples) {
+                let mut padded = frame.to_vec();
+                padded.resize(samples, 0);
+                self.step(&padded, false);
+            }
+            self.recording.len()
+        }
+
+        fn listen(&mut self, frames: usize) {
+            let silence = vec![0; self.format.frame_samples()];
+            for _ in 0..frames {
+                self.step(&silence, false);
+            }
+        }
+
+        fn saw(&self, wanted: impl Fn(&Output) -> bool) -> usize {
+            self.events.iter().filter(|event| wanted(event)).count()
+        }
+    }
+
+    fn two_turns_come_back(format: AudioFormat, loss_percent: u64) {
+        let mut line = Line::new(format, loss_percent);
+        let script = Script::bundled(3, format.sample_rate(), 2).unwrap();
+        let mut ended = Vec::new();
+        for turn in &script.turns {
+            ended.push(line.say(&turn.pcm));
+            line.listen(50 * 8);
+        }
+        let said: Vec<_> = script
+            .turns
+            .iter()
+            .zip(&ended)
+            .map(|(turn, ended)| Said {
+                pcm: &turn.pcm,
+                code: turn.code,
+                ended: Some(*ended),
+            })
+            .collect();
+        let report = verify(&said, &line.recording, format.sample_rate());
+        assert!(
+            report.passed(),
+            "{format:?}: {:?}",
+            report.all_problems().collect::<Vec<_>>()
+        );
+        assert_eq!(line.saw(|e| matches!(e, Output::TurnEnded { .. })), 2);
+        assert_eq!(
+            line.saw(|e| matches!(e, Output::Control(Message::ResponseDone(_)))),
+            2
+        );
+    }
+
+    #[test]
+    fn every_codec_brings_the_callers_own_words_back() {
+        for format in AudioFormat::ALL {
+            two_turns_come_back(format, 0);
+        }
+    }
+
+    #[test]
+    fn two_percent_loss_each_way_is_concealed() {
+        two_turns_come_back(AudioFormat::Opus, 2);
+    }
+
+    #[test]
+    fn an_interrupted_answer_stops_within_one_frame() {
+        let mut line = Line::new(AudioFormat::Opus, 0);
+        let script = Script::bundled(1, 16_000, 2).unwrap();
+        line.say(&script.turns[0].pcm);
+        while line.saw(|e| matches!(e, Output::AnswerBegan { .. })) == 0 {
+            line.listen(1);
+        }
+        line.listen(25);
+        for frame in script.turns[1].pcm.chunks(320) {
+            if line.saw(|e| matches!(e, Output::Interrupted { .. })) > 0 {
+                break;
+            }
+            let mut frame = frame.to_vec();
+            frame.resize(320, 0);
+            line.step(&frame, false);
+        }
+        let flush = line
+            .events
+            .iter()
+            .position(|e| matches!(e, Output::Control(Message::Flush(_))));
+        assert!(flush.is_some(), "{:?}", line.events);
+        line.listen(1);
+        let last = line.recording.len() - 320;
+        line.listen(10);
+        assert!(
+            line.recording[last..]
+                .iter()
+                .all(|sample| sample.abs() < 200),
+            "silent after one frame"
+        );
+        assert_eq!(
+            line.saw(|e| matches!(e, Output::Control(Message::ResponseDone(_)))),
+            0
+        );
+    }
+
+    #[test]
+    fn a_paused_agent_says_nothing_and_goes_on_where_it_was() {
+        let mut line = Line::new(AudioFormat::L16At16k, 0);
+        let script = Script::bundled(2, 16_000, 1).unwrap();
+        let ended = line.say(&script.turns[0].pcm);
+        let silence = vec![0; 320];
+        for _ in 0..200 {
+            line.step(&silence, true);
+        }
+        assert_eq!(line.saw(|e| matches!(e, Output::AnswerBegan { .. })), 0);
+        line.listen(400);
+        let said = [Said {
+            pcm: &script.turns[0].pcm,
+            code: script.turns[0].code,
+            ended: Some(ended),
+        }];
+        let report = verify(&said, &line.recording, 16_000);
+        assert!(
+            report.passed(),
+            "{:?}",
+            report.all_problems().collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn a_packet_of_another_codec_is_refused_and_changes_nothing() {
+        let mut line = Line::new(AudioFormat::Opus, 0);
+        let mut other = Sender::new(
+            AudioFormat::L16At16k,
+            EncoderSettings::default(),
+            0,
+            origin(3),
+        )
+        .unwrap();
+        let datagram = other.push(&[1000; 320]).unwrap().unwrap();
+        let (_, packet) = rtp::split_flow(&datagram).unwrap();
+        assert!(line.conversation.on_audio(line.now, &packet).is_err());
+        assert_eq!(line.conversation.stats().jitter.received, 0);
+    }
+}
