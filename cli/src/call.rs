@@ -1,1 +1,205 @@
-//! placeholder
+//! `antiphon call`: one call, paced in real time, then its timeline.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use antiphon_media::{
+    resample,
+    script::{Script, ScriptTurn},
+    speech::Utterance,
+    verify, wav,
+};
+use antiphon_proto::v1::Codec;
+use anyhow::{Context as _, ensure};
+use serde_json::{Value, json};
+
+use crate::{
+    args::{CallArgs, CodecArg},
+    caller::{self, Called, Stage, Wanted},
+    fleet::Context,
+    present::{self, Progress, duration},
+};
+
+pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let context = Context::load(dir)?;
+    let router = context.nearest(args.from).context("the fleet has no router")?;
+    let client = context.client(router, args.api_key.as_deref())?;
+    let agent = if args.agent.contains('/') { args.agent.clone() } else { format!("default/{}", args.agent) };
+    let (codec, rate) = match args.codec {
+        CodecArg::Opus => (Codec::Opus, 16_000),
+        CodecArg::L1616k => (Codec::L1616k, 16_000),
+        CodecArg::L1624k => (Codec::L1624k, 24_000),
+    };
+    if let Some(save) = &args.save {
+        writable(save)?;
+    }
+    let wanted = Wanted {
+        agent,
+        location: args.from,
+        codec,
+        regions: args.region.clone(),
+        turns: turns(&args.wav, rate)?,
+        patience: args.patience,
+    };
+    let progress = Progress::new(json);
+    let called = with_progress(&client, &wanted, &progress).await;
+    progress.clear();
+    let called = called?;
+    if let Some(save) = &args.save {
+        let bytes = wav::write(&called.heard.recording, called.rate);
+        fs::write(save, bytes).with_context(|| save.display().to_string())?;
+    }
+    let found = called.verify(&wanted.turns);
+    if json {
+        println!("{}", serde_json::to_string_pretty(&as_json(&called, &found, args.save.as_deref()))?);
+    } else {
+        print_timeline(&called, &found, args.save.as_deref());
+    }
+    let answered = called.broken.is_none() && called.heard.unanswered == 0;
+    if let Some(broken) = &called.broken {
+        present::error(&anyhow::anyhow!("{broken}"));
+    }
+    Ok(if answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn with_progress(
+    client: &antiphon_client::Router,
+    wanted: &Wanted,
+    progress: &Progress,
+) -> Result<Called, caller::CallFailure> {
+    let stage = Stage::default();
+    let call = caller::call(client, wanted, &stage, None);
+    let mut call = std::pin::pin!(call);
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    let started = tokio::time::Instant::now();
+    loop {
+        tokio::select! {
+            called = &mut call => return called,
+            _ = ticks.tick() => {
+                let total = wanted.turns.len();
+                let doing = match stage.value() {
+                    0 => "asking for a ticket".to_owned(),
+                    1 => "connecting".to_owned(),
+                    n => format!("turn {} of {total}", (n - 1).min(total)),
+                };
+                progress.say(format!("{}: {doing}  {:.1} s", wanted.agent, started.elapsed().as_secs_f64()));
+            }
+        }
+    }
+}
+
+/// One turn per file, each as it is; the built-in sentence with a code in front when there is none.
+fn turns(files: &[PathBuf], rate: u32) -> anyhow::Result<Vec<ScriptTurn>> {
+    if files.is_empty() {
+        let words = resample::convert(&Utterance::ALL[0].pcm(), antiphon_media::speech::RATE, rate)?;
+        return Ok(Script::new(rand::random(), rate, [words.as_slice()]).turns);
+    }
+    files.iter().map(|file| turn(file, rate).with_context(|| file.display().to_string())).collect()
+}
+
+fn turn(file: &Path, rate: u32) -> anyhow::Result<ScriptTurn> {
+    let read = wav::read(&fs::read(file)?)?;
+    let pcm = resample::convert(&read.pcm, read.rate, rate)?;
+    ensure!(!antiphon_media::levels::is_silent(&pcm), "nothing is said in it: it is silent");
+    let longest = LONGEST_TURN.as_secs() * u64::from(rate);
+    ensure!(pcm.len() as u64 <= longest, "longer than {LONGEST_TURN:?}: cut it into several files, one per turn");
+    let code = verify::opening_code(&pcm, rate);
+    Ok(ScriptTurn { code, pcm })
+}
+
+/// Found out before the call, not after it.
+fn writable(path: &Path) -> anyhow::Result<()> {
+    fs::OpenOptions::new().append(true).create(true).open(path).with_context(|| format!("--save {}", path.display()))?;
+    Ok(())
+}
+
+fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>) {
+    let (session, report) = (&called.session, &called.report);
+    println!("session      {}", session.session);
+    println!("placed       {}/{}: {}", session.region, session.worker, session.reason);
+    println!("ticket       {}", duration(called.ticket));
+    println!("handshake    {} (attempt {})", duration(report.handshake), report.attempts);
+    println!("active       {}", duration(report.activated));
+    if let Some(first) = report.first_audio {
+        println!("first audio  {}", duration(first));
+    }
+    println!("lasted       {}", duration(report.ended));
+    println!();
+    let rows = found.turns.iter().map(|turn| {
+        let receipt = turn.receipt.map_or("none".into(), |r| format!("{:08x} by {:04x}", r.chain, r.nonce));
+        let delay = turn.response_delay.map_or("-".into(), duration);
+        let problems: Vec<_> = turn.problems.iter().map(ToString::to_string).collect();
+        let verdict = if problems.is_empty() { "own words".into() } else { problems.join("; ") };
+        let similarity = format!("{:.2}", turn.similarity);
+        vec![turn.turn.to_string(), delay, receipt, similarity, duration(turn.longest_silence), verdict]
+    });
+    let header = ["TURN", "ANSWERED AFTER", "RECEIPT", "LIKENESS", "LONGEST PAUSE", "ANSWER"];
+    present::print(&present::table(&header, &[0, 1, 3, 4], rows));
+    println!();
+    let jitter = report.received.jitter;
+    println!(
+        "network      loss {:.2} %, concealed {} frames, jitter {}, buffer {}, round trip {}",
+        called.loss() * 100.0,
+        jitter.concealed,
+        duration(jitter.jitter),
+        duration(jitter.delay),
+        duration(report.rtt)
+    );
+    for switch in &report.switches {
+        let gap = switch.gap.map_or("nothing heard since".into(), |gap| format!("quiet for {}", duration(gap)));
+        let relay = |index: usize| session.relays.get(index).map_or(0, |relay| relay.number);
+        let (from, to) = (relay(switch.switch.from), relay(switch.switch.to));
+        println!("relay        {from} -> {to} at {}: {:?}, {gap}", duration(switch.at), switch.switch.reason);
+    }
+    if let Some(saved) = saved {
+        println!("saved        {}", saved.display());
+    }
+}
+
+fn as_json(called: &Called, found: &verify::Report, saved: Option<&Path>) -> Value {
+    let (session, report) = (&called.session, &called.report);
+    let ms = |d: Duration| d.as_secs_f64() * 1000.0;
+    let turns: Vec<_> = found
+        .turns
+        .iter()
+        .map(|turn| {
+            json!({
+                "turn": turn.turn,
+                "responseDelayMs": turn.response_delay.map(ms),
+                "chain": turn.receipt.map(|r| format!("{:08x}", r.chain)),
+                "process": turn.receipt.map(|r| format!("{:04x}", r.nonce)),
+                "epoch": turn.receipt.map(|r| r.epoch),
+                "similarity": turn.similarity,
+                "longestSilenceMs": ms(turn.longest_silence),
+                "problems": turn.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    let jitter = report.received.jitter;
+    json!({
+        "session": session.session,
+        "region": session.region,
+        "worker": session.worker,
+        "reason": session.reason,
+        "ticketMs": ms(called.ticket),
+        "handshakeMs": ms(report.handshake),
+        "attempts": report.attempts,
+        "activatedMs": ms(report.activated),
+        "firstAudioMs": report.first_audio.map(ms),
+        "lastedMs": ms(report.ended),
+        "turns": turns,
+        "loss": called.loss(),
+        "concealedFrames": jitter.concealed,
+        "jitterMs": ms(jitter.jitter),
+        "rttMs": ms(report.rtt),
+        "relaySwitches": report.switches.len(),
+        "error": called.broken.as_ref().map(ToString::to_string),
+        "saved": saved.map(|path| path.display().to_string()),
+    })
+}
+
+const LONGEST_TURN: Duration = Duration::from_secs(55);

@@ -27,9 +27,9 @@ use tonic::transport::Channel;
 
 pub use address::Subnet;
 pub use context::{Context, RouterContext};
-pub use process::{Kind, Process};
+pub use process::{Kind, Process, ProcessSpec};
 
-use process::{ProcessSpec, find_binaries};
+use process::find_binaries;
 
 /// How a fleet is to run.
 #[derive(Debug, Clone)]

@@ -3,6 +3,7 @@
 
 mod args;
 mod call;
+mod caller;
 mod cid;
 mod demo;
 mod explain;

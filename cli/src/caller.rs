@@ -1,0 +1,142 @@
+//! One scripted call from ticket to goodbye, and what its recording proves.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use antiphon_client::{
+    CallError, CallHandle, CallReport, ClientKey, Dial, DialError, Event, Heard, Party, Router, RouterError,
+    ScriptedCaller, ScriptedOutcome, SessionRequest, Step,
+};
+use antiphon_core::id::{Epoch, SessionId};
+use antiphon_media::{script::ScriptTurn, verify};
+use antiphon_proto::v1::{Codec, Session};
+use tokio::sync::oneshot;
+
+/// What a caller wants.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) agent: String,
+    pub(crate) location: Option<(f64, f64)>,
+    pub(crate) codec: Codec,
+    pub(crate) regions: Vec<String>,
+    pub(crate) turns: Vec<ScriptTurn>,
+    pub(crate) patience: Duration,
+}
+
+/// Why there was no call.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CallFailure {
+    #[error(transparent)]
+    Router(#[from] RouterError),
+    #[error(transparent)]
+    Ticket(#[from] antiphon_client::TicketError),
+    #[error("session {session}: {error}")]
+    Dial { session: String, error: DialError },
+    #[error("{0}")]
+    Key(String),
+}
+
+/// A call that came about.
+#[derive(Debug)]
+pub(crate) struct Called {
+    pub(crate) session: Session,
+    /// Time to the ticket.
+    pub(crate) ticket: Duration,
+    pub(crate) report: CallReport,
+    pub(crate) heard: ScriptedOutcome,
+    pub(crate) broken: Option<CallError>,
+    pub(crate) rate: u32,
+}
+
+/// How far a call is; shared with whoever shows it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Stage(Arc<AtomicUsize>);
+
+impl Stage {
+    /// 0: getting a ticket, 1: connecting, 2 and more: in turn `stage - 1`.
+    pub(crate) fn value(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, value: usize) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+}
+
+/// Calls, says every turn, listens to every answer, hangs up. `steer` gets the handle of the live call.
+pub(crate) async fn call(
+    router: &Router,
+    wanted: &Wanted,
+    stage: &Stage,
+    steer: Option<oneshot::Sender<CallHandle>>,
+) -> Result<Called, CallFailure> {
+    let key = ClientKey::generate().map_err(|e| CallFailure::Key(e.to_string()))?;
+    let request = SessionRequest {
+        agent: wanted.agent.clone(),
+        location: wanted.location,
+        client_key: key.public(),
+        codec: wanted.codec,
+        regions: wanted.regions.clone(),
+        max_rtt_ms: 0,
+        session: SessionId::from_bytes(rand::random()),
+        epoch: Epoch::FIRST,
+    };
+    let asked = Instant::now();
+    let session = router.create(&request).await?;
+    let ticket = asked.elapsed();
+    stage.set(1);
+    let dialed = Dial::new(&session)?.connect(&key).await;
+    let call = dialed.map_err(|error| CallFailure::Dial { session: session.session.clone(), error })?;
+    stage.set(2);
+    if let Some(steer) = steer {
+        // Nobody wants to steer any more: the call goes on by itself.
+        let _ = steer.send(call.handle());
+    }
+    let rate = call.sample_rate();
+    let turns = wanted.turns.iter().map(|turn| turn.pcm.clone()).collect();
+    let mut caller = Watched { caller: ScriptedCaller::new(turns, rate, wanted.patience), stage };
+    let (report, outcome) = call.run(&mut caller).await;
+    Ok(Called { session, ticket, report, heard: caller.caller.into_outcome(), broken: outcome.err(), rate })
+}
+
+/// Shows the script's progress.
+struct Watched<'a> {
+    caller: ScriptedCaller,
+    stage: &'a Stage,
+}
+
+impl Party for Watched<'_> {
+    fn step(&mut self, heard: &Heard<'_>, say: &mut [i16]) -> Step {
+        let step = self.caller.step(heard, say);
+        self.stage.set(1 + self.caller.progress().0.max(1));
+        step
+    }
+
+    fn on_event(&mut self, event: &Event) {
+        self.caller.on_event(event);
+    }
+}
+
+impl Called {
+    /// Compares what was heard with what was said.
+    pub(crate) fn verify(&self, turns: &[ScriptTurn]) -> verify::Report {
+        let ended = self.heard.ended.iter().copied().map(Some).chain(std::iter::repeat(None));
+        let said: Vec<_> = turns
+            .iter()
+            .zip(ended)
+            .map(|(turn, ended)| verify::Said { pcm: &turn.pcm, code: turn.code, ended })
+            .collect();
+        verify::verify(&said, &self.heard.recording, self.rate)
+    }
+
+    /// Downlink packets that never came, as a share of those that should have.
+    pub(crate) fn loss(&self) -> f64 {
+        let jitter = self.report.received.jitter;
+        jitter.lost as f64 / ((jitter.received + jitter.lost).max(1)) as f64
+    }
+}
