@@ -22,7 +22,8 @@ pub trait Engine: fmt::Debug + Send {
     /// Whether [`Self::next_frame`] has something to say.
     fn is_speaking(&self) -> bool;
 
-    /// Stops speaking at once. The newest generation begun so far: the client shall flush up to it.
+    /// Stops speaking at once, if [`TurnEvent::Interrupted`] has not done so already. Gives the newest generation so
+    /// far: the client has to flush up to it, since it may still be playing what was sent before.
     fn interrupt(&mut self) -> Option<u32>;
 
     /// What the caller really heard.

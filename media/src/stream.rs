@@ -248,3 +248,6 @@ impl Sender {
         self.stats
     }
 }
+
+#[cfg(test)]
+mod tests;

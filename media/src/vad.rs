@@ -79,17 +79,17 @@ impl Vad {
             highest = Some(highest.map_or(score, |highest| highest.max(score)));
         }
         self.pending.drain(..whole);
-        self.probability = match highest {
-            _ if levels::is_silent(pcm) => 0.0,
-            _ if dtmf::tone(pcm, RATE).is_some() => 1.0,
-            Some(score) => score,
-            None => self.probability,
-        };
         let limit = if self.speech {
             self.settings.off
         } else {
             self.settings.on
         };
+        self.probability = highest.unwrap_or(self.probability);
+        if levels::is_silent(pcm) {
+            self.probability = 0.0;
+        } else if self.probability < limit && dtmf::tone(pcm, RATE).is_some() {
+            self.probability = 1.0;
+        }
         self.speech = self.probability >= limit;
         VadDecision {
             probability: self.probability,

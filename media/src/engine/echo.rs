@@ -344,3 +344,6 @@ const REMEMBERED_TURNS: usize = 64;
 
 /// Answers that wait while another is being said (only if the agent cannot be interrupted).
 const WAITING_RESPONSES: usize = 1;
+
+#[cfg(test)]
+mod tests;

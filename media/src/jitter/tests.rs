@@ -62,10 +62,8 @@ fn index_of(payload: &Bytes) -> u32 {
 fn run(network: Network, frames: u32, speaks: impl Fn(u32) -> bool) -> Outcome {
     let mut rng = Rng(network.seed.wrapping_mul(2) | 1);
     let mut arrivals = Vec::new();
-    let mut index = 0;
-    for frame in (0..frames).filter(|&frame| speaks(frame)) {
+    for (index, frame) in (0..).zip((0..frames).filter(|&frame| speaks(frame))) {
         let sent = packet(index, frame);
-        index += 1;
         if rng.percent(network.loss_percent) {
             continue;
         }

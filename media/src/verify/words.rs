@@ -6,10 +6,16 @@ use std::time::Duration;
 use super::features::{Bands, FRAMES_PER_SECOND, Spectrogram, correlation};
 
 /// Mean score of the segments of the right words, at least.
-pub const LEAST_SIMILARITY: f32 = 0.75;
+///
+/// Measured over six synthetic voices and six texts, after two generations of Opus (24 kbit/s) with two jitter
+/// buffers: the right words score 0.92..=0.95 on clean networks and 0.88..=0.94 where each loses 2 % and jitters by
+/// 30 ms; other words score at most 0.39 in the same voice and 0.41 in another one. The same words in another
+/// synthetic voice score up to 0.89: this compares words, it does not identify speakers.
+pub const LEAST_SIMILARITY: f32 = 0.65;
 
-/// A segment with a lower score is missing or damaged.
-pub const LEAST_SEGMENT: f32 = 0.5;
+/// A segment with a lower score is missing or damaged. In the same measurement the worst segment of an utterance
+/// scores at least 0.65 for the right words, and at most 0.27 for other ones.
+pub const LEAST_SEGMENT: f32 = 0.45;
 
 /// Where and how well words were found.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use antiphon_media::codec::EncoderSettings;
-use antiphon_media::engine::{EchoEngine, EchoSettings, Engine, PlayoutReport};
+use antiphon_media::engine::{EchoEngine, EchoSettings, Engine};
 use antiphon_media::format::{AudioFormat, FRAME_POSITIONS};
 use antiphon_media::resample::FrameResampler;
 use antiphon_media::rtp;
-use antiphon_media::script::Script;
+use antiphon_media::script::{Script, ScriptTurn};
 use antiphon_media::stream::{FrameKind, Receiver, ReceiverStats, Sender, StreamOrigin};
-use antiphon_media::turn::{TurnInput, TurnMachine, TurnTaking};
+use antiphon_media::turn::{TurnEvent, TurnInput, TurnMachine, TurnTaking};
 use antiphon_media::vad::{self, Vad, VadSettings};
 use antiphon_media::verify::{Report, Said, verify};
 use bytes::Bytes;
@@ -27,6 +27,15 @@ pub(crate) const CLEAN: Network = Network {
     jitter_ms: 0,
 };
 
+/// When the caller says the next turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manners {
+    /// When the answer has ended.
+    Waits,
+    /// When the answer has been heard for 1.5 s.
+    Interrupts,
+}
+
 /// What came of a call.
 pub(crate) struct Call {
     pub(crate) script: Script,
@@ -34,6 +43,8 @@ pub(crate) struct Call {
     pub(crate) rate: u32,
     /// Sample of the recording at which each turn had been said.
     pub(crate) ended: Vec<usize>,
+    /// Samples of the recording at which the worker said to flush.
+    pub(crate) flushed: Vec<usize>,
     pub(crate) uplink: ReceiverStats,
     pub(crate) downlink: ReceiverStats,
 }
@@ -129,8 +140,8 @@ impl Worker {
         }
     }
 
-    /// 20 ms of a worker's work, as a session does it.
-    fn tick(&mut self, tick: u64, now: Instant) -> Option<Bytes> {
+    /// 20 ms of a worker's work, as a session does it: what to send, what to flush.
+    fn tick(&mut self, tick: u64, now: Instant) -> (Option<Bytes>, Option<u32>) {
         let at = tick * FRAME_POSITIONS;
         let heard = self.receiver.pull(now);
         let speech = self.vad.frame(self.to_vad.frame(heard.pcm)).speech;
@@ -139,21 +150,20 @@ impl Worker {
         self.turns.handle(TurnInput::Frame { speech, at });
         let events: Vec<_> = std::iter::from_fn(|| self.turns.poll_output()).collect();
         self.engine.hear(heard.pcm, at, &events);
+        let interrupted = events
+            .iter()
+            .any(|event| matches!(event, TurnEvent::Interrupted { .. }));
+        let flush = if interrupted {
+            self.engine.interrupt()
+        } else {
+            None
+        };
         let Some(answer) = self.engine.next_frame(&mut self.frame) else {
             self.sender.skip();
-            return None;
+            return (None, flush);
         };
         self.sender.set_generation(Some(answer.generation));
-        let datagram = self.sender.push(&self.frame).unwrap();
-        if answer.last {
-            let report = PlayoutReport {
-                generation: answer.generation,
-                heard_samples: 1,
-                complete: true,
-            };
-            self.engine.played(report);
-        }
-        datagram
+        (self.sender.push(&self.frame).unwrap(), flush)
     }
 }
 
@@ -166,68 +176,111 @@ fn sender(format: AudioFormat, seed: u32) -> Sender {
     Sender::new(format, EncoderSettings::default(), 4, origin).unwrap()
 }
 
-/// Says each turn when the answer to the one before has ended.
+/// The caller's end of the line.
+struct Caller<'a> {
+    manners: Manners,
+    turns: std::slice::Iter<'a, ScriptTurn>,
+    speaking: Option<std::slice::Chunks<'a, i16>>,
+    recording: Vec<i16>,
+    ended: Vec<usize>,
+    /// Ticks since the last turn was said, and of them with and since sound.
+    waited: u64,
+    heard: u64,
+    quiet: u64,
+}
+
+impl Caller<'_> {
+    /// The next frame to send; `None` when all is said and answered.
+    fn speak(&mut self, samples: usize) -> Option<Vec<i16>> {
+        let mut frame = vec![0; samples];
+        if self.speaking.is_none() && self.may_speak() {
+            self.speaking = Some(self.turns.next()?.pcm.chunks(samples));
+        }
+        if let Some(words) = self.speaking.as_mut().and_then(Iterator::next) {
+            frame[..words.len()].copy_from_slice(words);
+            (self.waited, self.heard, self.quiet) = (0, 0, 0);
+        } else if self.speaking.take().is_some() {
+            self.ended.push(self.recording.len());
+        }
+        Some(frame)
+    }
+
+    fn may_speak(&self) -> bool {
+        match self.manners {
+            _ if self.ended.is_empty() => self.waited > 25,
+            Manners::Interrupts if self.turns.len() > 0 => self.heard > 75,
+            Manners::Waits | Manners::Interrupts => self.heard > 0 && self.quiet > 50,
+        }
+    }
+
+    fn hear(&mut self, pcm: &[i16], kind: FrameKind) {
+        self.recording.extend_from_slice(pcm);
+        self.waited += 1;
+        if kind == FrameKind::Silence {
+            self.quiet += 1;
+        } else {
+            self.heard += 1;
+            self.quiet = 0;
+        }
+    }
+}
+
+/// A whole call, of a minute at most.
 pub(crate) fn call(
     format: AudioFormat,
     script: Script,
     engine: Box<dyn Engine>,
-    network: Network,
+    (network, manners): (Network, Manners),
     seed: u64,
 ) -> Call {
-    let samples = format.frame_samples();
     let epoch = Instant::now();
     let (mut up, mut down) = (Link::new(network, seed), Link::new(network, seed ^ 0xabcd));
     let mut worker = Worker::new(format, engine);
-    let (mut caller_out, mut caller_in) = (sender(format, 1), Receiver::new(format));
-    let (mut recording, mut ended) = (Vec::new(), Vec::new());
-    let mut turns = script.turns.iter();
-    let mut speaking: Option<std::slice::Chunks<'_, i16>> = None;
-    let mut quiet_since = 0;
+    let (mut sender, mut receiver) = (sender(format, 1), Receiver::new(format));
+    let mut caller = Caller {
+        manners,
+        turns: script.turns.iter(),
+        speaking: None,
+        recording: Vec::new(),
+        ended: Vec::new(),
+        waited: 0,
+        heard: 0,
+        quiet: 0,
+    };
+    let mut flushed = Vec::new();
     for tick in 0..50 * 60 {
         let now = tick * 20_000;
-        if speaking.is_none()
-            && (tick == 25 || !ended.is_empty() && answered(&recording, &ended, tick, quiet_since))
-        {
-            speaking = match turns.next() {
-                Some(turn) => Some(turn.pcm.chunks(samples)),
-                None => break,
-            };
-        }
-        let mut frame = vec![0; samples];
-        if let Some(words) = speaking.as_mut().and_then(Iterator::next) {
-            frame[..words.len()].copy_from_slice(words);
-        } else if speaking.take().is_some() {
-            ended.push(recording.len());
-            quiet_since = tick;
-        }
-        if let Some(datagram) = caller_out.push(&frame).unwrap() {
+        let Some(frame) = caller.speak(format.frame_samples()) else {
+            break;
+        };
+        if let Some(datagram) = sender.push(&frame).unwrap() {
             up.send(now, datagram);
         }
         up.deliver(now, epoch, &mut worker.receiver);
-        if let Some(datagram) = worker.tick(tick, epoch + Duration::from_micros(now)) {
+        let (datagram, flush) = worker.tick(tick, epoch + Duration::from_micros(now));
+        if let Some(datagram) = datagram {
             down.send(now, datagram);
         }
-        down.deliver(now, epoch, &mut caller_in);
-        let heard = caller_in.pull(epoch + Duration::from_micros(now));
-        if heard.kind != FrameKind::Silence {
-            quiet_since = tick;
+        if let Some(generation) = flush {
+            flushed.push(caller.recording.len());
+            receiver.flush(generation);
         }
-        recording.extend_from_slice(heard.pcm);
+        down.deliver(now, epoch, &mut receiver);
+        let heard = receiver.pull(epoch + Duration::from_micros(now));
+        caller.hear(heard.pcm, heard.kind);
     }
+    let Caller {
+        recording, ended, ..
+    } = caller;
     assert_eq!(ended.len(), script.turns.len(), "every turn was said");
-    let rate = format.sample_rate();
+    let (uplink, downlink) = (worker.receiver.stats(), receiver.stats());
     Call {
         recording,
-        rate,
+        rate: format.sample_rate(),
         ended,
-        uplink: worker.receiver.stats(),
-        downlink: caller_in.stats(),
+        flushed,
+        uplink,
+        downlink,
         script,
     }
-}
-
-/// Something was heard since the caller ended, and then a second of nothing.
-fn answered(recording: &[i16], ended: &[usize], tick: u64, quiet_since: u64) -> bool {
-    let since = *ended.last().unwrap();
-    tick - quiet_since > 50 && recording[since..].iter().any(|&sample| sample != 0)
 }

@@ -6,7 +6,7 @@ use antiphon_media::levels;
 use antiphon_media::script::Script;
 use antiphon_media::verify::{Problem, Said, verify};
 
-use crate::call::{CLEAN, Call, Network, call, echo};
+use crate::call::{CLEAN, Call, Manners, Network, call, echo};
 
 const LOSSY: Network = Network {
     loss_percent: 2,
@@ -15,7 +15,13 @@ const LOSSY: Network = Network {
 
 fn echo_call(format: AudioFormat, network: Network, seed: u64) -> Call {
     let script = Script::bundled(seed, format.sample_rate(), 3).unwrap();
-    call(format, script, Box::new(echo(format)), network, seed)
+    call(
+        format,
+        script,
+        Box::new(echo(format)),
+        (network, Manners::Waits),
+        seed,
+    )
 }
 
 /// A good call's recording, changed. The words of the second answer are `words`.
@@ -92,7 +98,7 @@ fn a_forgetful_engine_is_caught_at_the_second_turn() {
         1,
         1,
     )));
-    let report = call(format, script, engine, CLEAN, 1).report();
+    let report = call(format, script, engine, (CLEAN, Manners::Waits), 1).report();
     assert_eq!(report.turns[0].problems, []);
     for turn in &report.turns[1..] {
         assert!(
@@ -238,5 +244,35 @@ fn the_answer_begins_with_the_callers_first_sound() {
         let words = &answer[levels::audible_range(&answer[18_000..], call.rate).start + 18_000..];
         let (heard, said) = (levels::rms(&words[..800]), levels::rms(&said.pcm[..800]));
         assert!((heard - said).abs() < said * 0.15, "{heard} {said}");
+    }
+}
+
+#[test]
+fn an_interrupted_answer_stops_at_once_and_the_interruption_is_answered() {
+    for (network, seed) in [(CLEAN, 1), (LOSSY, 2)] {
+        let format = AudioFormat::Opus;
+        let script = Script::bundled(seed, format.sample_rate(), 3).unwrap();
+        let engine = Box::new(echo(format));
+        let call = call(format, script, engine, (network, Manners::Interrupts), seed);
+        assert_eq!(call.flushed.len(), 2);
+        for &flushed in &call.flushed {
+            let after = &call.recording[flushed..flushed + 16_000];
+            assert!(
+                levels::is_silent(after),
+                "not one frame more: {}",
+                levels::rms(after)
+            );
+            let before = &call.recording[flushed - 1600..flushed];
+            assert!(!levels::is_silent(before), "there was something to stop");
+        }
+        let report = call.report();
+        for turn in &report.turns[..2] {
+            assert!(!turn.problems.is_empty(), "the words were cut");
+            assert_eq!(
+                turn.receipt.map(|receipt| receipt.chain),
+                Some(turn.expected_chain)
+            );
+        }
+        assert_eq!(report.turns[2].problems, [], "{network:?}");
     }
 }
