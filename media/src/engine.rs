@@ -2,7 +2,7 @@
 
 mod echo;
 
-pub use echo::{EchoEngine, EchoSettings, ForgetfulEcho, TurnMemory};
+pub use echo::{EchoEngine, EchoSettings, ForgetfulEcho, TurnMemory, opening_code};
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! The adaptive jitter buffer: packets in as they come, one frame out every 20 ms.
 //!
 //! A frame's *delay* is how much later it is played than the fastest packet of the last seconds would have allowed.
-//! The target delay follows the arrivals ([`delay`]): up at once, down slowly, 20..=200 ms. The buffer changes its
+//! The target delay follows the arrivals: up at once, down slowly, 20..=200 ms. The buffer changes its
 //! real delay where nobody hears it: at the beginning of a talkspurt, in quiet frames, and when a frame has to be
 //! concealed anyway. The sender's silences (timestamps jump, sequence numbers do not) are silence, not loss.
 //!

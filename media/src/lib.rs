@@ -5,7 +5,7 @@
 //!            └──────── stream::Receiver ┘                            stream::Sender └──────┘
 //! ```
 //!
-//! Audio is mono, 16 bits, in frames of 20 ms ([`format`]). Time is an argument everywhere: jitter buffers are told
+//! Audio is mono, 16 bits, in frames of 20 ms ([`mod@format`]). Time is an argument everywhere: jitter buffers are told
 //! the [`std::time::Instant`], turn taking is told positions of the session clock (48 kHz samples). Nothing here
 //! reads a clock, a random number, a file or a socket; bytes from the network may be anything and never panic.
 //!

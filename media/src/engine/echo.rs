@@ -304,7 +304,7 @@ impl Engine for ForgetfulEcho {
 }
 
 /// The four digits that a turn begins with, or 0.
-fn opening_code(words: &[i16], rate: u32) -> u16 {
+pub fn opening_code(words: &[i16], rate: u32) -> u16 {
     let samples = |millis: u32| (rate / 1000 * millis) as usize;
     let opening = &words[..words.len().min(samples(2000))];
     let mut digits = [0; 4];
