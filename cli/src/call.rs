@@ -8,6 +8,7 @@ use std::{
 };
 
 use antiphon_media::{
+    engine::opening_code,
     resample,
     script::{Script, ScriptTurn},
     speech::Utterance,
@@ -107,7 +108,7 @@ fn turn(file: &Path, rate: u32) -> anyhow::Result<ScriptTurn> {
     ensure!(!antiphon_media::levels::is_silent(&pcm), "nothing is said in it: it is silent");
     let longest = LONGEST_TURN.as_secs() * u64::from(rate);
     ensure!(pcm.len() as u64 <= longest, "longer than {LONGEST_TURN:?}: cut it into several files, one per turn");
-    let code = verify::opening_code(&pcm, rate);
+    let code = opening_code(&pcm, rate);
     Ok(ScriptTurn { code, pcm })
 }
 

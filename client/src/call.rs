@@ -194,7 +194,7 @@ impl Call {
         let mut say = vec![0; self.dial.format.frame_samples()];
         let mut steps = frame_ticks();
         loop {
-            let connection = self.connection.clone();
+            let (connection, socket) = (self.connection.clone(), self.socket.clone());
             tokio::select! {
                 datagram = connection.read_datagram() => match datagram {
                     Ok(datagram) => self.on_datagram(&datagram),
@@ -213,6 +213,7 @@ impl Call {
                     Ok(None) => return Err(self.ended(EndCode::Unspecified)),
                     Err(error) => return Err(self.broken(error)),
                 },
+                () = socket.refused() => self.leave_closed_relay(party),
                 command = self.commands.1.recv() => match command {
                     Some(Command::Rebind) => self.rebind(party),
                     Some(Command::HangUp) | None => return Ok(()),
@@ -417,15 +418,45 @@ impl Call {
         self.rebind_after = self.dial.relays.len();
     }
 
+    /// The system says that a relay's port is closed: no need to wait for silence.
+    fn leave_closed_relay(&mut self, party: &mut dyn Party) {
+        let (now, active) = (self.started.elapsed(), self.path.active());
+        let closed = self.socket.last_refused(active).is_some();
+        if closed && let Some(switch) = self.path.on_refused(active, now) {
+            self.switch(switch, now, party);
+        }
+    }
+
     fn switch(&mut self, switch: Switch, now: Duration, party: &mut dyn Party) {
-        self.socket.use_relay(switch.to);
+        if let Err(error) = self.socket.use_relay(switch.to) {
+            // The relay before stays in use; the silence that follows brings the next try.
+            tracing::warn!(session = %self.dial.session, %error, "relay");
+            return;
+        }
         tracing::debug!(session = %self.dial.session, ?switch, "relay");
+        self.open_path(now);
         self.report.switches.push(RelaySwitch {
             at: now,
             switch,
             gap: None,
         });
         party.on_event(&Event::Switched(switch));
+    }
+
+    /// RTP packets received and lost so far.
+    fn audio_counts(&self) -> (u32, u32) {
+        let jitter = self.receiver.stats().jitter;
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        (count(jitter.received), count(jitter.lost))
+    }
+
+    /// The worker learns of the new path by the first packet on it; twice, as one may be lost.
+    fn open_path(&mut self, now: Duration) {
+        let (received, lost) = self.audio_counts();
+        for _ in 0..2 {
+            let opener = self.beats.path_opener(micros(now), received, lost);
+            self.send(datagram::heartbeat(&opener));
+        }
     }
 
     fn rebind(&mut self, party: &mut dyn Party) {

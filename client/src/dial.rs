@@ -185,7 +185,7 @@ impl Dial {
     /// [`DialError`].
     pub async fn connect(self, key: &ClientKey) -> Result<Call, DialError> {
         let started = Instant::now();
-        let socket = Arc::new(RelaySocket::new(self.relays.clone(), started)?);
+        let socket = Arc::new(RelaySocket::new(&self.relays, started)?);
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new_with_abstract_socket(
             EndpointConfig::default(),
@@ -195,7 +195,7 @@ impl Dial {
         )?;
         for (attempt, initial) in self.initial_ids.iter().enumerate() {
             let relay = attempt % self.relays.len();
-            socket.use_relay(relay);
+            socket.use_relay(relay)?;
             let config = self.client_config(*initial);
             let connecting = endpoint.connect_with(config, VIRTUAL, &self.server_name);
             let connecting = connecting.map_err(|e| DialError::SetUp(e.to_string()))?;

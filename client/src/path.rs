@@ -13,6 +13,8 @@ pub enum SwitchReason {
     Silent,
     /// The relay in use is about to stop.
     Draining,
+    /// The relay's host says that nobody listens there any more (ICMP port unreachable).
+    Refused,
 }
 
 /// A decision to use another relay.
@@ -86,6 +88,28 @@ impl PathSelector {
             return None;
         }
         self.switch(SwitchReason::Draining, now)
+    }
+
+    /// The system reports that a relay's port is closed. Off-path attackers can forge that too; all it costs is a
+    /// change of relay, and no relay is returned to within [`Self::SUSPICION`].
+    pub fn on_refused(&mut self, relay: usize, now: Duration) -> Option<Switch> {
+        let health = self.relays.get_mut(relay)?;
+        health.failed_at = Some(now);
+        if relay != self.active {
+            return None;
+        }
+        let fresh = |failed: Option<Duration>| {
+            failed.is_some_and(|at| now.saturating_sub(at) < Self::SUSPICION)
+        };
+        let others = self
+            .relays
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| *index != relay);
+        if others.clone().count() == 0 || others.map(|(_, health)| health.failed_at).all(fresh) {
+            return None;
+        }
+        self.switch(SwitchReason::Refused, now)
     }
 
     /// Time passed. `pto` is the connection's probe timeout (RFC 9002, section 6.2.1).
@@ -181,6 +205,24 @@ mod tests {
             path.poll(ms(152), ms(1))
                 .is_some_and(|s| s.to == 1 || s.to == 2)
         );
+    }
+
+    #[test]
+    fn a_closed_port_is_left_at_once_but_dead_relays_are_not_hammered() {
+        let mut path = PathSelector::new(2, 0, ms(0));
+        assert_eq!(path.on_refused(1, ms(1)), None, "not in use");
+        assert_eq!(
+            path.on_refused(0, ms(2)),
+            None,
+            "the other one has just failed"
+        );
+        let switch = Switch {
+            from: 0,
+            to: 1,
+            reason: SwitchReason::Refused,
+        };
+        assert_eq!(path.on_refused(0, ms(151)), Some(switch));
+        assert_eq!(path.on_refused(1, ms(152)), None);
     }
 
     #[test]

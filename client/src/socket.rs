@@ -1,7 +1,8 @@
 //! The socket under a call's QUIC connection: one constant virtual server address inside, relays outside.
 //!
 //! QUIC drops packets from any address but the one it connected to, so a relay's address must not be QUIC's business:
-//! it sees [`VIRTUAL`], and this socket sends to the relay in use. Packets are accepted from the ticket's relays only.
+//! it sees [`VIRTUAL`], and this socket sends to the relay in use. Each relay has a connected system socket of its own:
+//! the system then drops what others send, and reports at once when a relay's port is closed.
 
 use std::{
     fmt,
@@ -23,7 +24,7 @@ use quinn::{
     udp::{RecvMeta, Transmit, UdpSocketState},
 };
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::Interest;
+use tokio::{io::Interest, sync::Notify};
 
 /// The address that QUIC is told. Of the discard-only prefix (RFC 6666): it never appears on a network.
 pub(crate) const VIRTUAL: SocketAddr = SocketAddr::V6(SocketAddrV6::new(
@@ -35,122 +36,178 @@ pub(crate) const VIRTUAL: SocketAddr = SocketAddr::V6(SocketAddrV6::new(
 
 /// A call's socket.
 pub(crate) struct RelaySocket {
-    bound: RwLock<Arc<Bound>>,
-    relays: Vec<SocketAddr>,
+    relays: Vec<Relay>,
     active: AtomicUsize,
     started: Instant,
-    /// Microseconds since `started` at which something last came through each relay; 0: never.
-    heard: Vec<AtomicU64>,
-    /// Of the endpoint's receiving task: woken when the socket below is replaced.
+    /// Of the endpoint's receiving task: woken when a link is opened or replaced.
     receiver: Mutex<Option<Waker>>,
+    refused: Notify,
 }
 
-struct Bound {
+/// One relay and the way to it.
+struct Relay {
+    address: SocketAddr,
+    /// Opened when the relay is first used; replaced when the local network changes.
+    link: RwLock<Option<Arc<Link>>>,
+    /// Microseconds since the start at which something last came through it; 0: never.
+    heard: AtomicU64,
+    /// The same for the last time that its port was reported closed.
+    refused: AtomicU64,
+}
+
+struct Link {
     io: tokio::net::UdpSocket,
     state: UdpSocketState,
-    /// The socket is IPv6 and takes IPv4 destinations in mapped form.
-    mapped: bool,
 }
 
 impl fmt::Debug for RelaySocket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RelaySocket")
-            .field("relays", &self.relays)
+            .field("relays", &self.relays.len())
             .finish_non_exhaustive()
     }
 }
 
 impl RelaySocket {
-    /// Binds any port. `relays` is not empty; the first is in use.
-    pub(crate) fn new(relays: Vec<SocketAddr>, started: Instant) -> io::Result<Self> {
-        Ok(Self {
-            bound: RwLock::new(Arc::new(Bound::new(&relays)?)),
+    /// Opens a way to the first of `relays`, of which there is at least one.
+    pub(crate) fn new(relays: &[SocketAddr], started: Instant) -> io::Result<Self> {
+        let relay = |address: &SocketAddr| Relay {
+            address: *address,
+            link: RwLock::new(None),
+            heard: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        };
+        let socket = Self {
+            relays: relays.iter().map(relay).collect(),
             active: AtomicUsize::new(0),
             started,
-            heard: relays.iter().map(|_| AtomicU64::new(0)).collect(),
-            relays,
             receiver: Mutex::new(None),
-        })
+            refused: Notify::new(),
+        };
+        socket.use_relay(0)?;
+        Ok(socket)
     }
 
-    /// Sends through another relay from now on.
-    pub(crate) fn use_relay(&self, index: usize) {
-        self.active
-            .store(index.min(self.relays.len() - 1), Ordering::Relaxed);
+    /// Sends through another relay from now on; what still comes through the others is received.
+    pub(crate) fn use_relay(&self, index: usize) -> io::Result<()> {
+        let index = index.min(self.relays.len() - 1);
+        let relay = &self.relays[index];
+        if relay.link.read().is_none() {
+            *relay.link.write() = Some(Arc::new(Link::open(relay.address)?));
+        }
+        self.active.store(index, Ordering::Relaxed);
+        self.wake_receiver();
+        Ok(())
     }
 
     /// Goes on from a new local address and port, as after a change of network.
     pub(crate) fn rebind(&self) -> io::Result<()> {
-        let bound = Arc::new(Bound::new(&self.relays)?);
-        *self.bound.write() = bound;
-        if let Some(receiver) = self.receiver.lock().take() {
-            receiver.wake();
+        let active = self.active.load(Ordering::Relaxed);
+        let link = Arc::new(Link::open(self.relays[active].address)?);
+        for relay in &self.relays {
+            *relay.link.write() = None;
         }
+        *self.relays[active].link.write() = Some(link);
+        self.wake_receiver();
         Ok(())
     }
 
-    /// When something last came through a relay, since the socket's start.
+    /// When something last came through a relay, since the start.
     pub(crate) fn last_heard(&self, relay: usize) -> Option<Duration> {
-        match self.heard.get(relay)?.load(Ordering::Relaxed) {
-            0 => None,
-            us => Some(Duration::from_micros(us)),
+        moment(&self.relays.get(relay)?.heard)
+    }
+
+    /// When a relay's port was last reported closed, since the start.
+    pub(crate) fn last_refused(&self, relay: usize) -> Option<Duration> {
+        moment(&self.relays.get(relay)?.refused)
+    }
+
+    /// Completes when a relay's port has been reported closed since the last call.
+    pub(crate) async fn refused(&self) {
+        self.refused.notified().await;
+    }
+
+    fn wake_receiver(&self) {
+        if let Some(receiver) = self.receiver.lock().take() {
+            receiver.wake();
         }
     }
 
-    fn bound(&self) -> Arc<Bound> {
-        self.bound.read().clone()
+    fn active_link(&self) -> Option<(usize, Arc<Link>)> {
+        let active = self.active.load(Ordering::Relaxed);
+        Some((active, self.relays[active].link.read().clone()?))
     }
 
-    /// Relabels what came from the ticket's relays and blanks what came from strangers.
-    fn relabel(&self, meta: &mut [RecvMeta]) {
-        let now_us = u64::try_from(self.started.elapsed().as_micros())
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros())
             .unwrap_or(u64::MAX)
-            .max(1);
-        for meta in meta {
-            let from = SocketAddr::new(meta.addr.ip().to_canonical(), meta.addr.port());
-            if let Some(relay) = self.relays.iter().position(|relay| *relay == from) {
-                self.heard[relay].store(now_us, Ordering::Relaxed);
-            } else {
-                meta.len = 0;
+            .max(1)
+    }
+
+    /// An error of the system's is a lost packet; a closed port is also news.
+    fn note(&self, relay: usize, error: &io::Error) {
+        if error.kind() == io::ErrorKind::ConnectionRefused {
+            self.relays[relay]
+                .refused
+                .store(self.now_us(), Ordering::Relaxed);
+            self.refused.notify_one();
+        }
+    }
+
+    fn receive(
+        &self,
+        index: usize,
+        link: &Link,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(link.io.poll_recv_ready(cx))?;
+            match link.io.try_io(Interest::READABLE, || {
+                link.state.recv((&link.io).into(), bufs, meta)
+            }) {
+                Ok(count) => {
+                    self.relays[index]
+                        .heard
+                        .store(self.now_us(), Ordering::Relaxed);
+                    for meta in &mut meta[..count] {
+                        // QUIC cuts by the stride for as long as there is length: it must not be zero.
+                        meta.stride = meta.stride.max(1);
+                        meta.addr = VIRTUAL;
+                        meta.dst_ip = None;
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) => self.note(index, &error),
             }
-            // QUIC cuts by the stride for as long as there is length: it must not be zero.
-            meta.stride = meta.stride.max(1);
-            meta.addr = VIRTUAL;
-            meta.dst_ip = None;
         }
     }
 }
 
-impl Bound {
-    fn new(relays: &[SocketAddr]) -> io::Result<Self> {
-        let any_v6 = relays.iter().any(SocketAddr::is_ipv6);
-        let (domain, any) = if any_v6 {
-            (Domain::IPV6, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
-        } else {
-            (Domain::IPV4, IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+fn moment(us: &AtomicU64) -> Option<Duration> {
+    match us.load(Ordering::Relaxed) {
+        0 => None,
+        us => Some(Duration::from_micros(us)),
+    }
+}
+
+impl Link {
+    fn open(relay: SocketAddr) -> io::Result<Self> {
+        let any: IpAddr = match relay {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
-        if any_v6 {
-            socket.set_only_v6(false)?;
-        }
+        let socket = Socket::new(Domain::for_address(relay), Type::DGRAM, Some(Protocol::UDP))?;
         socket.set_nonblocking(true)?;
         socket.bind(&SocketAddr::new(any, 0).into())?;
+        socket.connect(&relay.into())?;
         let socket = std::net::UdpSocket::from(socket);
         let state = UdpSocketState::new((&socket).into())?;
         Ok(Self {
             io: tokio::net::UdpSocket::from_std(socket)?,
             state,
-            mapped: any_v6,
         })
-    }
-
-    fn destination(&self, relay: SocketAddr) -> SocketAddr {
-        match relay.ip() {
-            IpAddr::V4(v4) if self.mapped => {
-                SocketAddr::new(IpAddr::V6(v4.to_ipv6_mapped()), relay.port())
-            }
-            _ => relay,
-        }
     }
 }
 
@@ -163,21 +220,26 @@ impl AsyncUdpSocket for RelaySocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let bound = self.bound();
-        let relay = self.relays[self.active.load(Ordering::Relaxed)];
+        let Some((relay, link)) = self.active_link() else {
+            return Ok(());
+        };
         let outer = Transmit {
-            destination: bound.destination(relay),
+            destination: self.relays[relay].address,
             ecn: transmit.ecn,
             contents: transmit.contents,
             segment_size: transmit.segment_size,
             src_ip: None,
         };
-        match bound.io.try_io(Interest::WRITABLE, || {
-            bound.state.send((&bound.io).into(), &outer)
+        // `try_send` reports the system's errors; `send` would hide a closed port.
+        match link.io.try_io(Interest::WRITABLE, || {
+            link.state.try_send((&link.io).into(), &outer)
         }) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
-            // A network that is gone is a lost packet: the path selector notices the silence and acts.
-            Ok(()) | Err(_) => Ok(()),
+            Err(error) => {
+                self.note(relay, &error);
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 
@@ -188,39 +250,42 @@ impl AsyncUdpSocket for RelaySocket {
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
         *self.receiver.lock() = Some(cx.waker().clone());
-        let bound = self.bound();
-        loop {
-            ready!(bound.io.poll_recv_ready(cx))?;
-            let received = bound.io.try_io(Interest::READABLE, || {
-                bound.state.recv((&bound.io).into(), bufs, meta)
-            });
-            // Errors of single datagrams (ICMP unreachable) are no end of the call.
-            if let Ok(count) = received {
-                self.relabel(&mut meta[..count]);
-                return Poll::Ready(Ok(count));
+        for (index, relay) in self.relays.iter().enumerate() {
+            let Some(link) = relay.link.read().clone() else {
+                continue;
+            };
+            match self.receive(index, &link, cx, bufs, meta) {
+                Poll::Ready(Ok(count)) => return Poll::Ready(Ok(count)),
+                // The runtime is going down: the connection's own end will show.
+                Poll::Ready(Err(_)) | Poll::Pending => {}
             }
         }
+        Poll::Pending
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
         // Of the virtual address's family, whatever the relays' is.
-        Ok(SocketAddr::new(
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-            self.bound().io.local_addr()?.port(),
-        ))
+        let port = match self.active_link() {
+            Some((_, link)) => link.io.local_addr()?.port(),
+            None => 0,
+        };
+        Ok(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.bound().state.max_gso_segments()
+        self.active_link()
+            .map_or(1, |(_, link)| link.state.max_gso_segments())
     }
 
     fn max_receive_segments(&self) -> usize {
         // The system merges datagrams that came together: buffers have to hold such a train.
-        self.bound().state.gro_segments()
+        self.active_link()
+            .map_or(64, |(_, link)| link.state.gro_segments())
     }
 
     fn may_fragment(&self) -> bool {
-        self.bound().state.may_fragment()
+        self.active_link()
+            .is_none_or(|(_, link)| link.state.may_fragment())
     }
 }
 
@@ -240,8 +305,13 @@ impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let socket = self.socket.clone();
         let waiting = self.waiting.get_or_insert_with(|| {
-            let bound = socket.bound();
-            Box::pin(async move { bound.io.writable().await })
+            let link = socket.active_link();
+            Box::pin(async move {
+                match link {
+                    Some((_, link)) => link.io.writable().await,
+                    None => Ok(()),
+                }
+            })
         });
         let outcome = ready!(waiting.as_mut().poll(cx));
         self.waiting = None;
@@ -252,38 +322,94 @@ impl UdpPoller for Writable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::{net::UdpSocket, time::timeout};
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    async fn relay() -> (UdpSocket, SocketAddr) {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        (socket, address)
+    }
+
+    async fn send(socket: &RelaySocket, contents: &[u8]) {
+        socket.active_link().unwrap().1.io.writable().await.unwrap();
+        let transmit = Transmit {
+            destination: VIRTUAL,
+            ecn: None,
+            contents,
+            segment_size: None,
+            src_ip: None,
+        };
+        socket.try_send(&transmit).unwrap();
+    }
+
+    async fn receive(socket: &RelaySocket) -> (Vec<u8>, SocketAddr) {
+        let mut buffer = vec![0; 65_536];
+        let mut meta = [RecvMeta::default()];
+        let receiving = std::future::poll_fn(|cx| {
+            socket.poll_recv(cx, &mut [IoSliceMut::new(&mut buffer)], &mut meta)
+        });
+        assert_eq!(timeout(SOON, receiving).await.unwrap().unwrap(), 1);
+        let [meta] = meta;
+        (buffer[..meta.len].to_vec(), meta.addr)
+    }
 
     #[tokio::test]
-    async fn strangers_are_blanked_and_relays_look_alike() {
-        let relays = vec![
-            "127.0.0.1:9001".parse().unwrap(),
-            "127.0.0.1:9002".parse().unwrap(),
-        ];
-        let socket = RelaySocket::new(relays, Instant::now()).unwrap();
-        let from = |address: &str| RecvMeta {
-            addr: address.parse().unwrap(),
-            len: 100,
-            stride: 100,
-            ecn: None,
-            dst_ip: None,
-        };
-        let mut meta = [
-            from("127.0.0.1:9002"),
-            from("127.0.0.1:9003"),
-            from("[::ffff:127.0.0.1]:9001"),
-        ];
-        socket.relabel(&mut meta);
-        assert!(meta.iter().all(|m| m.addr == VIRTUAL && m.stride > 0));
-        assert_eq!(meta.map(|m| m.len), [100, 0, 100]);
+    async fn relays_look_alike_and_the_one_left_is_still_heard() {
+        let ((one, at_one), (two, at_two)) = (relay().await, relay().await);
+        let socket = RelaySocket::new(&[at_one, at_two], Instant::now()).unwrap();
+        send(&socket, b"a").await;
+        let mut buffer = [0; 8];
+        let (_, client_at_one) = one.recv_from(&mut buffer).await.unwrap();
+        socket.use_relay(1).unwrap();
+        send(&socket, b"b").await;
+        let (_, client_at_two) = two.recv_from(&mut buffer).await.unwrap();
+        two.send_to(b"new", client_at_two).await.unwrap();
+        assert_eq!(receive(&socket).await, (b"new".to_vec(), VIRTUAL));
+        one.send_to(b"late", client_at_one).await.unwrap();
+        assert_eq!(receive(&socket).await, (b"late".to_vec(), VIRTUAL));
         assert!(socket.last_heard(0).is_some() && socket.last_heard(1).is_some());
+        // A stranger's packet never arrives: the next one heard is the relay's.
+        let (stranger, _) = relay().await;
+        stranger.send_to(b"stranger", client_at_two).await.unwrap();
+        two.send_to(b"relay", client_at_two).await.unwrap();
+        assert_eq!(receive(&socket).await.0, b"relay");
     }
 
     #[tokio::test]
     async fn a_rebind_changes_the_port() {
-        let socket =
-            RelaySocket::new(vec!["127.0.0.1:9001".parse().unwrap()], Instant::now()).unwrap();
-        let before = socket.bound().io.local_addr().unwrap();
+        let (one, at_one) = relay().await;
+        let socket = RelaySocket::new(&[at_one], Instant::now()).unwrap();
+        let mut buffer = [0; 8];
+        send(&socket, b"a").await;
+        let (_, before) = one.recv_from(&mut buffer).await.unwrap();
         socket.rebind().unwrap();
-        assert_ne!(socket.bound().io.local_addr().unwrap(), before);
+        send(&socket, b"b").await;
+        let (_, after) = one.recv_from(&mut buffer).await.unwrap();
+        assert_ne!(before, after);
+        one.send_to(b"c", after).await.unwrap();
+        assert_eq!(receive(&socket).await.0, b"c");
+    }
+
+    #[tokio::test]
+    async fn a_closed_port_is_reported() {
+        let (one, at_one) = relay().await;
+        let socket = RelaySocket::new(&[at_one], Instant::now()).unwrap();
+        drop(one);
+        send(&socket, b"a").await;
+        // The report comes with the next look at the socket, sending or receiving.
+        let mut buffer = vec![0; 2048];
+        let looking = std::future::poll_fn(|cx| {
+            let mut meta = [RecvMeta::default()];
+            let _ = socket.poll_recv(cx, &mut [IoSliceMut::new(&mut buffer)], &mut meta);
+            if socket.last_refused(0).is_some() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        });
+        timeout(SOON, looking).await.unwrap();
+        timeout(SOON, socket.refused()).await.unwrap();
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use antiphon_core::id::Epoch;
 use antiphon_proto::v1::Heartbeat;
+use bytes::Bytes;
 
 /// What an end knows of the other.
 #[derive(Debug, Clone)]
@@ -31,6 +32,9 @@ impl Heartbeats {
     pub const INTERVAL: Duration = Duration::from_millis(200);
     /// An acknowledgement of the epoch older than this no longer allows side effects.
     pub const EPOCH_ACK: Duration = Duration::from_millis(400);
+
+    /// Zeros in a path opener: with them it still fits every path.
+    const OPENER_PADDING: usize = 1_000;
 
     /// Starts at `now_us`, as if the other end had just been heard.
     #[must_use]
@@ -87,13 +91,27 @@ impl Heartbeats {
         if !quiet && !regular {
             return None;
         }
+        Some(self.beat(now_us, received, lost))
+    }
+
+    /// The first message on a new path: padded, because the other end may send no more than three times what it got
+    /// there until it has validated the path (RFC 9000, section 8.2), and its challenge alone takes 1,200 bytes.
+    pub fn path_opener(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
+        let padding = vec![0; Self::OPENER_PADDING].into();
+        Heartbeat {
+            padding,
+            ..self.beat(now_us, received, lost)
+        }
+    }
+
+    fn beat(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
         self.sequence = self.sequence.wrapping_add(1);
         self.last_sent_us = now_us;
         self.last_beat_us = now_us;
         let (echoed_us, held_us) = self.received.map_or((0, 0), |(theirs, ours)| {
             (theirs, now_us.saturating_sub(ours))
         });
-        Some(Heartbeat {
+        Heartbeat {
             epoch: self.epoch.value(),
             sequence: self.sequence,
             sent_us: now_us,
@@ -101,7 +119,8 @@ impl Heartbeats {
             echo_delay_us: u32::try_from(held_us).unwrap_or(u32::MAX),
             audio_received: received,
             audio_lost: lost,
-        })
+            padding: Bytes::new(),
+        }
     }
 
     /// How long the other end has been silent.
