@@ -42,6 +42,8 @@ pub(crate) struct RelaySocket {
     /// Of the endpoint's receiving task: woken when a link is opened or replaced.
     receiver: Mutex<Option<Waker>>,
     refused: Notify,
+    /// The link in use is another one now.
+    changed: Notify,
 }
 
 /// One relay and the way to it.
@@ -83,6 +85,7 @@ impl RelaySocket {
             started,
             receiver: Mutex::new(None),
             refused: Notify::new(),
+            changed: Notify::new(),
         };
         socket.use_relay(0)?;
         Ok(socket)
@@ -122,12 +125,30 @@ impl RelaySocket {
         moment(&self.relays.get(relay)?.refused)
     }
 
-    /// Completes when a relay's port has been reported closed since the last call.
+    /// Completes when the port of the relay in use is reported closed, or another one's was since the last call.
     pub(crate) async fn refused(&self) {
-        self.refused.notified().await;
+        loop {
+            let Some((relay, link)) = self.active_link() else {
+                self.changed.notified().await;
+                continue;
+            };
+            tokio::select! {
+                () = self.refused.notified() => return,
+                () = self.changed.notified() => {}
+                _ = link.io.ready(Interest::ERROR) => {
+                    if let Ok(Some(error)) = link.io.take_error() {
+                        self.note(relay, &error);
+                    }
+                    // Readiness for errors stays until it is told that there is none left.
+                    let nothing_left = || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into());
+                    let _ = link.io.try_io(Interest::ERROR, nothing_left);
+                }
+            }
+        }
     }
 
     fn wake_receiver(&self) {
+        self.changed.notify_one();
         if let Some(receiver) = self.receiver.lock().take() {
             receiver.wake();
         }
@@ -398,18 +419,7 @@ mod tests {
         let socket = RelaySocket::new(&[at_one], Instant::now()).unwrap();
         drop(one);
         send(&socket, b"a").await;
-        // The report comes with the next look at the socket, sending or receiving.
-        let mut buffer = vec![0; 2048];
-        let looking = std::future::poll_fn(|cx| {
-            let mut meta = [RecvMeta::default()];
-            let _ = socket.poll_recv(cx, &mut [IoSliceMut::new(&mut buffer)], &mut meta);
-            if socket.last_refused(0).is_some() {
-                Poll::Ready(())
-            } else {
-                Poll::Pending
-            }
-        });
-        timeout(SOON, looking).await.unwrap();
         timeout(SOON, socket.refused()).await.unwrap();
+        assert!(socket.last_refused(0).is_some());
     }
 }
