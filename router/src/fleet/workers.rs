@@ -324,13 +324,14 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// The worker answered, and this many leases are free now.
+    /// The worker answered, and this many leases were free then. Answers overtake each other: the one that left the
+    /// least counts, until a report says otherwise.
     pub(crate) fn answered(&self, free: u32) {
         let mut state = self.fleet.state.lock();
         if let Some(worker) = state.workers.get_mut(&self.number)
             && worker.hello.incarnation == self.incarnation
         {
-            worker.taken = worker.slots().saturating_sub(free);
+            worker.taken = worker.taken.max(worker.slots().saturating_sub(free));
         }
     }
 }

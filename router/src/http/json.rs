@@ -1,11 +1,16 @@
 //! JSON forms: the protocol's messages in camelCase, bytes as base64url without padding, times as RFC 3339.
 
+use std::{fmt, marker::PhantomData};
+
 use antiphon_proto::{
     ticket::{codec_label, codec_of_label},
     v1,
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{MapAccess, Visitor, value::MapAccessDeserializer},
+};
 
 use crate::{admission, create::session_id, field::FieldError};
 
@@ -14,9 +19,9 @@ use crate::{admission, create::session_id, field::FieldError};
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct CreateBody {
     agent: String,
-    location: Option<LocationBody>,
+    location: Option<Object<LocationBody>>,
     client_key: String,
-    constraints: Option<ConstraintsBody>,
+    constraints: Option<Object<ConstraintsBody>>,
     codec: Option<String>,
     session: Option<String>,
     epoch: Option<u32>,
@@ -38,13 +43,36 @@ struct ConstraintsBody {
     max_rtt_ms: u32,
 }
 
+/// Takes a JSON object only; derived forms take an array of their fields as well.
+#[derive(Debug)]
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(Fields(PhantomData))
+    }
+}
+
 impl CreateBody {
     /// Reads the body; an error names the place in the JSON.
     pub(super) fn parse(body: &[u8]) -> Result<Self, FieldError> {
         let mut json = serde_json::Deserializer::from_slice(body);
-        let parsed = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let Object(parsed) = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            // Where the JSON itself is broken the path ends in "?"; a lone "." is the whole.
             let path = error.path().to_string();
-            let path = if path == "." { String::new() } else { path };
+            let path = path.trim_end_matches(['?', '.']);
             FieldError::new(path, error.into_inner().to_string())
         })?;
         json.end().map_err(|e| FieldError::new("", e.to_string()))?;
@@ -71,12 +99,12 @@ impl CreateBody {
         })?;
         Ok(v1::CreateSessionRequest {
             agent: self.agent,
-            location: self.location.map(|l| v1::Location {
+            location: self.location.map(|Object(l)| v1::Location {
                 latitude: l.latitude,
                 longitude: l.longitude,
             }),
             client_key: client_key.into(),
-            constraints: self.constraints.map(|c| v1::Constraints {
+            constraints: self.constraints.map(|Object(c)| v1::Constraints {
                 regions: c.regions,
                 residency: c.residency,
                 max_rtt_ms: c.max_rtt_ms,

@@ -1,0 +1,24 @@
+//! The router over real sockets and real mutual TLS.
+//!
+//! Workers are stand-ins that keep a real slot count and speak the real registration and reservation protocol; what a
+//! worker does with a session is not the router's business, and the real one is tested with the router end to end
+//! elsewhere.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::too_many_lines,
+    reason = "helpers and tables of tests"
+)]
+
+#[path = "it/fleet.rs"]
+mod fleet;
+#[path = "it/http.rs"]
+mod http;
+#[path = "it/openapi.rs"]
+mod openapi;
+#[path = "it/peering.rs"]
+mod peering;
+#[path = "it/placement.rs"]
+mod placement;
+#[path = "it/world.rs"]
+mod world;

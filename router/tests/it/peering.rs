@@ -1,0 +1,218 @@
+//! Two regions and more.
+
+use antiphon_proto::v1;
+use tonic::Code;
+
+use crate::world::{
+    FRANKFURT, Region, Relay, VIRGINIA, World, create, eventually, point, with_key,
+};
+
+const SINGAPORE: (f64, f64) = (1.35, 103.82);
+
+/// Both regions know both.
+async fn pair(world: &World) -> (Region, Region) {
+    let (frankfurt, virginia) = (
+        world.router("frankfurt").await,
+        world.router("virginia").await,
+    );
+    for region in [&frankfurt, &virginia] {
+        let mut change = world.agent(&["frankfurt", "virginia"]);
+        change.regions = vec![frankfurt.record(1, FRANKFURT), virginia.record(2, VIRGINIA)];
+        world.apply(region, change).await.unwrap();
+    }
+    (frankfurt, virginia)
+}
+
+/// How many leases of another region a router believes to be free.
+async fn free_in(world: &World, region: &Region, other: &str) -> u32 {
+    let status = world.status(region).await;
+    let digests = status.regions.into_iter().filter_map(|r| r.digest);
+    let pools = digests.filter(|d| d.region == other).flat_map(|d| d.pools);
+    pools.map(|p| p.free).sum()
+}
+
+async fn ask(world: &World, region: &Region, at: (f64, f64)) -> Result<v1::Session, tonic::Status> {
+    let request = v1::CreateSessionRequest {
+        location: Some(point(at)),
+        ..create()
+    };
+    let mut client = region.sessions();
+    let answer = client.create_session(with_key(&world.key, request)).await;
+    answer.map(tonic::Response::into_inner)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_is_placed_in_the_nearest_region_whoever_is_asked() {
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let here = world.worker(&frankfurt, "w-1", 10).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
+    let _relay = Relay::register(&world, &virginia, "r-1").await;
+    eventually("frankfurt hears of virginia's leases", async || {
+        free_in(&world, &frankfurt, "virginia").await == 10
+    })
+    .await;
+    let near = ask(&world, &frankfurt, (48.86, 2.35)).await.unwrap();
+    assert_eq!(near.region, "frankfurt");
+    let far = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap();
+    assert_eq!(
+        (far.region.as_str(), there.held(), here.held()),
+        ("virginia", 1, 1)
+    );
+    assert_eq!(far.server_name, "w-1.worker.virginia.antiphon.internal");
+    eventually("frankfurt hears of virginia's relay", async || {
+        let session = ask(&world, &frankfurt, (48.86, 2.35)).await.unwrap();
+        session.relays.iter().any(|r| r.region == "virginia")
+    })
+    .await;
+    assert_eq!(far.relays.len(), 1);
+
+    let mut client = frankfurt.sessions();
+    let explain = v1::ExplainSessionRequest {
+        session: far.session.clone(),
+    };
+    let explained = client.explain_session(with_key(&world.key, explain)).await;
+    let explained = explained.unwrap().into_inner();
+    let verdict = |region: &str| {
+        let line = explained.candidates.iter().find(|c| c.region == region);
+        line.unwrap().verdict.clone()
+    };
+    assert_eq!(verdict("virginia"), "chosen");
+    assert_eq!(verdict("frankfurt"), "eligible");
+    // Each region lists and ends the fleet's sessions.
+    let list = with_key(&world.key, v1::ListSessionsRequest { limit: 0 });
+    let listed = frankfurt
+        .sessions()
+        .list_sessions(list)
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(
+        listed
+            .sessions
+            .iter()
+            .any(|s| s.session == far.session && s.region == "virginia")
+    );
+    let delete = v1::DeleteSessionRequest {
+        session: near.session.clone(),
+    };
+    let mut other = virginia.sessions();
+    other
+        .delete_session(with_key(&world.key, delete))
+        .await
+        .unwrap();
+    let delete = v1::DeleteSessionRequest {
+        session: far.session,
+    };
+    client
+        .delete_session(with_key(&world.key, delete))
+        .await
+        .unwrap();
+    assert_eq!(there.held(), 0);
+    let left = here.shared.sessions.lock();
+    assert!(left.values().all(|s| s.session != near.session.as_bytes()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_region_takes_what_the_best_one_cannot() {
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let _here = world.worker(&frankfurt, "w-1", 10).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
+    eventually("frankfurt hears of virginia's leases", async || {
+        free_in(&world, &frankfurt, "virginia").await == 10
+    })
+    .await;
+    // Its digest still says that there is room.
+    *there.shared.stubborn.lock() = true;
+    let session = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap();
+    assert_eq!(session.region, "frankfurt");
+    let explain = v1::ExplainSessionRequest {
+        session: session.session,
+    };
+    let explained = frankfurt
+        .sessions()
+        .explain_session(with_key(&world.key, explain))
+        .await;
+    let explained = explained.unwrap().into_inner();
+    assert_eq!(explained.attempts, 2);
+    let virginia = explained
+        .candidates
+        .iter()
+        .find(|c| c.region == "virginia")
+        .unwrap();
+    assert_eq!(virginia.verdict, "refused");
+    assert!(
+        virginia.detail.starts_with("no_capacity: "),
+        "{}",
+        virginia.detail
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_region_whose_router_is_gone_is_skipped_and_stays_routed() {
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let _here = world.worker(&frankfurt, "w-1", 10).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
+    let remote = there.shared.server_id.lock().unwrap().to_u64();
+    let mut relay = Relay::register(&world, &frankfurt, "r-1").await;
+    relay.follow("both routes", |r| r.routes.len() == 2).await;
+    assert!(relay.routes.contains_key(&remote));
+    eventually("frankfurt hears of virginia's leases", async || {
+        free_in(&world, &frankfurt, "virginia").await == 10
+    })
+    .await;
+    drop(virginia);
+    eventually("virginia is skipped", async || {
+        let session = ask(&world, &frankfurt, (40.71, -74.01)).await;
+        session.is_ok_and(|s| s.region == "frankfurt")
+    })
+    .await;
+    // A change of the own routes shows the whole table: the remote route is kept.
+    let _second = world.worker(&frankfurt, "w-2", 10).await;
+    relay.follow("three routes", |r| r.routes.len() == 3).await;
+    assert!(relay.routes.contains_key(&remote));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cordoned_region_gets_nothing_new_and_distance_limits_the_rest() {
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let _here = world.worker(&frankfurt, "w-1", 10).await;
+    let _there = world.worker(&virginia, "w-1", 10).await;
+    let mut change = world.agent(&["frankfurt", "virginia"]);
+    change.agents[0].rtt_ceiling_ms = 60;
+    change.agents[0].rtt_ceiling_max_ms = 120;
+    world.apply(&frankfurt, change).await.unwrap();
+    let mut record = virginia.record(2, VIRGINIA);
+    record.phase = v1::Phase::Cordoned.into();
+    let cordon = v1::ApplyRequest {
+        regions: vec![record],
+        ..v1::ApplyRequest::default()
+    };
+    world.apply(&virginia, cordon).await.unwrap();
+    eventually("frankfurt hears of the cordon", async || {
+        let refused = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap_err();
+        let refusal = antiphon_proto::refusal::of_status(&refused).unwrap();
+        let verdicts: Vec<_> = refusal
+            .candidates
+            .iter()
+            .map(|c| c.verdict.as_str())
+            .collect();
+        verdicts.contains(&"cordoned") && verdicts.contains(&"too_far")
+    })
+    .await;
+    let waited = v1::CreateSessionRequest {
+        location: Some(point((40.71, -74.01))),
+        waited_ms: 10_000,
+        ..create()
+    };
+    let session = frankfurt
+        .sessions()
+        .create_session(with_key(&world.key, waited))
+        .await;
+    assert_eq!(session.unwrap().get_ref().region, "frankfurt");
+    let never = ask(&world, &frankfurt, SINGAPORE).await.unwrap_err();
+    assert_eq!(never.code(), Code::FailedPrecondition, "{never:?}");
+}

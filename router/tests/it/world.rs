@@ -1,0 +1,669 @@
+//! Regions with their routers, stand-in workers, relays and applications, all in this process, on loopback.
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use antiphon_core::{
+    id::{Incarnation, RegionNumber, ServerId, ShardNumber, WorkerNumber},
+    keys::FleetRoot,
+};
+use antiphon_proto::{
+    api_key::ApiKey,
+    v1::{
+        self, admin_client::AdminClient, fleet_client::FleetClient, reserve_response,
+        sessions_client::SessionsClient, worker_directive::Directive, worker_message::Message,
+        worker_server,
+    },
+};
+use antiphon_router::{Memory, Ports};
+use antiphon_runtime::{
+    Tasks,
+    pki::{FleetCa, Identity, PeerName, Role, shared_dns},
+    tls,
+};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+    time::{interval, timeout},
+};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Channel};
+
+pub(crate) const AGENT: &str = "shop/desk";
+pub(crate) const FRANKFURT: (f64, f64) = (50.11, 8.68);
+pub(crate) const VIRGINIA: (f64, f64) = (38.95, -77.45);
+
+/// Runs until the condition holds; fails after [`DEADLINE`].
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        let mut tick = interval(Duration::from_millis(10));
+        while !holds().await {
+            tick.tick().await;
+        }
+    };
+    assert!(timeout(DEADLINE, wait).await.is_ok(), "never: {what}");
+}
+
+/// A value that has to come within [`DEADLINE`].
+pub(crate) async fn soon<T>(what: &str, value: impl Future<Output = T>) -> T {
+    match timeout(DEADLINE, value).await {
+        Ok(value) => value,
+        Err(_) => panic!("never: {what}"),
+    }
+}
+
+/// One fleet.
+pub(crate) struct World {
+    pub(crate) root: FleetRoot,
+    pub(crate) key: ApiKey,
+    ca: FleetCa,
+}
+
+/// One region's router. Ends with the value.
+pub(crate) struct Region {
+    pub(crate) name: String,
+    pub(crate) public: SocketAddr,
+    pub(crate) internal: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    tasks: Tasks,
+    identity: Identity,
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.tasks.stopping().cancel();
+    }
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let root = FleetRoot::from_bytes([7; 32]);
+        Self {
+            ca: FleetCa::from_seed(&root.ca_seed()).unwrap(),
+            root,
+            key: ApiKey::from_random(&[9; ApiKey::RANDOM]),
+        }
+    }
+
+    pub(crate) fn identity(&self, name: &str, role: Role, region: &str) -> Identity {
+        let peer = PeerName::new(name, role, region).unwrap();
+        self.ca.issue(&peer, &[], SystemTime::now()).unwrap()
+    }
+
+    /// A router without records.
+    pub(crate) async fn router(&self, name: &str) -> Region {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let ports = Ports::bind(any, any, any).await.unwrap();
+        let address = |l: &TcpListener| l.local_addr().unwrap();
+        let (public, internal) = (address(&ports.public), address(&ports.internal));
+        let admin = address(&ports.admin);
+        let identity = self.identity("router-1", Role::Router, name);
+        let tasks = Tasks::new();
+        let store = Arc::new(Memory::default());
+        antiphon_router::start(identity.clone(), self.root.clone(), store, ports, &tasks).unwrap();
+        Region {
+            name: name.to_owned(),
+            public,
+            internal,
+            admin,
+            tasks,
+            identity,
+        }
+    }
+
+    /// A region alone, with the agent and the key.
+    pub(crate) async fn region(&self, name: &str) -> Region {
+        let region = self.router(name).await;
+        let mut change = self.agent(&[name]);
+        change.regions = vec![region.record(1, FRANKFURT)];
+        self.apply(&region, change).await.unwrap();
+        region
+    }
+
+    /// The agent in these regions, and the key.
+    pub(crate) fn agent(&self, regions: &[&str]) -> v1::ApplyRequest {
+        let region = |name: &&str| v1::AgentRegion {
+            region: (*name).to_owned(),
+            weight: 100,
+        };
+        let agent = v1::AgentRecord {
+            behaviour: Some(v1::AgentBehaviour {
+                agent: AGENT.into(),
+                revision: "r1".into(),
+                engine: "echo".into(),
+                ..v1::AgentBehaviour::default()
+            }),
+            regions: regions.iter().map(region).collect(),
+            ..v1::AgentRecord::default()
+        };
+        v1::ApplyRequest {
+            agents: vec![agent],
+            keys: vec![key_record(&self.key, &[])],
+            ..v1::ApplyRequest::default()
+        }
+    }
+
+    pub(crate) fn operator(&self, region: &Region) -> AdminClient<Channel> {
+        AdminClient::new(self.channel(region, "op-1", Role::Operator, &region.name))
+    }
+
+    /// A channel to the internal port as somebody.
+    pub(crate) fn channel(&self, region: &Region, name: &str, role: Role, of: &str) -> Channel {
+        let identity = self.identity(name, role, of);
+        let address = region.internal.to_string();
+        tls::channel(&address, &identity, Role::Router, &region.name).unwrap()
+    }
+
+    pub(crate) async fn apply(
+        &self,
+        region: &Region,
+        change: v1::ApplyRequest,
+    ) -> Result<(), Status> {
+        self.operator(region).apply(change).await.map(drop)
+    }
+
+    pub(crate) async fn status(&self, region: &Region) -> v1::FleetStatusResponse {
+        let mut admin = self.operator(region);
+        let status = admin.fleet_status(v1::FleetStatusRequest {}).await;
+        status.unwrap().into_inner()
+    }
+
+    /// Whether a worker takes part in placement.
+    pub(crate) async fn placeable(&self, region: &Region, worker: &str) -> bool {
+        let status = self.status(region).await;
+        let workers = status.regions.iter().flat_map(|r| &r.workers);
+        workers.clone().any(|w| w.name == worker && w.placeable)
+    }
+
+    /// A registered worker in placement.
+    pub(crate) async fn worker(&self, region: &Region, name: &str, slots: u32) -> Worker {
+        let worker = self.stand_in(region, name, slots).await;
+        let welcome = worker.register(self, region).await;
+        welcome.unwrap();
+        eventually("the worker is in placement", async || {
+            self.placeable(region, name).await
+        })
+        .await;
+        worker
+    }
+
+    /// A worker that serves its API and is not registered.
+    pub(crate) async fn stand_in(&self, region: &Region, name: &str, slots: u32) -> Worker {
+        let identity = self.identity(name, Role::Worker, &region.name);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let (changed, _) = watch::channel(());
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            region: region.name.clone(),
+            slots,
+            server_id: Mutex::default(),
+            sessions: Mutex::default(),
+            asked: AtomicU32::new(0),
+            granted: AtomicU32::new(0),
+            gate: Semaphore::new(Semaphore::MAX_PERMITS),
+            stubborn: Mutex::new(false),
+            changed,
+        });
+        let worker = Worker {
+            shared: Arc::clone(&shared),
+            incarnation: Mutex::new(Incarnation::new(rand::random()).unwrap()),
+            control_address: listener.local_addr().unwrap(),
+            tasks: Tasks::new(),
+            stream: Mutex::default(),
+        };
+        let server = tonic::transport::Server::builder()
+            .tls_config(tls::grpc_server(&identity))
+            .unwrap()
+            .add_service(worker_server::WorkerServer::from_arc(shared))
+            .serve_with_incoming_shutdown(
+                TcpListenerStream::new(listener),
+                worker.tasks.stopping().cancelled_owned(),
+            );
+        worker
+            .tasks
+            .spawn("worker api", async move { Ok(server.await?) });
+        worker
+    }
+}
+
+pub(crate) fn key_record(key: &ApiKey, agents: &[&str]) -> v1::KeyRecord {
+    v1::KeyRecord {
+        id: key.id().to_owned(),
+        sha256: key.sha256().to_vec().into(),
+        tenant: "acme".into(),
+        agents: agents.iter().map(|a| (*a).to_owned()).collect(),
+    }
+}
+
+pub(crate) fn point((latitude, longitude): (f64, f64)) -> v1::Location {
+    v1::Location {
+        latitude,
+        longitude,
+    }
+}
+
+/// An Ed25519 public key.
+pub(crate) fn client_key() -> [u8; 32] {
+    antiphon_proto::ticket::public_key(&[5; 32])
+}
+
+pub(crate) fn create() -> v1::CreateSessionRequest {
+    v1::CreateSessionRequest {
+        agent: AGENT.into(),
+        client_key: client_key().to_vec().into(),
+        ..v1::CreateSessionRequest::default()
+    }
+}
+
+impl Region {
+    pub(crate) fn record(&self, number: u32, place: (f64, f64)) -> v1::RegionRecord {
+        v1::RegionRecord {
+            name: self.name.clone(),
+            number,
+            cloud: "test".into(),
+            location: Some(point(place)),
+            phase: v1::Phase::Active.into(),
+            residency: vec![],
+            router_address: self.internal.to_string(),
+        }
+    }
+
+    /// Another connection of an application.
+    pub(crate) fn sessions(&self) -> SessionsClient<Channel> {
+        let name = shared_dns(Role::Router, &self.name);
+        let channel = tls::public_channel(&self.public.to_string(), self.identity.ca_pem(), &name);
+        SessionsClient::new(channel.unwrap())
+    }
+
+    pub(crate) fn public_channel(&self) -> Channel {
+        let name = shared_dns(Role::Router, &self.name);
+        tls::public_channel(&self.public.to_string(), self.identity.ca_pem(), &name).unwrap()
+    }
+
+    /// One HTTP/1.1 request on a connection of its own.
+    pub(crate) async fn http(&self, request: ::http::Request<Full<Bytes>>) -> Answer {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.identity.ca()).unwrap();
+        let config = rustls::ClientConfig::builder_with_provider(tls::provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let tcp = TcpStream::connect(self.public).await.unwrap();
+        let name = shared_dns(Role::Router, &self.name).try_into().unwrap();
+        let stream = connector.connect(name, tcp).await.unwrap();
+        let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .unwrap();
+        // Both end together: the connection is only driven for this one answer.
+        let answer = async {
+            let response = client.send_request(request).await.unwrap();
+            let (parts, body) = response.into_parts();
+            (parts, body.collect().await.unwrap().to_bytes())
+        };
+        let (parts, body) = tokio::select! {
+            answer = answer => answer,
+            ended = connection => panic!("connection ended early: {ended:?}"),
+        };
+        Answer {
+            status: parts.status.as_u16(),
+            headers: parts.headers,
+            body: serde_json::from_slice(&body).unwrap_or(Value::Null),
+        }
+    }
+
+    /// A JSON request with an API key.
+    pub(crate) async fn ask(
+        &self,
+        key: &ApiKey,
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> Answer {
+        let mut request = ::http::Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "router")
+            .header("authorization", format!("Bearer {}", key.text()));
+        if body.is_some() {
+            request = request.header("content-type", "application/json");
+        }
+        let body = body.map_or_else(Vec::new, |b| b.to_string().into_bytes());
+        self.http(request.body(Full::new(body.into())).unwrap())
+            .await
+    }
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: ::http::HeaderMap,
+    pub(crate) body: Value,
+}
+
+/// A gRPC request with an API key.
+pub(crate) fn with_key<T>(key: &ApiKey, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let value = format!("Bearer {}", key.text()).parse().unwrap();
+    request.metadata_mut().insert("authorization", value);
+    request
+}
+
+/// A stand-in worker. Its API ends with the value.
+pub(crate) struct Worker {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) incarnation: Mutex<Incarnation>,
+    control_address: SocketAddr,
+    tasks: Tasks,
+    stream: Mutex<Option<mpsc::Sender<v1::WorkerMessage>>>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.tasks.stopping().cancel();
+    }
+}
+
+/// What the stand-in's API and its registration share.
+pub(crate) struct Shared {
+    pub(crate) name: String,
+    region: String,
+    slots: u32,
+    pub(crate) server_id: Mutex<Option<ServerId>>,
+    pub(crate) sessions: Mutex<BTreeMap<Bytes, v1::ReserveRequest>>,
+    /// How often it was asked to reserve.
+    pub(crate) asked: AtomicU32,
+    /// How often it granted.
+    pub(crate) granted: AtomicU32,
+    /// Permits for answers to `Reserve`.
+    pub(crate) gate: Semaphore,
+    /// Refuses although it has room.
+    pub(crate) stubborn: Mutex<bool>,
+    changed: watch::Sender<()>,
+}
+
+/// A registration under way: its directives.
+pub(crate) struct Registered {
+    pub(crate) welcome: v1::WorkerWelcome,
+    pub(crate) directives: mpsc::Receiver<v1::WorkerDirective>,
+}
+
+impl Worker {
+    pub(crate) fn hello(&self) -> v1::WorkerHello {
+        v1::WorkerHello {
+            name: self.shared.name.clone(),
+            region: self.shared.region.clone(),
+            agent: AGENT.into(),
+            slots: self.shared.slots,
+            incarnation: self.incarnation.lock().value(),
+            shards: vec![v1::Shard {
+                number: 0,
+                tunnel_address: "127.0.0.1:4000".into(),
+            }],
+            control_address: self.control_address.to_string(),
+            ..v1::WorkerHello::default()
+        }
+    }
+
+    /// Registers and reports, at every change and at every tick, until [`Self::disconnect`].
+    pub(crate) async fn register(
+        &self,
+        world: &World,
+        region: &Region,
+    ) -> Result<Registered, Status> {
+        self.register_with(world, region, self.hello()).await
+    }
+
+    pub(crate) async fn register_with(
+        &self,
+        world: &World,
+        region: &Region,
+        hello: v1::WorkerHello,
+    ) -> Result<Registered, Status> {
+        let channel = world.channel(region, &self.shared.name, Role::Worker, &region.name);
+        let (messages, stream) = mpsc::channel(16);
+        let send = |message| v1::WorkerMessage {
+            message: Some(message),
+        };
+        messages.try_send(send(Message::Hello(hello))).unwrap();
+        let mut fleet = FleetClient::new(channel);
+        let directives = fleet.run_worker(ReceiverStream::new(stream)).await?;
+        let mut directives = directives.into_inner();
+        let first = directives.message().await?.and_then(|d| d.directive);
+        let Some(Directive::Welcome(welcome)) = first else {
+            panic!("no welcome: {first:?}");
+        };
+        *self.shared.server_id.lock() = Some(ServerId {
+            region: RegionNumber::new(u16::try_from(welcome.region_number).unwrap()).unwrap(),
+            worker: WorkerNumber::new(u16::try_from(welcome.worker_number).unwrap()).unwrap(),
+            shard: ShardNumber::new(0).unwrap(),
+            incarnation: *self.incarnation.lock(),
+        });
+        *self.stream.lock() = Some(messages.clone());
+        let (shared, weak) = (Arc::clone(&self.shared), messages.downgrade());
+        let mut changed = self.shared.changed.subscribe();
+        self.tasks.spawn("reports", async move {
+            let mut tick = interval(Duration::from_millis(200));
+            loop {
+                tokio::select! {
+                    _ = changed.changed() => {}
+                    _ = tick.tick() => {}
+                }
+                let report = v1::WorkerReport {
+                    phase: v1::Phase::Active.into(),
+                    slots: shared.slots,
+                    reserved: u32::try_from(shared.sessions.lock().len()).unwrap(),
+                    ..v1::WorkerReport::default()
+                };
+                let Some(messages) = weak.upgrade() else {
+                    return Ok(());
+                };
+                let message = send(Message::Report(report));
+                if messages.send(message).await.is_err() {
+                    return Ok(());
+                }
+            }
+        });
+        // Whether or not anybody looks at them, directives are taken for as long as the stream lives.
+        let (seen, look) = mpsc::channel(64);
+        self.tasks.spawn("directives", async move {
+            while let Ok(Some(directive)) = directives.message().await {
+                let _ = seen.try_send(directive);
+            }
+            Ok(())
+        });
+        Ok(Registered {
+            welcome,
+            directives: look,
+        })
+    }
+
+    /// Breaks the registration's stream.
+    pub(crate) fn disconnect(&self) {
+        self.stream.lock().take();
+    }
+
+    /// Says goodbye.
+    pub(crate) async fn deregister(&self) {
+        let stream = self.stream.lock().take().unwrap();
+        let goodbye = v1::WorkerMessage {
+            message: Some(Message::Deregister(v1::Deregister {})),
+        };
+        stream.send(goodbye).await.unwrap();
+    }
+
+    pub(crate) fn held(&self) -> usize {
+        self.shared.sessions.lock().len()
+    }
+
+    pub(crate) fn granted(&self) -> u32 {
+        self.shared.granted.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn asked(&self) -> u32 {
+        self.shared.asked.load(Ordering::SeqCst)
+    }
+}
+
+#[tonic::async_trait]
+impl worker_server::Worker for Shared {
+    async fn reserve(
+        &self,
+        request: Request<v1::ReserveRequest>,
+    ) -> Result<Response<v1::ReserveResponse>, Status> {
+        let request = request.into_inner();
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let permit = self.gate.acquire().await.unwrap();
+        drop(permit);
+        let mut sessions = self.sessions.lock();
+        let slots = usize::try_from(self.slots).unwrap();
+        let room = sessions.contains_key(&request.session) || sessions.len() < slots;
+        let result = if room && !*self.stubborn.lock() {
+            let server_id = self.server_id.lock().unwrap().to_u64();
+            sessions.insert(request.session.clone(), request);
+            self.granted.fetch_add(1, Ordering::SeqCst);
+            reserve_response::Result::Grant(v1::ReserveGrant {
+                lease: 42,
+                initial_connection_ids: vec![vec![1; 17].into(), vec![2; 17].into()],
+                expires_at: Some((SystemTime::now() + Duration::from_secs(30)).into()),
+                server_id,
+                agent_revision: "r1".into(),
+                free: u32::try_from(slots - sessions.len()).unwrap(),
+            })
+        } else {
+            reserve_response::Result::Refusal(v1::ReserveRefusal {
+                reason: "full".into(),
+                detail: "all slots are taken".into(),
+                free: 0,
+            })
+        };
+        drop(sessions);
+        self.changed.send_replace(());
+        Ok(Response::new(v1::ReserveResponse {
+            result: Some(result),
+        }))
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        let request = request.into_inner();
+        let mut sessions = self.sessions.lock();
+        let owned =
+            |s: &v1::ReserveRequest| request.tenant.is_empty() || s.tenant == request.tenant;
+        let released = sessions.get(&request.session).is_some_and(owned);
+        if released {
+            sessions.remove(&request.session);
+        }
+        drop(sessions);
+        self.changed.send_replace(());
+        Ok(Response::new(v1::ReleaseResponse { released }))
+    }
+
+    async fn list_sessions(
+        &self,
+        _request: Request<v1::ListSessionsRequest>,
+    ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        let sessions = self.sessions.lock();
+        let summary = |s: &v1::ReserveRequest| v1::SessionSummary {
+            session: antiphon_core::id::SessionId::from_bytes(
+                s.session.as_ref().try_into().unwrap(),
+            )
+            .to_string(),
+            agent: s.agent.clone(),
+            region: self.region.clone(),
+            worker: self.name.clone(),
+            state: "reserved".into(),
+            epoch: s.epoch,
+            since: Some(SystemTime::now().into()),
+            codec: s.codec,
+            tenant: s.tenant.clone(),
+            ..v1::SessionSummary::default()
+        };
+        Ok(Response::new(v1::ListSessionsResponse {
+            sessions: sessions.values().map(summary).collect(),
+        }))
+    }
+}
+
+/// A registered relay and its copy of the route table.
+pub(crate) struct Relay {
+    pub(crate) welcome: v1::RelayWelcome,
+    pub(crate) routes: BTreeMap<u64, String>,
+    pub(crate) version: u64,
+    pub(crate) removals_intended: bool,
+    directives: Streaming<v1::RelayDirective>,
+    _messages: mpsc::Sender<v1::RelayMessage>,
+}
+
+impl Relay {
+    pub(crate) async fn register(world: &World, region: &Region, name: &str) -> Self {
+        let channel = world.channel(region, name, Role::Relay, &region.name);
+        let (messages, stream) = mpsc::channel(16);
+        let hello = v1::RelayHello {
+            name: name.into(),
+            region: region.name.clone(),
+            public_address: "127.0.0.1:5000".into(),
+            tunnel_address: "127.0.0.1:5001".into(),
+            relay_number: None,
+        };
+        let hello = v1::relay_message::Message::Hello(hello);
+        let hello = v1::RelayMessage {
+            message: Some(hello),
+        };
+        messages.try_send(hello).unwrap();
+        let mut fleet = FleetClient::new(channel);
+        let directives = fleet.run_relay(ReceiverStream::new(stream)).await;
+        let mut relay = Self {
+            welcome: v1::RelayWelcome::default(),
+            routes: BTreeMap::new(),
+            version: 0,
+            removals_intended: false,
+            directives: directives.unwrap().into_inner(),
+            _messages: messages,
+        };
+        relay.follow("the first table", |r| r.version > 0).await;
+        relay
+    }
+
+    /// Takes updates until the condition holds. Versions have to be consecutive.
+    pub(crate) async fn follow(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
+        while !holds(self) {
+            let directive = soon(what, self.directives.message()).await;
+            match directive.unwrap().unwrap().directive.unwrap() {
+                v1::relay_directive::Directive::Welcome(welcome) => self.welcome = welcome,
+                v1::relay_directive::Directive::Routes(update) => self.take(update),
+            }
+        }
+    }
+
+    fn take(&mut self, update: v1::RouteUpdate) {
+        assert_eq!(update.version, self.version + 1);
+        assert_eq!(update.full, self.version == 0);
+        self.version = update.version;
+        self.removals_intended = update.mass_removal_intended;
+        for route in update.upserts {
+            self.routes.insert(route.server_id, route.tunnel_address);
+        }
+        for id in &update.removals {
+            assert!(self.routes.remove(id).is_some());
+        }
+    }
+}
+
+const DEADLINE: Duration = Duration::from_secs(20);
