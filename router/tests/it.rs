@@ -20,5 +20,7 @@ mod openapi;
 mod peering;
 #[path = "it/placement.rs"]
 mod placement;
+#[path = "it/process.rs"]
+mod process;
 #[path = "it/world.rs"]
 mod world;

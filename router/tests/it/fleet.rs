@@ -1,5 +1,7 @@
 //! Registration of workers and relays, roles, routes, records.
 
+use std::sync::atomic::Ordering;
+
 use antiphon_core::{
     id::{Incarnation, KeyGeneration, RelayNumber, ServerId},
     keys::RelaySecret,
@@ -61,6 +63,32 @@ async fn a_worker_that_stops_reporting_leaves_placement_and_stays_routed() {
     hello.worker_number = Some(u32::from(ServerId::from_u64(route).worker.value()));
     worker.register_with(&world, &region, hello).await.unwrap();
     assert_eq!(id(&worker), route);
+    eventually("it is placed again", async || {
+        world.placeable(&region, "w-1").await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_connected_but_silent_is_stale_after_its_lease() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    let worker = world.worker(&region, "w-1", 10).await;
+    worker.shared.mute.store(true, Ordering::SeqCst);
+    eventually("its last report grows old", async || {
+        !world.placeable(&region, "w-1").await
+    })
+    .await;
+    let mut client = region.sessions();
+    let refused = client.create_session(with_key(&world.key, create())).await;
+    let refusal = antiphon_proto::refusal::of_status(&refused.unwrap_err()).unwrap();
+    let line = refusal.candidates.iter().find(|c| c.worker == "w-1");
+    assert_eq!(
+        line.map(|c| c.verdict.as_str()),
+        Some("stale"),
+        "{refusal:?}"
+    );
+    worker.shared.mute.store(false, Ordering::SeqCst);
     eventually("it is placed again", async || {
         world.placeable(&region, "w-1").await
     })

@@ -5,7 +5,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -212,6 +212,7 @@ impl World {
             sessions: Mutex::default(),
             asked: AtomicU32::new(0),
             granted: AtomicU32::new(0),
+            mute: AtomicBool::new(false),
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
             stubborn: Mutex::new(false),
             changed,
@@ -391,6 +392,8 @@ pub(crate) struct Shared {
     pub(crate) granted: AtomicU32,
     /// Permits for answers to `Reserve`.
     pub(crate) gate: Semaphore,
+    /// Stays connected and says nothing.
+    pub(crate) mute: AtomicBool,
     /// Refuses although it has room.
     pub(crate) stubborn: Mutex<bool>,
     changed: watch::Sender<()>,
@@ -462,6 +465,9 @@ impl Worker {
                 tokio::select! {
                     _ = changed.changed() => {}
                     _ = tick.tick() => {}
+                }
+                if shared.mute.load(Ordering::SeqCst) {
+                    continue;
                 }
                 let report = v1::WorkerReport {
                     phase: v1::Phase::Active.into(),
