@@ -162,50 +162,64 @@ pub struct CidArgs {
     pub command: CidCommand,
 }
 
-/// The shape of a QUIC-LB configuration.
-#[derive(Debug, Args)]
-pub struct CidConfigArgs {
-    /// AES-128 key, 32 hex digits; plaintext connection IDs unless given.
-    #[arg(long, value_name = "HEX", env = "ANTIPHON_CID_KEY", hide_env_values = true)]
-    pub key: Option<String>,
-    /// Length of the nonce in bytes.
-    #[arg(long, default_value_t = 8, value_name = "BYTES")]
-    pub nonce_len: usize,
-}
-
 /// What to do with a connection ID.
 #[derive(Debug, Subcommand)]
 pub enum CidCommand {
-    /// Make a connection ID.
-    Encode {
-        /// Server ID, hex.
-        server_id: String,
-        /// Nonce, hex.
-        nonce: String,
-        /// AES-128 key, 32 hex digits; a plaintext connection ID unless given.
-        #[arg(long, value_name = "HEX", env = "ANTIPHON_CID_KEY", hide_env_values = true)]
-        key: Option<String>,
-        /// Configuration, the top three bits of the first octet.
-        #[arg(long, default_value_t = 0, value_name = "0..=6")]
-        config: u8,
-        /// Put these five random bits (0..=31) into the first octet instead of the length.
-        #[arg(long, value_name = "BITS")]
-        random: Option<u8>,
-    },
+    /// Make a connection ID and print it.
+    Encode(CidEncodeArgs),
     /// Take a connection ID apart.
-    Decode {
-        /// Connection ID, hex.
-        cid: String,
-        /// Length of the server ID in bytes.
-        #[arg(long, default_value_t = 8, value_name = "BYTES")]
-        server_id_len: usize,
-        /// The shape of the rest.
-        #[command(flatten)]
-        config: CidConfigArgs,
-        /// The first octet's low bits are random, not the length.
-        #[arg(long)]
-        random: bool,
-    },
+    Decode(CidDecodeArgs),
+}
+
+/// `antiphon cid encode`.
+#[derive(Debug, Args)]
+pub struct CidEncodeArgs {
+    /// Server ID, hex, 1 to 15 octets.
+    pub server_id: String,
+    /// Nonce, hex, 4 to 18 octets, 19 at most together with the server ID.
+    pub nonce: String,
+    /// How it is encrypted.
+    #[command(flatten)]
+    pub key: CidKeyArgs,
+    /// Configuration, the top three bits of the first octet.
+    #[arg(long, default_value_t = 0, value_name = "0..=6")]
+    pub config: u8,
+    /// Low five bits of the first octet, instead of the length of the rest.
+    #[arg(long, value_name = "0..=31", value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub random_bits: Option<u8>,
+}
+
+/// `antiphon cid decode`.
+#[derive(Debug, Args)]
+pub struct CidDecodeArgs {
+    /// Connection ID, hex; `0x`, colons and spaces do not matter.
+    pub cid: String,
+    /// How it is encrypted.
+    #[command(flatten)]
+    pub key: CidKeyArgs,
+    /// Length of the server ID in octets.
+    #[arg(long, default_value_t = 8, value_name = "OCTETS")]
+    pub server_id_len: usize,
+    /// Length of the nonce in octets; all that follows the server ID unless given.
+    #[arg(long, value_name = "OCTETS")]
+    pub nonce_len: Option<usize>,
+    /// The low five bits of the first octet are random, not the length of the rest.
+    #[arg(long)]
+    pub random_bits: bool,
+}
+
+/// The key of a QUIC-LB configuration. Without one, connection IDs are plain text.
+#[derive(Debug, Args)]
+pub struct CidKeyArgs {
+    /// AES-128 key, 32 hex digits; plain text without one.
+    #[arg(long, value_name = "HEX", env = "ANTIPHON_CID_KEY", hide_env_values = true)]
+    pub key: Option<String>,
+    /// The key of the fleet in --dir.
+    #[arg(long, conflicts_with = "key")]
+    pub fleet: bool,
+    /// Generation of the fleet's key.
+    #[arg(long, default_value_t = 1, value_name = "NUMBER", requires = "fleet")]
+    pub generation: u32,
 }
 
 fn location(text: &str) -> Result<(f64, f64), String> {
@@ -213,7 +227,8 @@ fn location(text: &str) -> Result<(f64, f64), String> {
         let (latitude, longitude) = text.split_once(',')?;
         Some((latitude.trim().parse().ok()?, longitude.trim().parse().ok()?))
     };
-    let (latitude, longitude): (f64, f64) = parse().ok_or("expected LATITUDE,LONGITUDE in degrees, such as 52.5,13.4")?;
+    let (latitude, longitude): (f64, f64) =
+        parse().ok_or("expected LATITUDE,LONGITUDE in degrees, such as 52.5,13.4")?;
     antiphon_core::geo::Location::new(latitude, longitude).map_err(|e| e.to_string())?;
     Ok((latitude, longitude))
 }

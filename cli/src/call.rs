@@ -114,7 +114,11 @@ fn turn(file: &Path, rate: u32) -> anyhow::Result<ScriptTurn> {
 
 /// Found out before the call, not after it.
 fn writable(path: &Path) -> anyhow::Result<()> {
-    fs::OpenOptions::new().append(true).create(true).open(path).with_context(|| format!("--save {}", path.display()))?;
+    fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(|| format!("--save {}", path.display()))?;
     Ok(())
 }
 

@@ -207,14 +207,20 @@ impl Demo<'_> {
     fn line(&self, running: &[Running]) -> String {
         let turn = |n: usize| running.iter().filter(|r| r.stage.value() == n + 1).count();
         let turns = (1..=self.args.turns as usize).map(|n| format!("turn {n}: {}", turn(n)));
-        format!("{} callers, {}  {:.0} s", running.len(), turns.collect::<Vec<_>>().join(", "), self.began.elapsed().as_secs_f64())
+        format!(
+            "{} callers, {}  {:.0} s",
+            running.len(),
+            turns.collect::<Vec<_>>().join(", "),
+            self.began.elapsed().as_secs_f64()
+        )
     }
 
     /// What happens to the callers while they talk.
     async fn trouble(&self, fleet: &mut Fleet, handles: &[CallHandle]) -> anyhow::Result<Vec<Incident>> {
         let mut incidents = Vec::new();
         tokio::time::sleep(Duration::from_secs(1)).await;
-        self.progress.note(&format!("every caller's UDP address changes, as when a phone leaves Wi-Fi ({})", handles.len()));
+        self.progress
+            .note(&format!("every caller's UDP address changes, as when a phone leaves Wi-Fi ({})", handles.len()));
         incidents.push(Incident::addresses_changed(handles.len()));
         for handle in handles {
             handle.rebind();
@@ -235,7 +241,10 @@ impl Demo<'_> {
         Ok(incidents)
     }
 
-    async fn finished(&self, running: Vec<Running>) -> anyhow::Result<Vec<Result<caller::Called, caller::CallFailure>>> {
+    async fn finished(
+        &self,
+        running: Vec<Running>,
+    ) -> anyhow::Result<Vec<Result<caller::Called, caller::CallFailure>>> {
         let stages: Vec<_> = running.iter().map(|r| r.stage.clone()).collect();
         let mut all = std::pin::pin!(async {
             let mut called = Vec::new();

@@ -26,8 +26,10 @@ use anyhow::{Context as _, bail};
 use tonic::transport::Channel;
 
 pub use address::Subnet;
+pub(crate) use context::new_key;
 pub use context::{Context, RouterContext};
 pub use process::{Kind, Process, ProcessSpec};
+pub(crate) use records::key_record;
 
 use process::find_binaries;
 
@@ -72,9 +74,7 @@ impl Fleet {
             processes.push(Process::start(spec, &binaries, &options.dir)?);
         }
         let mut fleet = Self { plan, context, processes, options, _subnet: subnet };
-        fleet.wait_for(Kind::Router, progress).await?;
-        let key = context::load_or_make_key(&fleet.options.dir)?;
-        fleet.apply(&[(key, fleet.options.tenant.clone())]).await?;
+        fleet.wait_for_records(progress).await?;
         fleet.wait_for(Kind::Relay, progress).await?;
         fleet.wait_for(Kind::Worker, progress).await?;
         fleet.wait_until_placeable(progress).await?;
@@ -128,6 +128,17 @@ impl Fleet {
         self.context.admin(router)
     }
 
+    /// Gives the routers their records and waits until they are ready.
+    async fn wait_for_records(&mut self, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
+        for process in self.processes.iter_mut().filter(|process| process.spec().kind == Kind::Router) {
+            progress(&process.spec().title());
+            process.wait_live(READY).await?;
+        }
+        let key = context::load_or_make_key(&self.options.dir)?;
+        self.apply(&[(key, self.options.tenant.clone())]).await?;
+        self.wait_for(Kind::Router, progress).await
+    }
+
     /// Waits until every process of a kind says that it is ready.
     async fn wait_for(&mut self, kind: Kind, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
         for index in 0..self.processes.len() {
@@ -155,7 +166,8 @@ impl Fleet {
     /// What some router does not see yet.
     async fn unseen(&self) -> anyhow::Result<Option<String>> {
         for router in &self.context.routers {
-            let status = self.admin(router)?.fleet_status(antiphon_proto::v1::FleetStatusRequest {}).await?.into_inner();
+            let status =
+                self.admin(router)?.fleet_status(antiphon_proto::v1::FleetStatusRequest {}).await?.into_inner();
             for pool in self.plan.pools.iter().filter(|pool| pool.replicas > 0) {
                 let digests = status.regions.iter().filter_map(|region| region.digest.as_ref());
                 let mut pools = digests.filter(|d| d.region == pool.region).flat_map(|d| &d.pools);
@@ -192,9 +204,7 @@ impl Fleet {
         }
         if routers {
             // A router in memory mode comes back empty; the records come from here.
-            let keys = [(context::load_or_make_key(&self.options.dir)?, self.options.tenant.clone())];
-            self.wait_for(Kind::Router, &|_| ()).await?;
-            self.apply(&keys).await?;
+            self.wait_for_records(&|_| ()).await?;
         }
         Ok(healed)
     }

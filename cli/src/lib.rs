@@ -48,7 +48,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Explain(args) => explain::run(&args, &dir, json).await,
         Command::Keys(args) => keys::run(&args, &dir, json).await,
         Command::Demo(args) => demo::run(&args, json).await,
-        Command::Cid(args) => cid::run(&args, json),
+        Command::Cid(args) => cid::run(&args, &dir, json),
     }
 }
 

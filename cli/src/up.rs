@@ -66,7 +66,10 @@ fn announce(fleet: &Fleet, dir: &std::path::Path, json: bool) -> anyhow::Result<
             })
             .collect();
         let agents: Vec<_> = fleet.plan().agents.iter().map(|agent| &agent.agent).collect();
-        println!("{}", json!({"ready": true, "dir": dir, "processes": list, "agents": agents, "routers": fleet.context().routers}));
+        println!(
+            "{}",
+            json!({"ready": true, "dir": dir, "processes": list, "agents": agents, "routers": fleet.context().routers})
+        );
         return Ok(());
     }
     let rows = processes.iter().map(|p| {

@@ -10,12 +10,10 @@ use antiphon_media::{
     stream::{Receiver, Sender, StreamOrigin},
 };
 use antiphon_proto::v1::{
-    ClientMessage, EndCode, Goodbye, Heartbeat, PlayoutReport, ServerMessage,
-    client_message::Message as ToWorker, server_message::Message as FromWorker,
+    ClientMessage, EndCode, Goodbye, Heartbeat, PlayoutReport, ServerMessage, client_message::Message as ToWorker,
+    server_message::Message as FromWorker,
 };
-use antiphon_quic::{
-    ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow,
-};
+use antiphon_quic::{ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow};
 use bytes::Bytes;
 use prost::Message as _;
 use quinn::{Connection, Endpoint};
@@ -114,27 +112,12 @@ pub struct Call {
 }
 
 impl Call {
-    pub(crate) fn new(
-        dial: Dial,
-        opened: Opened,
-        started: Instant,
-        handshake: Duration,
-    ) -> Result<Self, String> {
-        let origin = StreamOrigin {
-            ssrc: rand::random(),
-            sequence: rand::random(),
-            timestamp: rand::random(),
-        };
+    pub(crate) fn new(dial: Dial, opened: Opened, started: Instant, handshake: Duration) -> Result<Self, String> {
+        let origin = StreamOrigin { ssrc: rand::random(), sequence: rand::random(), timestamp: rand::random() };
         let flow = opened.activated.audio_flow.into();
-        let sender = Sender::new(dial.format, EncoderSettings::default(), flow, origin)
-            .map_err(|e| e.to_string())?;
+        let sender = Sender::new(dial.format, EncoderSettings::default(), flow, origin).map_err(|e| e.to_string())?;
         let now = started.elapsed();
-        let report = CallReport {
-            handshake,
-            attempts: opened.attempts,
-            activated: now,
-            ..CallReport::default()
-        };
+        let report = CallReport { handshake, attempts: opened.attempts, activated: now, ..CallReport::default() };
         Ok(Self {
             receiver: Receiver::new(dial.format),
             sender,
@@ -172,9 +155,7 @@ impl Call {
         let outcome = self.converse(party).await;
         let now = self.started.elapsed();
         if outcome.is_ok() {
-            let goodbye = ToWorker::Goodbye(Goodbye {
-                reason: String::new(),
-            });
+            let goodbye = ToWorker::Goodbye(Goodbye { reason: String::new() });
             // A worker that does not take it notices the close.
             let _ = timeout(GOODBYE, self.tell(goodbye)).await;
             self.writer.finish();
@@ -228,9 +209,7 @@ impl Call {
         match split_flow(datagram) {
             Some((Flow::Audio, payload)) => {
                 // A packet that cannot be read is a lost one; the receiver counts it.
-                let _ = self
-                    .receiver
-                    .insert(Instant::now(), &datagram.slice_ref(payload));
+                let _ = self.receiver.insert(Instant::now(), &datagram.slice_ref(payload));
             }
             Some((Flow::Heartbeat, payload)) => {
                 if let Ok(beat) = Heartbeat::decode(payload) {
@@ -258,10 +237,7 @@ impl Call {
         }
         let jitter = self.receiver.stats().jitter;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        if let Some(beat) = self
-            .beats
-            .poll(micros(now), count(jitter.received), count(jitter.lost))
-        {
+        if let Some(beat) = self.beats.poll(micros(now), count(jitter.received), count(jitter.lost)) {
             self.send(datagram::heartbeat(&beat));
         }
         if let Some(report) = finished {
@@ -277,20 +253,9 @@ impl Call {
         }
     }
 
-    async fn played(
-        &mut self,
-        report: PlayoutReport,
-        party: &mut dyn Party,
-    ) -> Result<(), CallError> {
-        let PlayoutReport {
-            generation,
-            complete,
-            ..
-        } = report;
-        party.on_event(&Event::ResponsePlayed {
-            generation,
-            complete,
-        });
+    async fn played(&mut self, report: PlayoutReport, party: &mut dyn Party) -> Result<(), CallError> {
+        let PlayoutReport { generation, complete, .. } = report;
+        party.on_event(&Event::ResponsePlayed { generation, complete });
         Ok(self.tell(ToWorker::PlayoutReport(report)).await?)
     }
 
@@ -300,38 +265,21 @@ impl Call {
     }
 
     async fn tell(&mut self, message: ToWorker) -> Result<(), ControlError> {
-        self.writer
-            .write(&ClientMessage {
-                message: Some(message),
-            })
-            .await
+        self.writer.write(&ClientMessage { message: Some(message) }).await
     }
 
-    async fn on_control(
-        &mut self,
-        message: ServerMessage,
-        party: &mut dyn Party,
-    ) -> Result<(), CallError> {
+    async fn on_control(&mut self, message: ServerMessage, party: &mut dyn Party) -> Result<(), CallError> {
         let now = self.started.elapsed();
         self.beats.on_heard(micros(now));
         match message.message {
-            Some(FromWorker::SpeechStarted(m)) => {
-                party.on_event(&Event::SpeechStarted { turn: m.turn })
-            }
+            Some(FromWorker::SpeechStarted(m)) => party.on_event(&Event::SpeechStarted { turn: m.turn }),
             Some(FromWorker::SpeechStopped(m)) => {
-                self.report.turns.push(TurnTiming {
-                    turn: m.turn,
-                    stopped: now,
-                    answered: None,
-                });
+                self.report.turns.push(TurnTiming { turn: m.turn, stopped: now, answered: None });
                 party.on_event(&Event::SpeechStopped { turn: m.turn });
             }
             Some(FromWorker::ResponseStarted(m)) => {
                 self.playout.on_started(m.generation);
-                party.on_event(&Event::ResponseStarted {
-                    generation: m.generation,
-                    turn: m.turn,
-                });
+                party.on_event(&Event::ResponseStarted { generation: m.generation, turn: m.turn });
             }
             Some(FromWorker::ResponseDone(m)) => self.playout.on_done(m.generation, m.samples),
             Some(FromWorker::Flush(m)) => {
@@ -341,11 +289,7 @@ impl Call {
                 }
             }
             Some(FromWorker::MoveRelay(m)) => {
-                let relay = self
-                    .dial
-                    .relay_numbers
-                    .iter()
-                    .position(|number| *number == m.relay);
+                let relay = self.dial.relay_numbers.iter().position(|number| *number == m.relay);
                 if let Some(switch) = relay.and_then(|relay| self.path.on_draining(relay, now)) {
                     self.switch(switch, now, party);
                 }
@@ -364,11 +308,7 @@ impl Call {
     /// Notices silence and acts on it: another relay, then another local address, in the end an error.
     fn watch_path(&mut self, party: &mut dyn Party, now: Duration) -> Result<(), CallError> {
         for relay in 0..self.dial.relays.len() {
-            let Some(heard) = self
-                .socket
-                .last_heard(relay)
-                .filter(|heard| *heard > self.last_heard)
-            else {
+            let Some(heard) = self.socket.last_heard(relay).filter(|heard| *heard > self.last_heard) else {
                 continue;
             };
             self.note_gap(heard, relay);
@@ -376,10 +316,7 @@ impl Call {
         }
         let silent = now.saturating_sub(self.last_heard);
         if silent > GIVE_UP {
-            return Err(CallError::WorkerSilent {
-                place: self.dial.place.clone(),
-                silent,
-            });
+            return Err(CallError::WorkerSilent { place: self.dial.place.clone(), silent });
         }
         let rtt = self.connection.rtt();
         let pto = rtt + rtt / 2 + ACK_DELAY;
@@ -398,20 +335,11 @@ impl Call {
     fn note_gap(&mut self, heard: Duration, relay: usize) {
         let gap = heard.saturating_sub(self.last_heard);
         self.report.longest_gap = self.report.longest_gap.max(gap);
-        let pending = self
-            .report
-            .switches
-            .last_mut()
-            .filter(|s| s.gap.is_none() && s.switch.to == relay);
+        let pending = self.report.switches.last_mut().filter(|s| s.gap.is_none() && s.switch.to == relay);
         if let Some(switch) = pending {
             switch.gap = Some(gap);
         }
-        if let Some(rebind) = self
-            .report
-            .rebinds
-            .last_mut()
-            .filter(|r| r.gap.is_none() && heard > r.at)
-        {
+        if let Some(rebind) = self.report.rebinds.last_mut().filter(|r| r.gap.is_none() && heard > r.at) {
             rebind.gap = Some(gap);
         }
         self.last_heard = heard;
@@ -435,11 +363,7 @@ impl Call {
         }
         tracing::debug!(session = %self.dial.session, ?switch, "relay");
         self.open_path(now);
-        self.report.switches.push(RelaySwitch {
-            at: now,
-            switch,
-            gap: None,
-        });
+        self.report.switches.push(RelaySwitch { at: now, switch, gap: None });
         party.on_event(&Event::Switched(switch));
     }
 
@@ -462,10 +386,7 @@ impl Call {
     fn rebind(&mut self, party: &mut dyn Party) {
         match self.socket.rebind() {
             Ok(()) => {
-                self.report.rebinds.push(Rebind {
-                    at: self.started.elapsed(),
-                    gap: None,
-                });
+                self.report.rebinds.push(Rebind { at: self.started.elapsed(), gap: None });
                 party.on_event(&Event::Rebound);
             }
             // The old socket stays; the silence that follows brings the next try.
@@ -474,17 +395,11 @@ impl Call {
     }
 
     fn ended(&self, code: EndCode) -> CallError {
-        CallError::Ended {
-            place: self.dial.place.clone(),
-            code,
-        }
+        CallError::Ended { place: self.dial.place.clone(), code }
     }
 
     fn lost(&self, reason: quinn::ConnectionError) -> CallError {
-        CallError::Connection {
-            place: self.dial.place.clone(),
-            reason,
-        }
+        CallError::Connection { place: self.dial.place.clone(), reason }
     }
 
     fn broken(&self, error: ControlError) -> CallError {

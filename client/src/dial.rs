@@ -14,13 +14,13 @@ use antiphon_proto::v1::{
     client_message::Message as ToWorker, server_message::Message as FromWorker,
 };
 use antiphon_quic::{
-    AudioBudget, ClientKey, ControlError, ControlReader, ControlWriter, Side, activation_message,
-    client_crypto, transport,
+    AudioBudget, ClientKey, ControlError, ControlReader, ControlWriter, Side, activation_message, client_crypto,
+    transport,
 };
 use antiphon_runtime::tls;
 use quinn::{
-    ClientConfig, Connection, ConnectionError, ConnectionId, Endpoint, EndpointConfig,
-    TokioRuntime, crypto::rustls::QuicClientConfig,
+    ClientConfig, Connection, ConnectionError, ConnectionId, Endpoint, EndpointConfig, TokioRuntime,
+    crypto::rustls::QuicClientConfig,
 };
 use rustls_pki_types::CertificateDer;
 use tokio::time::timeout;
@@ -79,10 +79,7 @@ pub enum DialError {
 
 fn expiry_hint(expired: &Option<Duration>) -> String {
     match expired {
-        Some(by) => format!(
-            ": the ticket expired {:.0} s ago, ask for a new one",
-            by.as_secs_f64()
-        ),
+        Some(by) => format!(": the ticket expired {:.0} s ago, ask for a new one", by.as_secs_f64()),
         None => ": check that the relays' UDP ports are reachable from here".to_owned(),
     }
 }
@@ -106,10 +103,7 @@ pub struct Dial {
 /// The ticket is a secret until it is used up.
 impl fmt::Debug for Dial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dial")
-            .field("session", &self.session)
-            .field("place", &self.place)
-            .finish_non_exhaustive()
+        f.debug_struct("Dial").field("session", &self.session).field("place", &self.place).finish_non_exhaustive()
     }
 }
 
@@ -120,38 +114,22 @@ impl Dial {
     /// [`TicketError`]: which field and what is wrong with it.
     pub fn new(session: &Session) -> Result<Self, TicketError> {
         let malformed = |what: &str| TicketError::Malformed(what.to_owned());
-        let id = session
-            .session
-            .parse()
-            .map_err(|e| TicketError::Malformed(format!("session: {e}")))?;
-        let initial_ids: Vec<_> = session
-            .initial_connection_ids
-            .iter()
-            .map(|id| ConnectionId::new(id))
-            .collect();
+        let id = session.session.parse().map_err(|e| TicketError::Malformed(format!("session: {e}")))?;
+        let initial_ids: Vec<_> = session.initial_connection_ids.iter().map(|id| ConnectionId::new(id)).collect();
         let legal = |id: &bytes::Bytes| (8..=20).contains(&id.len());
         if initial_ids.is_empty() || !session.initial_connection_ids.iter().all(legal) {
-            return Err(malformed(
-                "initial_connection_ids: at least one of 8 to 20 bytes expected",
-            ));
+            return Err(malformed("initial_connection_ids: at least one of 8 to 20 bytes expected"));
         }
         let address = |relay: &antiphon_proto::v1::RelayAddress| {
-            relay
-                .address
-                .parse()
-                .map_err(|_| TicketError::Malformed(format!("relay address {:?}", relay.address)))
+            relay.address.parse().map_err(|_| TicketError::Malformed(format!("relay address {:?}", relay.address)))
         };
-        let relays = session
-            .relays
-            .iter()
-            .map(address)
-            .collect::<Result<Vec<_>, _>>()?;
+        let relays = session.relays.iter().map(address).collect::<Result<Vec<_>, _>>()?;
         if relays.is_empty() {
             return Err(malformed("relays: none given"));
         }
         let anchor = CertificateDer::from(session.trust_anchor.to_vec());
-        let crypto = client_crypto(tls::provider(), anchor)
-            .map_err(|e| TicketError::Malformed(format!("trust_anchor: {e}")))?;
+        let crypto =
+            client_crypto(tls::provider(), anchor).map_err(|e| TicketError::Malformed(format!("trust_anchor: {e}")))?;
         let format = match Codec::try_from(session.codec) {
             Ok(Codec::Opus) => AudioFormat::Opus,
             Ok(Codec::L1616k) => AudioFormat::L16At16k,
@@ -169,9 +147,7 @@ impl Dial {
             relays,
             server_name: session.server_name.clone(),
             crypto: Arc::new(crypto),
-            expires_at: session
-                .expires_at
-                .and_then(|at| SystemTime::try_from(at).ok()),
+            expires_at: session.expires_at.and_then(|at| SystemTime::try_from(at).ok()),
             format,
             place: format!("{}/{}", session.region, session.worker),
         })
@@ -187,12 +163,7 @@ impl Dial {
         let started = Instant::now();
         let socket = Arc::new(RelaySocket::new(&self.relays, started)?);
         let runtime = Arc::new(TokioRuntime);
-        let endpoint = Endpoint::new_with_abstract_socket(
-            EndpointConfig::default(),
-            None,
-            socket.clone(),
-            runtime,
-        )?;
+        let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket.clone(), runtime)?;
         for (attempt, initial) in self.initial_ids.iter().enumerate() {
             let relay = attempt % self.relays.len();
             socket.use_relay(relay)?;
@@ -208,25 +179,14 @@ impl Dial {
             let handshake = started.elapsed();
             let (activated, writer, reader) = self.activate(&connection, key).await?;
             let attempts = u32::try_from(attempt + 1).unwrap_or(u32::MAX);
-            let opened = Opened {
-                endpoint,
-                socket,
-                connection,
-                writer,
-                reader,
-                activated,
-                relay,
-                attempts,
-            };
+            let opened = Opened { endpoint, socket, connection, writer, reader, activated, relay, attempts };
             return Call::new(self, opened, started, handshake).map_err(DialError::SetUp);
         }
         Err(self.no_answer())
     }
 
     fn client_config(&self, initial: ConnectionId) -> ClientConfig {
-        let budget = AudioBudget {
-            frame_bytes: self.format.max_packet_bytes() + 1,
-        };
+        let budget = AudioBudget { frame_bytes: self.format.max_packet_bytes() + 1 };
         let mut config = ClientConfig::new(self.crypto.clone());
         config
             .transport_config(Arc::new(transport(Side::Client, budget)))
@@ -238,14 +198,7 @@ impl Dial {
         &self,
         connection: &Connection,
         key: &ClientKey,
-    ) -> Result<
-        (
-            Activated,
-            ControlWriter<ClientMessage>,
-            ControlReader<ServerMessage>,
-        ),
-        DialError,
-    > {
+    ) -> Result<(Activated, ControlWriter<ClientMessage>, ControlReader<ServerMessage>), DialError> {
         let (send, receive) = connection.open_bi().await.map_err(DialError::Handshake)?;
         let (mut writer, mut reader) = (ControlWriter::new(send), ControlReader::new(receive));
         let message = activation_message(connection, self.session, self.epoch);
@@ -256,14 +209,8 @@ impl Dial {
             ticket: self.ticket.clone(),
             signature: key.sign(&message).into(),
         };
-        writer
-            .write(&ClientMessage {
-                message: Some(ToWorker::Activate(activate)),
-            })
-            .await?;
-        let answer = timeout(ACTIVATION, reader.read())
-            .await
-            .map_err(|_| DialError::NoActivation(ACTIVATION))??;
+        writer.write(&ClientMessage { message: Some(ToWorker::Activate(activate)) }).await?;
+        let answer = timeout(ACTIVATION, reader.read()).await.map_err(|_| DialError::NoActivation(ACTIVATION))??;
         match answer.and_then(|message: ServerMessage| message.message) {
             Some(FromWorker::Activated(activated)) => Ok((activated, writer, reader)),
             Some(FromWorker::Refused(refused)) => {
@@ -277,16 +224,9 @@ impl Dial {
     fn no_answer(&self) -> DialError {
         let tried = self.initial_ids.len().min(self.relays.len());
         let names = self.relays.iter().zip(&self.relay_numbers).take(tried);
-        let tried: Vec<_> = names
-            .map(|(address, number)| format!("relay {number} ({address})"))
-            .collect();
-        let expired = self
-            .expires_at
-            .and_then(|at| SystemTime::now().duration_since(at).ok());
-        DialError::NoAnswer {
-            tried: tried.join(", "),
-            expired,
-        }
+        let tried: Vec<_> = names.map(|(address, number)| format!("relay {number} ({address})")).collect();
+        let expired = self.expires_at.and_then(|at| SystemTime::now().duration_since(at).ok());
+        DialError::NoAnswer { tried: tried.join(", "), expired }
     }
 }
 

@@ -54,13 +54,7 @@ impl PathSelector {
     pub fn new(relays: usize, active: usize, now: Duration) -> Self {
         let relays = vec![Health::default(); relays.max(1)];
         let active = active.min(relays.len() - 1);
-        Self {
-            relays,
-            active,
-            last_heard: now,
-            switched_at: now,
-            tried: 0,
-        }
+        Self { relays, active, last_heard: now, switched_at: now, tried: 0 }
     }
 
     /// Index of the relay in use.
@@ -98,14 +92,8 @@ impl PathSelector {
         if relay != self.active {
             return None;
         }
-        let fresh = |failed: Option<Duration>| {
-            failed.is_some_and(|at| now.saturating_sub(at) < Self::SUSPICION)
-        };
-        let others = self
-            .relays
-            .iter()
-            .enumerate()
-            .filter(|(index, _)| *index != relay);
+        let fresh = |failed: Option<Duration>| failed.is_some_and(|at| now.saturating_sub(at) < Self::SUSPICION);
+        let others = self.relays.iter().enumerate().filter(|(index, _)| *index != relay);
         if others.clone().count() == 0 || others.map(|(_, health)| health.failed_at).all(fresh) {
             return None;
         }
@@ -114,8 +102,7 @@ impl PathSelector {
 
     /// Time passed. `pto` is the connection's probe timeout (RFC 9002, section 6.2.1).
     pub fn poll(&mut self, now: Duration, pto: Duration) -> Option<Switch> {
-        let patience =
-            (3 * pto).max(Self::SUSPICION) * 2_u32.pow((self.tried / self.count()).min(4));
+        let patience = (3 * pto).max(Self::SUSPICION) * 2_u32.pow((self.tried / self.count()).min(4));
         let quiet_since = self.last_heard.max(self.switched_at);
         if now.saturating_sub(quiet_since) < patience {
             return None;
@@ -141,11 +128,7 @@ impl PathSelector {
         let n = self.relays.len();
         let others = (1..n).map(|step| (self.active + step) % n);
         let to = others.min_by_key(|i| (self.relays[*i].draining, self.relays[*i].failed_at))?;
-        let switch = Switch {
-            from: self.active,
-            to,
-            reason,
-        };
+        let switch = Switch { from: self.active, to, reason };
         self.active = to;
         self.switched_at = now;
         Some(switch)
@@ -165,17 +148,9 @@ mod tests {
         let mut path = PathSelector::new(3, 0, ms(0));
         path.on_heard(0, ms(100));
         assert_eq!(path.poll(ms(249), ms(10)), None);
-        let first = Switch {
-            from: 0,
-            to: 1,
-            reason: SwitchReason::Silent,
-        };
+        let first = Switch { from: 0, to: 1, reason: SwitchReason::Silent };
         assert_eq!(path.poll(ms(250), ms(10)), Some(first));
-        assert_eq!(
-            path.poll(ms(399), ms(10)),
-            None,
-            "the new relay has its span"
-        );
+        assert_eq!(path.poll(ms(399), ms(10)), None, "the new relay has its span");
         assert_eq!(path.poll(ms(400), ms(10)).map(|s| s.to), Some(2));
         path.on_heard(2, ms(410));
         assert_eq!(path.poll(ms(500), ms(10)), None);
@@ -192,35 +167,17 @@ mod tests {
     fn a_draining_relay_is_left_at_once_and_comes_back_only_as_the_last_choice() {
         let mut path = PathSelector::new(3, 1, ms(0));
         assert_eq!(path.on_draining(2, ms(1)), None);
-        assert_eq!(
-            path.on_draining(1, ms(2)),
-            Some(Switch {
-                from: 1,
-                to: 0,
-                reason: SwitchReason::Draining
-            })
-        );
+        assert_eq!(path.on_draining(1, ms(2)), Some(Switch { from: 1, to: 0, reason: SwitchReason::Draining }));
         assert_eq!(path.on_draining(9, ms(2)), None);
-        assert!(
-            path.poll(ms(152), ms(1))
-                .is_some_and(|s| s.to == 1 || s.to == 2)
-        );
+        assert!(path.poll(ms(152), ms(1)).is_some_and(|s| s.to == 1 || s.to == 2));
     }
 
     #[test]
     fn a_closed_port_is_left_at_once_but_dead_relays_are_not_hammered() {
         let mut path = PathSelector::new(2, 0, ms(0));
         assert_eq!(path.on_refused(1, ms(1)), None, "not in use");
-        assert_eq!(
-            path.on_refused(0, ms(2)),
-            None,
-            "the other one has just failed"
-        );
-        let switch = Switch {
-            from: 0,
-            to: 1,
-            reason: SwitchReason::Refused,
-        };
+        assert_eq!(path.on_refused(0, ms(2)), None, "the other one has just failed");
+        let switch = Switch { from: 0, to: 1, reason: SwitchReason::Refused };
         assert_eq!(path.on_refused(0, ms(151)), Some(switch));
         assert_eq!(path.on_refused(1, ms(152)), None);
     }
@@ -243,9 +200,7 @@ mod tests {
     #[test]
     fn a_dead_network_is_probed_ever_more_slowly() {
         let mut path = PathSelector::new(2, 0, ms(0));
-        let switches = (1..=10_000)
-            .filter(|t| path.poll(ms(*t), ms(1)).is_some())
-            .count();
+        let switches = (1..=10_000).filter(|t| path.poll(ms(*t), ms(1)).is_some()).count();
         assert!((6..=12).contains(&switches), "{switches}");
     }
 }

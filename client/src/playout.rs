@@ -12,6 +12,8 @@ pub(crate) struct Playout {
     playing: Option<Playing>,
     /// An answer that the worker has sent to its end but of which nothing was heard yet.
     unheard: Option<Unheard>,
+    /// Newest answer that is over: frames that still come of it begin nothing.
+    over: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -38,29 +40,15 @@ impl Playout {
     pub(crate) fn on_done(&mut self, generation: u32, total: u64) {
         match &mut self.playing {
             Some(playing) if playing.generation == generation => playing.total = Some(total),
-            _ => {
-                self.unheard = Some(Unheard {
-                    generation,
-                    total,
-                    patience: PATIENCE_FRAMES,
-                })
-            }
+            _ => self.unheard = Some(Unheard { generation, total, patience: PATIENCE_FRAMES }),
         }
     }
 
     /// The worker cut every answer up to this one.
     pub(crate) fn on_flush(&mut self, generation: u32) -> Option<PlayoutReport> {
-        self.unheard = self
-            .unheard
-            .filter(|unheard| unheard.generation > generation);
-        let cut = self
-            .playing
-            .take_if(|playing| playing.generation <= generation)?;
-        Some(PlayoutReport {
-            generation: cut.generation,
-            heard_samples: cut.heard,
-            complete: false,
-        })
+        self.unheard = self.unheard.filter(|unheard| unheard.generation > generation);
+        let cut = self.playing.take_if(|playing| playing.generation <= generation)?;
+        Some(PlayoutReport { generation: cut.generation, heard_samples: cut.heard, complete: false })
     }
 
     /// One frame was played; the report of an answer that this completed.
@@ -68,29 +56,26 @@ impl Playout {
         let mut finished = None;
         if let Some(low) = heard.generation {
             let generation = self.full(low);
-            if self
-                .playing
-                .is_none_or(|playing| playing.generation != generation)
-            {
+            let begun = self.playing.is_some_and(|playing| playing.generation == generation);
+            if !begun && generation > self.over {
                 // The next answer has begun: whatever is missing of the last one will not come any more.
-                finished = self.playing.take().map(Playing::report);
-                let unheard = self
-                    .unheard
-                    .take_if(|unheard| unheard.generation == generation);
-                self.playing = Some(Playing {
-                    generation,
-                    heard: 0,
-                    total: unheard.map(|u| u.total),
-                });
+                finished = self.playing.take().map(|playing| self.end(playing));
+                let unheard = self.unheard.take_if(|unheard| unheard.generation == generation);
+                self.playing = Some(Playing { generation, heard: 0, total: unheard.map(|u| u.total) });
             }
         }
         if let Some(playing) = &mut self.playing {
             playing.heard += SamplePosition::FRAME;
             if playing.total.is_some_and(|total| playing.heard >= total) {
-                finished = self.playing.take().map(Playing::report);
+                finished = self.playing.take().map(|playing| self.end(playing));
             }
         }
         finished.or_else(|| self.give_up())
+    }
+
+    fn end(&mut self, playing: Playing) -> PlayoutReport {
+        self.over = self.over.max(playing.generation);
+        playing.report()
     }
 
     /// An answer whose every packet was lost ends too.
@@ -101,11 +86,7 @@ impl Playout {
             return None;
         }
         let Unheard { generation, .. } = self.unheard.take()?;
-        Some(PlayoutReport {
-            generation,
-            heard_samples: 0,
-            complete: false,
-        })
+        Some(PlayoutReport { generation, heard_samples: 0, complete: false })
     }
 
     /// Frames carry the low 16 bits of the generation; the control stream says the rest.
@@ -113,11 +94,7 @@ impl Playout {
         let high = self.announced & 0xffff_0000;
         let candidate = high | u32::from(low);
         // The frame may be of an answer from before the low bits wrapped.
-        if candidate > self.announced.saturating_add(0x8000) {
-            candidate.saturating_sub(0x1_0000)
-        } else {
-            candidate
-        }
+        if candidate > self.announced.saturating_add(0x8000) { candidate.saturating_sub(0x1_0000) } else { candidate }
     }
 }
 
@@ -141,11 +118,7 @@ mod tests {
     use antiphon_media::stream::FrameKind;
 
     fn frame(generation: Option<u16>) -> Heard<'static> {
-        Heard {
-            pcm: &[],
-            kind: FrameKind::Played,
-            generation,
-        }
+        Heard { pcm: &[], kind: FrameKind::Played, generation }
     }
 
     #[test]
@@ -155,18 +128,20 @@ mod tests {
         assert_eq!(playout.on_frame(&frame(None)), None);
         assert_eq!(playout.on_frame(&frame(Some(1))), None);
         playout.on_done(1, 3 * 960);
-        assert_eq!(
-            playout.on_frame(&frame(None)),
-            None,
-            "a pause inside the answer counts"
-        );
-        let report = PlayoutReport {
-            generation: 1,
-            heard_samples: 2880,
-            complete: true,
-        };
+        assert_eq!(playout.on_frame(&frame(None)), None, "a pause inside the answer counts");
+        let report = PlayoutReport { generation: 1, heard_samples: 2880, complete: true };
         assert_eq!(playout.on_frame(&frame(Some(1))), Some(report));
         assert_eq!(playout.on_frame(&frame(None)), None);
+    }
+
+    #[test]
+    fn late_frames_of_an_answer_that_is_over_begin_nothing() {
+        let mut playout = Playout::default();
+        playout.on_frame(&frame(Some(1)));
+        playout.on_done(1, 960 * 2);
+        assert!(playout.on_frame(&frame(Some(1))).is_some());
+        assert_eq!(playout.on_frame(&frame(Some(1))), None);
+        assert_eq!(playout.on_frame(&frame(Some(2))), None, "nothing of the first is left to report");
     }
 
     #[test]
@@ -175,11 +150,7 @@ mod tests {
         playout.on_started(2);
         playout.on_frame(&frame(Some(2)));
         assert_eq!(playout.on_flush(1), None);
-        let report = PlayoutReport {
-            generation: 2,
-            heard_samples: 960,
-            complete: false,
-        };
+        let report = PlayoutReport { generation: 2, heard_samples: 960, complete: false };
         assert_eq!(playout.on_flush(2), Some(report));
     }
 
@@ -187,17 +158,8 @@ mod tests {
     fn a_wholly_lost_answer_ends_after_a_second() {
         let mut playout = Playout::default();
         playout.on_done(1, 96_000);
-        let reports: Vec<_> = (0..60)
-            .filter_map(|_| playout.on_frame(&frame(None)))
-            .collect();
-        assert_eq!(
-            reports,
-            [PlayoutReport {
-                generation: 1,
-                heard_samples: 0,
-                complete: false
-            }]
-        );
+        let reports: Vec<_> = (0..60).filter_map(|_| playout.on_frame(&frame(None))).collect();
+        assert_eq!(reports, [PlayoutReport { generation: 1, heard_samples: 0, complete: false }]);
     }
 
     #[test]

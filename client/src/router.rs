@@ -4,9 +4,8 @@ use antiphon_core::id::{Epoch, SessionId};
 use antiphon_proto::{
     refusal,
     v1::{
-        Codec, Constraints, CreateSessionRequest, DeleteSessionRequest, ExplainSessionRequest,
-        Explanation, ListSessionsRequest, Location, Refusal, Session, SessionSummary,
-        sessions_client::SessionsClient,
+        Codec, Constraints, CreateSessionRequest, DeleteSessionRequest, ExplainSessionRequest, Explanation,
+        ListSessionsRequest, Location, Refusal, Session, SessionSummary, sessions_client::SessionsClient,
     },
 };
 use antiphon_runtime::tls::{self, TlsError};
@@ -50,10 +49,7 @@ pub enum RouterError {
 fn describe(refusal: &Refusal) -> String {
     let waiting = match refusal.retry_after_ms {
         0 => String::new(),
-        ms => format!(
-            " (trying again in {:.1} s may help)",
-            f64::from(ms) / 1000.0
-        ),
+        ms => format!(" (trying again in {:.1} s may help)", f64::from(ms) / 1000.0),
     };
     format!("{}{waiting}", refusal.detail)
 }
@@ -94,29 +90,17 @@ impl Router {
     ///
     /// # Errors
     /// [`RouterError::Address`], [`RouterError::KeyForm`].
-    pub fn new(
-        address: &str,
-        ca_pem: &str,
-        server_name: &str,
-        api_key: &str,
-    ) -> Result<Self, RouterError> {
+    pub fn new(address: &str, ca_pem: &str, server_name: &str, api_key: &str) -> Result<Self, RouterError> {
         let channel = tls::public_channel(address, ca_pem, server_name)?;
-        let mut key: MetadataValue<Ascii> = format!("Bearer {}", api_key.trim())
-            .parse()
-            .map_err(|_| RouterError::KeyForm)?;
+        let mut key: MetadataValue<Ascii> =
+            format!("Bearer {}", api_key.trim()).parse().map_err(|_| RouterError::KeyForm)?;
         key.set_sensitive(true);
-        Ok(Self {
-            address: address.to_owned(),
-            key,
-            client: SessionsClient::new(channel),
-        })
+        Ok(Self { address: address.to_owned(), key, client: SessionsClient::new(channel) })
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        request
-            .metadata_mut()
-            .insert("authorization", self.key.clone());
+        request.metadata_mut().insert("authorization", self.key.clone());
         request
     }
 
@@ -129,10 +113,7 @@ impl Router {
             Code::NotFound => RouterError::NotFound(message),
             Code::Unauthenticated | Code::PermissionDenied => RouterError::NotAllowed(message),
             Code::InvalidArgument => RouterError::Invalid(message),
-            _ => RouterError::Unavailable {
-                address: self.address.clone(),
-                message: explain(status),
-            },
+            _ => RouterError::Unavailable { address: self.address.clone(), message: explain(status) },
         }
     }
 
@@ -143,10 +124,7 @@ impl Router {
     pub async fn create(&self, wanted: &SessionRequest) -> Result<Session, RouterError> {
         let message = CreateSessionRequest {
             agent: wanted.agent.clone(),
-            location: wanted.location.map(|(latitude, longitude)| Location {
-                latitude,
-                longitude,
-            }),
+            location: wanted.location.map(|(latitude, longitude)| Location { latitude, longitude }),
             client_key: wanted.client_key.to_vec().into(),
             constraints: Some(Constraints {
                 regions: wanted.regions.clone(),
@@ -158,11 +136,7 @@ impl Router {
             epoch: wanted.epoch.value(),
             waited_ms: 0,
         };
-        let answer = self
-            .client
-            .clone()
-            .create_session(self.request(message))
-            .await;
+        let answer = self.client.clone().create_session(self.request(message)).await;
         Ok(answer.map_err(|status| self.error(&status))?.into_inner())
     }
 
@@ -171,14 +145,8 @@ impl Router {
     /// # Errors
     /// [`RouterError`].
     pub async fn explain(&self, session: &str) -> Result<Explanation, RouterError> {
-        let message = ExplainSessionRequest {
-            session: session.to_owned(),
-        };
-        let answer = self
-            .client
-            .clone()
-            .explain_session(self.request(message))
-            .await;
+        let message = ExplainSessionRequest { session: session.to_owned() };
+        let answer = self.client.clone().explain_session(self.request(message)).await;
         Ok(answer.map_err(|status| self.error(&status))?.into_inner())
     }
 
@@ -187,14 +155,8 @@ impl Router {
     /// # Errors
     /// [`RouterError`].
     pub async fn delete(&self, session: &str) -> Result<(), RouterError> {
-        let message = DeleteSessionRequest {
-            session: session.to_owned(),
-        };
-        let answer = self
-            .client
-            .clone()
-            .delete_session(self.request(message))
-            .await;
+        let message = DeleteSessionRequest { session: session.to_owned() };
+        let answer = self.client.clone().delete_session(self.request(message)).await;
         answer.map(|_| ()).map_err(|status| self.error(&status))
     }
 
@@ -203,15 +165,8 @@ impl Router {
     /// # Errors
     /// [`RouterError`].
     pub async fn list(&self, limit: u32) -> Result<Vec<SessionSummary>, RouterError> {
-        let answer = self
-            .client
-            .clone()
-            .list_sessions(self.request(ListSessionsRequest { limit }))
-            .await;
-        Ok(answer
-            .map_err(|status| self.error(&status))?
-            .into_inner()
-            .sessions)
+        let answer = self.client.clone().list_sessions(self.request(ListSessionsRequest { limit })).await;
+        Ok(answer.map_err(|status| self.error(&status))?.into_inner().sessions)
     }
 }
 

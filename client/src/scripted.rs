@@ -46,14 +46,7 @@ impl ScriptedCaller {
     pub fn new(turns: Vec<Vec<i16>>, rate: u32, patience: Duration) -> Self {
         let frame = usize::try_from(rate / 50).unwrap_or(320);
         let patience = u32::try_from(patience.as_millis() / 20).unwrap_or(u32::MAX);
-        Self {
-            turns,
-            frame,
-            state: State::Waiting(SETTLE),
-            next: 0,
-            patience,
-            outcome: ScriptedOutcome::default(),
-        }
+        Self { turns, frame, state: State::Waiting(SETTLE), next: 0, patience, outcome: ScriptedOutcome::default() }
     }
 
     /// Turns said so far, and how many there are.
@@ -92,9 +85,7 @@ impl Party for ScriptedCaller {
             say[..part.len()].copy_from_slice(part);
             self.state = State::Saying(from + self.frame);
             if from + self.frame >= turn.len() {
-                self.outcome
-                    .ended
-                    .push(self.outcome.recording.len() - self.frame + part.len());
+                self.outcome.ended.push(self.outcome.recording.len() - self.frame + part.len());
                 self.state = State::Listening(0);
             }
         }
@@ -121,31 +112,20 @@ mod tests {
 
     fn step(caller: &mut ScriptedCaller) -> (Step, Vec<i16>) {
         let (pcm, mut say) = (vec![7; 320], vec![0; 320]);
-        let heard = Heard {
-            pcm: &pcm,
-            kind: FrameKind::Played,
-            generation: None,
-        };
+        let heard = Heard { pcm: &pcm, kind: FrameKind::Played, generation: None };
         let step = caller.step(&heard, &mut say);
         (step, say)
     }
 
     #[test]
     fn says_every_sample_once_and_hangs_up_after_the_last_answer() {
-        let mut caller = ScriptedCaller::new(
-            vec![vec![1; 700], vec![2; 320]],
-            16_000,
-            Duration::from_secs(1),
-        );
+        let mut caller = ScriptedCaller::new(vec![vec![1; 700], vec![2; 320]], 16_000, Duration::from_secs(1));
         let mut said = Vec::new();
         for _ in 0..200 {
             let (step, say) = step(&mut caller);
             said.extend(say.into_iter().filter(|sample| *sample != 0));
             if matches!(caller.state, State::Listening(_)) {
-                caller.on_event(&Event::ResponsePlayed {
-                    generation: 1,
-                    complete: true,
-                });
+                caller.on_event(&Event::ResponsePlayed { generation: 1, complete: true });
             }
             if step == Step::HangUp {
                 break;
@@ -153,21 +133,13 @@ mod tests {
         }
         assert_eq!(said, [vec![1; 700], vec![2; 320]].concat());
         let outcome = caller.into_outcome();
-        assert_eq!(
-            (outcome.answers, outcome.unanswered, outcome.ended.len()),
-            (2, 0, 2)
-        );
-        assert_eq!(
-            outcome.ended[0] % 320,
-            60,
-            "the exact sample, not the frame"
-        );
+        assert_eq!((outcome.answers, outcome.unanswered, outcome.ended.len()), (2, 0, 2));
+        assert_eq!(outcome.ended[0] % 320, 60, "the exact sample, not the frame");
     }
 
     #[test]
     fn a_missing_answer_ends_the_wait() {
-        let mut caller =
-            ScriptedCaller::new(vec![vec![1; 320]], 16_000, Duration::from_millis(200));
+        let mut caller = ScriptedCaller::new(vec![vec![1; 320]], 16_000, Duration::from_millis(200));
         assert!((0..200).any(|_| step(&mut caller).0 == Step::HangUp));
         assert_eq!(caller.into_outcome().unanswered, 1);
     }

@@ -27,12 +27,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{io::Interest, sync::Notify};
 
 /// The address that QUIC is told. Of the discard-only prefix (RFC 6666): it never appears on a network.
-pub(crate) const VIRTUAL: SocketAddr = SocketAddr::V6(SocketAddrV6::new(
-    Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1),
-    443,
-    0,
-    0,
-));
+pub(crate) const VIRTUAL: SocketAddr =
+    SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1), 443, 0, 0));
 
 /// A call's socket.
 pub(crate) struct RelaySocket {
@@ -64,9 +60,7 @@ struct Link {
 
 impl fmt::Debug for RelaySocket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RelaySocket")
-            .field("relays", &self.relays.len())
-            .finish_non_exhaustive()
+        f.debug_struct("RelaySocket").field("relays", &self.relays.len()).finish_non_exhaustive()
     }
 }
 
@@ -160,17 +154,13 @@ impl RelaySocket {
     }
 
     fn now_us(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_micros())
-            .unwrap_or(u64::MAX)
-            .max(1)
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX).max(1)
     }
 
     /// An error of the system's is a lost packet; a closed port is also news.
     fn note(&self, relay: usize, error: &io::Error) {
         if error.kind() == io::ErrorKind::ConnectionRefused {
-            self.relays[relay]
-                .refused
-                .store(self.now_us(), Ordering::Relaxed);
+            self.relays[relay].refused.store(self.now_us(), Ordering::Relaxed);
             self.refused.notify_one();
         }
     }
@@ -185,13 +175,9 @@ impl RelaySocket {
     ) -> Poll<io::Result<usize>> {
         loop {
             ready!(link.io.poll_recv_ready(cx))?;
-            match link.io.try_io(Interest::READABLE, || {
-                link.state.recv((&link.io).into(), bufs, meta)
-            }) {
+            match link.io.try_io(Interest::READABLE, || link.state.recv((&link.io).into(), bufs, meta)) {
                 Ok(count) => {
-                    self.relays[index]
-                        .heard
-                        .store(self.now_us(), Ordering::Relaxed);
+                    self.relays[index].heard.store(self.now_us(), Ordering::Relaxed);
                     for meta in &mut meta[..count] {
                         // QUIC cuts by the stride for as long as there is length: it must not be zero.
                         meta.stride = meta.stride.max(1);
@@ -225,19 +211,13 @@ impl Link {
         socket.connect(&relay.into())?;
         let socket = std::net::UdpSocket::from(socket);
         let state = UdpSocketState::new((&socket).into())?;
-        Ok(Self {
-            io: tokio::net::UdpSocket::from_std(socket)?,
-            state,
-        })
+        Ok(Self { io: tokio::net::UdpSocket::from_std(socket)?, state })
     }
 }
 
 impl AsyncUdpSocket for RelaySocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Box::pin(Writable {
-            socket: self,
-            waiting: None,
-        })
+        Box::pin(Writable { socket: self, waiting: None })
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -252,9 +232,7 @@ impl AsyncUdpSocket for RelaySocket {
             src_ip: None,
         };
         // `try_send` reports the system's errors; `send` would hide a closed port.
-        match link.io.try_io(Interest::WRITABLE, || {
-            link.state.try_send((&link.io).into(), &outer)
-        }) {
+        match link.io.try_io(Interest::WRITABLE, || link.state.try_send((&link.io).into(), &outer)) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
             Err(error) => {
                 self.note(relay, &error);
@@ -294,19 +272,16 @@ impl AsyncUdpSocket for RelaySocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.active_link()
-            .map_or(1, |(_, link)| link.state.max_gso_segments())
+        self.active_link().map_or(1, |(_, link)| link.state.max_gso_segments())
     }
 
     fn max_receive_segments(&self) -> usize {
         // The system merges datagrams that came together: buffers have to hold such a train.
-        self.active_link()
-            .map_or(64, |(_, link)| link.state.gro_segments())
+        self.active_link().map_or(64, |(_, link)| link.state.gro_segments())
     }
 
     fn may_fragment(&self) -> bool {
-        self.active_link()
-            .is_none_or(|(_, link)| link.state.may_fragment())
+        self.active_link().is_none_or(|(_, link)| link.state.may_fragment())
     }
 }
 
@@ -355,22 +330,14 @@ mod tests {
 
     async fn send(socket: &RelaySocket, contents: &[u8]) {
         socket.active_link().unwrap().1.io.writable().await.unwrap();
-        let transmit = Transmit {
-            destination: VIRTUAL,
-            ecn: None,
-            contents,
-            segment_size: None,
-            src_ip: None,
-        };
+        let transmit = Transmit { destination: VIRTUAL, ecn: None, contents, segment_size: None, src_ip: None };
         socket.try_send(&transmit).unwrap();
     }
 
     async fn receive(socket: &RelaySocket) -> (Vec<u8>, SocketAddr) {
         let mut buffer = vec![0; 65_536];
         let mut meta = [RecvMeta::default()];
-        let receiving = std::future::poll_fn(|cx| {
-            socket.poll_recv(cx, &mut [IoSliceMut::new(&mut buffer)], &mut meta)
-        });
+        let receiving = std::future::poll_fn(|cx| socket.poll_recv(cx, &mut [IoSliceMut::new(&mut buffer)], &mut meta));
         assert_eq!(timeout(SOON, receiving).await.unwrap().unwrap(), 1);
         let [meta] = meta;
         (buffer[..meta.len].to_vec(), meta.addr)

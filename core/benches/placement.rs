@@ -6,10 +6,7 @@ use antiphon_core::{
     clock::Millis,
     geo::Location,
     id::RegionNumber,
-    placement::{
-        AgentPolicy, FleetSnapshot, Freshness, Phase, PoolView, RegionView, Request, WorkerView,
-        plan,
-    },
+    placement::{AgentPolicy, FleetSnapshot, Freshness, Phase, PoolView, RegionView, Request, WorkerView, plan},
 };
 use divan::{Bencher, counter::ItemsCount};
 
@@ -19,10 +16,7 @@ fn main() {
 
 /// 100 regions around the world; `listed` workers in the own one, 100 in each of the others.
 fn fleet(listed: usize) -> FleetSnapshot {
-    let freshness = Freshness::Reported {
-        at: Millis(0),
-        lease: Duration::from_secs(3),
-    };
+    let freshness = Freshness::Reported { at: Millis(0), lease: Duration::from_secs(3) };
     let region = |index: u16| RegionView {
         name: format!("region-{index}"),
         number: RegionNumber::new(index).expect("below 1024"),
@@ -33,11 +27,7 @@ fn fleet(listed: usize) -> FleetSnapshot {
         .ok(),
         phase: Phase::Active,
         residency: vec![],
-        freshness: if index == 0 {
-            Freshness::Own
-        } else {
-            freshness
-        },
+        freshness: if index == 0 { Freshness::Own } else { freshness },
         pools: if index == 0 {
             vec![]
         } else {
@@ -74,12 +64,7 @@ fn decisions(bencher: Bencher<'_, '_>, listed: usize) {
     let mut seed = 0;
     bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
         seed += 1;
-        let request = Request {
-            agent: "a/b",
-            location,
-            seed,
-            ..Request::default()
-        };
+        let request = Request { agent: "a/b", location, seed, ..Request::default() };
         plan(black_box(&snapshot), black_box(&request), Millis(1000))
     });
 }

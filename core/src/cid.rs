@@ -18,8 +18,7 @@ mod set;
 
 pub use config::{Config, Decoded};
 pub use session::{
-    CidCodec, CidMinter, DecodedSessionCid, EXPIRY_WINDOW_S, Kind, NonceCounter, SessionCid,
-    SessionNonce,
+    CidCodec, CidMinter, DecodedSessionCid, EXPIRY_WINDOW_S, Kind, NonceCounter, SessionCid, SessionNonce,
 };
 pub use set::ConfigSet;
 
@@ -36,9 +35,7 @@ pub enum CidError {
     #[error("nonce of {0} octets is out of range 4..=18")]
     NonceLength(usize),
     /// Server ID and nonce do not fit a QUIC version 1 connection ID together.
-    #[error(
-        "server ID and nonce take {0} octets together: 19 is the most that a connection ID holds"
-    )]
+    #[error("server ID and nonce take {0} octets together: 19 is the most that a connection ID holds")]
     TooLong(usize),
     /// The server ID given has another length than the configuration's.
     #[error("server ID has {actual} octets, the configuration takes {expected}")]
@@ -82,9 +79,7 @@ pub enum CidError {
     #[error("connection ID has {0} octets, a session's has 17")]
     SessionLength(usize),
     /// The length in the first octet contradicts the configuration.
-    #[error(
-        "connection ID encodes {encoded} octets after the first, the configuration needs {needed}"
-    )]
+    #[error("connection ID encodes {encoded} octets after the first, the configuration needs {needed}")]
     EncodedLength {
         /// Octets that follow, according to the first octet.
         encoded: usize,
@@ -171,10 +166,7 @@ impl Cid {
         let mut octets = [0; MAX_CID_LEN];
         octets[0] = codepoint << LENGTH_BITS | low_bits & LENGTH_MASK;
         octets[1..=body.len()].copy_from_slice(body);
-        Self {
-            octets,
-            len: 1 + body.len() as u8,
-        }
+        Self { octets, len: 1 + body.len() as u8 }
     }
 }
 

@@ -81,10 +81,7 @@ impl Millis {
     /// The moment `duration` later; stays at the end of the range.
     #[must_use]
     pub fn after(self, duration: Duration) -> Self {
-        Self(
-            self.0
-                .saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)),
-        )
+        Self(self.0.saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)))
     }
 
     /// Time from `earlier` to here; zero if it is not earlier.
@@ -100,10 +97,7 @@ mod tests {
 
     #[test]
     fn positions_and_durations_agree() {
-        assert_eq!(
-            SamplePosition::after(Duration::from_millis(20)).samples(),
-            SamplePosition::FRAME
-        );
+        assert_eq!(SamplePosition::after(Duration::from_millis(20)).samples(), SamplePosition::FRAME);
         let day = Duration::from_secs(86_400);
         assert_eq!(SamplePosition::after(day).elapsed(), day);
         assert_eq!(SamplePosition::new(5) - SamplePosition::new(7), 0);

@@ -32,10 +32,7 @@ impl Location {
         if !(-180.0..=180.0).contains(&longitude) {
             return Err(GeoError::Longitude(longitude));
         }
-        Ok(Self {
-            latitude,
-            longitude,
-        })
+        Ok(Self { latitude, longitude })
     }
 
     /// Degrees, north positive.
@@ -60,10 +57,7 @@ impl Location {
 
     /// The cell of a grid of [`CELL_DEGREES`] that holds the point: callers of one cell count as neighbours.
     #[must_use]
-    #[allow(
-        clippy::cast_possible_truncation,
-        reason = "both quotients are within -90..=90"
-    )]
+    #[allow(clippy::cast_possible_truncation, reason = "both quotients are within -90..=90")]
     pub fn cell(self) -> Cell {
         let index = |degrees: f64| (degrees / CELL_DEGREES).floor() as i16;
         Cell(index(self.latitude), index(self.longitude))
@@ -103,8 +97,7 @@ impl UnitVector {
 #[must_use]
 pub fn estimated_rtt(distance_km: f64) -> Duration {
     let fibre_ms = 2.0 * distance_km * ROUTE_FACTOR / FIBRE_KM_PER_MS;
-    ACCESS_RTT
-        + Duration::try_from_secs_f64(fibre_ms.clamp(0.0, LONGEST_MS) / 1000.0).unwrap_or_default()
+    ACCESS_RTT + Duration::try_from_secs_f64(fibre_ms.clamp(0.0, LONGEST_MS) / 1000.0).unwrap_or_default()
 }
 
 /// Mean radius of the earth (IUGG), kilometres.
@@ -129,8 +122,7 @@ mod tests {
     fn haversine_km(a: Location, b: Location) -> f64 {
         let (lat_a, lat_b) = (a.latitude.to_radians(), b.latitude.to_radians());
         let (d_lat, d_lon) = (lat_b - lat_a, (b.longitude - a.longitude).to_radians());
-        let h =
-            (d_lat / 2.0).sin().powi(2) + lat_a.cos() * lat_b.cos() * (d_lon / 2.0).sin().powi(2);
+        let h = (d_lat / 2.0).sin().powi(2) + lat_a.cos() * lat_b.cos() * (d_lon / 2.0).sin().powi(2);
         2.0 * EARTH_RADIUS_KM * h.sqrt().min(1.0).asin()
     }
 
@@ -157,10 +149,7 @@ mod tests {
 
     #[test]
     fn impossible_places_are_refused() {
-        assert_eq!(
-            Location::new(90.5, 0.0).unwrap_err().to_string(),
-            "latitude 90.5 is out of range -90..=90 degrees"
-        );
+        assert_eq!(Location::new(90.5, 0.0).unwrap_err().to_string(), "latitude 90.5 is out of range -90..=90 degrees");
         assert!(Location::new(0.0, -180.1).is_err());
         assert!(Location::new(f64::NAN, 0.0).is_err());
         assert!(Location::new(0.0, f64::INFINITY).is_err());

@@ -124,11 +124,7 @@ impl RelayNumber {
     /// [`IdError::OutOfRange`] when `index` does not fit 6 bits.
     pub fn of_region(region: RegionNumber, index: u8) -> Result<Self, IdError> {
         if u16::from(index) >= Self::PER_REGION {
-            return Err(IdError::OutOfRange {
-                what: "relay index",
-                value: index.into(),
-                max: 63,
-            });
+            return Err(IdError::OutOfRange { what: "relay index", value: index.into(), max: 63 });
         }
         Ok(Self(region.0 << 6 | u16::from(index)))
     }
@@ -177,10 +173,7 @@ impl ServerId {
 
     /// Every 64-bit value is a syntactically valid server ID; whether it is alive only a route table knows.
     #[must_use]
-    #[allow(
-        clippy::cast_possible_truncation,
-        reason = "each field is masked to its width"
-    )]
+    #[allow(clippy::cast_possible_truncation, reason = "each field is masked to its width")]
     pub const fn from_u64(v: u64) -> Self {
         Self {
             region: RegionNumber((v >> 54) as u16),
@@ -206,11 +199,7 @@ impl ServerId {
 /// `region.worker.shard#incarnation`, the incarnation in hex.
 impl fmt::Display for ServerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}.{}.{}#{:08x}",
-            self.region, self.worker, self.shard, self.incarnation.0
-        )
+        write!(f, "{}.{}.{}#{:08x}", self.region, self.worker, self.shard, self.incarnation.0)
     }
 }
 
@@ -241,11 +230,7 @@ impl fmt::Display for SessionId {
         let v = u128::from_be_bytes(self.0);
         for i in (0..SESSION_ID_CHARS).rev() {
             let digit = (v >> (5 * i)) & 31;
-            write!(
-                f,
-                "{}",
-                char::from(BASE32[usize::try_from(digit).unwrap_or(0)])
-            )?;
+            write!(f, "{}", char::from(BASE32[usize::try_from(digit).unwrap_or(0)]))?;
         }
         Ok(())
     }
@@ -271,10 +256,7 @@ impl FromStr for SessionId {
         }
         let mut v: u128 = 0;
         for (i, c) in s.bytes().enumerate() {
-            let digit = BASE32
-                .iter()
-                .position(|b| *b == c.to_ascii_lowercase())
-                .ok_or_else(malformed)?;
+            let digit = BASE32.iter().position(|b| *b == c.to_ascii_lowercase()).ok_or_else(malformed)?;
             // 26 * 5 = 130 bits: the first character carries only three.
             if i == 0 && digit > 7 {
                 return Err(malformed());
@@ -304,10 +286,7 @@ mod tests {
 
     #[test]
     fn numbers_refuse_what_does_not_fit() {
-        assert_eq!(
-            RegionNumber::new(1024).unwrap_err().to_string(),
-            "region 1024 is out of range 0..=1023"
-        );
+        assert_eq!(RegionNumber::new(1024).unwrap_err().to_string(), "region 1024 is out of range 0..=1023");
         assert!(ShardNumber::new(64).is_err());
         assert!(RelayNumber::of_region(RegionNumber::new(1).unwrap(), 64).is_err());
     }
@@ -323,12 +302,7 @@ mod tests {
         let id = SessionId::from_bytes([0xff; 16]);
         assert_eq!(id.to_string(), "7zzzzzzzzzzzzzzzzzzzzzzzzz");
         assert_eq!(id.to_string().to_uppercase().parse(), Ok(id));
-        for bad in [
-            "",
-            "8zzzzzzzzzzzzzzzzzzzzzzzzz",
-            "7zzzzzzzzzzzzzzzzzzzzzzzzu",
-            "7zzzz",
-        ] {
+        for bad in ["", "8zzzzzzzzzzzzzzzzzzzzzzzzz", "7zzzzzzzzzzzzzzzzzzzzzzzzu", "7zzzz"] {
             assert!(bad.parse::<SessionId>().is_err(), "{bad}");
         }
     }

@@ -91,19 +91,9 @@ impl FleetRoot {
 
     /// Key of checkpoints of one namespace in one residency zone.
     #[must_use]
-    pub fn checkpoint_key(
-        &self,
-        namespace: &str,
-        zone: &str,
-        generation: KeyGeneration,
-    ) -> [u8; 32] {
-        let context: [&[u8]; 5] = [
-            &length(namespace),
-            namespace.as_bytes(),
-            &length(zone),
-            zone.as_bytes(),
-            &be(generation),
-        ];
+    pub fn checkpoint_key(&self, namespace: &str, zone: &str, generation: KeyGeneration) -> [u8; 32] {
+        let context: [&[u8]; 5] =
+            [&length(namespace), namespace.as_bytes(), &length(zone), zone.as_bytes(), &be(generation)];
         derive(&self.0, CHECKPOINT, &context)
     }
 
@@ -151,10 +141,7 @@ impl RelaySecret {
         up.copy_from_slice(&both[..16]);
         down.copy_from_slice(&both[16..]);
         both.zeroize();
-        TunnelKeys {
-            up: TunnelKey(up),
-            down: TunnelKey(down),
-        }
+        TunnelKeys { up: TunnelKey(up), down: TunnelKey(down) }
     }
 }
 
@@ -202,9 +189,7 @@ fn derive<const N: usize>(parent: &[u8; 32], label: &str, context: &[&[u8]]) -> 
     let mut info: Vec<&[u8]> = vec![label.as_bytes(), &[0]];
     info.extend(context);
     let mut key = [0; N];
-    Hkdf::<Sha256>::new(None, parent)
-        .expand_multi_info(&info, &mut key)
-        .expect("32 bytes are less than 255 blocks");
+    Hkdf::<Sha256>::new(None, parent).expand_multi_info(&info, &mut key).expect("32 bytes are less than 255 blocks");
     key
 }
 
@@ -285,18 +270,9 @@ mod tests {
     fn a_bad_root_is_refused_without_repeating_it() {
         let text = "0123456789abcdef".repeat(4);
         assert!(FleetRoot::from_hex(&format!("{text}\n")).is_ok());
-        assert_eq!(
-            FleetRoot::from_hex(&text[1..]).unwrap_err(),
-            KeyError::Length(63)
-        );
-        assert_eq!(
-            FleetRoot::from_hex(&text[2..]).unwrap_err(),
-            KeyError::Length(62)
-        );
-        assert_eq!(
-            FleetRoot::from_hex(&"0".repeat(64)).unwrap_err(),
-            KeyError::Zero
-        );
+        assert_eq!(FleetRoot::from_hex(&text[1..]).unwrap_err(), KeyError::Length(63));
+        assert_eq!(FleetRoot::from_hex(&text[2..]).unwrap_err(), KeyError::Length(62));
+        assert_eq!(FleetRoot::from_hex(&"0".repeat(64)).unwrap_err(), KeyError::Zero);
         let error = FleetRoot::from_hex(&text.replace('f', "g")).unwrap_err();
         assert_eq!(error, KeyError::NotHex);
         assert!(!error.to_string().contains("0123"));
@@ -305,11 +281,7 @@ mod tests {
     #[test]
     fn secrets_are_not_shown() {
         let secret = root().relay_secret(RelayNumber::new(1).unwrap(), generation(1));
-        let shown = format!(
-            "{:?} {secret:?} {:?}",
-            root(),
-            secret.tunnel_keys(ServerId::from_u64(1))
-        );
+        let shown = format!("{:?} {secret:?} {:?}", root(), secret.tunnel_keys(ServerId::from_u64(1)));
         assert_eq!(
             shown,
             "FleetRoot(redacted) RelaySecret(redacted) TunnelKeys { up: TunnelKey(redacted), down: TunnelKey(redacted) }"

@@ -154,15 +154,8 @@ impl<T: Clone> LeaseTable<T> {
             if let Some(same) = known.clone().find(|lease| lease.epoch == request.epoch) {
                 return Ok(same.clone());
             }
-            if let Some(newest) = known
-                .map(|lease| lease.epoch)
-                .max()
-                .filter(|e| *e > request.epoch)
-            {
-                return Err(ReserveRefusal::StaleEpoch {
-                    asked: request.epoch,
-                    newest,
-                });
+            if let Some(newest) = known.map(|lease| lease.epoch).max().filter(|e| *e > request.epoch) {
+                return Err(ReserveRefusal::StaleEpoch { asked: request.epoch, newest });
             }
         }
         if !self.accepting {
@@ -174,16 +167,8 @@ impl<T: Clone> LeaseTable<T> {
         let id = LeaseId(self.next_id);
         self.next_id += 1;
         let expires = now.after(request.ttl.min(Self::LONGEST_TTL));
-        let lease = Lease {
-            id,
-            epoch: request.epoch,
-            expires,
-            attachment: attach(id, expires),
-        };
-        let entry = self.sessions.entry(request.session).or_insert(Entry {
-            reserved: None,
-            active: None,
-        });
+        let lease = Lease { id, epoch: request.epoch, expires, attachment: attach(id, expires) };
+        let entry = self.sessions.entry(request.session).or_insert(Entry { reserved: None, active: None });
         if let Some(older) = entry.reserved.replace(lease.clone()) {
             self.expiries.remove(&(older.expires, request.session));
         }
@@ -197,32 +182,18 @@ impl<T: Clone> LeaseTable<T> {
     ///
     /// # Errors
     /// [`ActivateError`]; nothing changes then.
-    pub fn activate(
-        &mut self,
-        now: Millis,
-        session: SessionId,
-        epoch: Epoch,
-    ) -> Result<Activation<T>, ActivateError> {
+    pub fn activate(&mut self, now: Millis, session: SessionId, epoch: Epoch) -> Result<Activation<T>, ActivateError> {
         self.expire(now);
         let entry = self.sessions.get_mut(&session).ok_or(ActivateError::Gone)?;
         if let Some(active) = &entry.active {
             if active.epoch == epoch {
-                return Ok(Activation {
-                    lease: active.clone(),
-                    superseded: None,
-                });
+                return Ok(Activation { lease: active.clone(), superseded: None });
             }
             if active.epoch > epoch {
-                return Err(ActivateError::Stale {
-                    asked: epoch,
-                    active: active.epoch,
-                });
+                return Err(ActivateError::Stale { asked: epoch, active: active.epoch });
             }
         }
-        let lease = entry
-            .reserved
-            .take_if(|lease| lease.epoch == epoch)
-            .ok_or(ActivateError::Gone)?;
+        let lease = entry.reserved.take_if(|lease| lease.epoch == epoch).ok_or(ActivateError::Gone)?;
         self.expiries.remove(&(lease.expires, session));
         let superseded = entry.active.replace(lease.clone());
         if superseded.is_none() {
@@ -313,11 +284,7 @@ impl<T: Clone> LeaseTable<T> {
     /// Sessions that could still be granted.
     #[must_use]
     pub fn free(&self) -> u32 {
-        if self.accepting {
-            self.slots.saturating_sub(self.taken())
-        } else {
-            0
-        }
+        if self.accepting { self.slots.saturating_sub(self.taken()) } else { 0 }
     }
 
     /// All slots.
@@ -337,11 +304,7 @@ mod tests {
     }
 
     fn request(n: u8, epoch: u32) -> LeaseRequest {
-        LeaseRequest {
-            session: session(n),
-            epoch: Epoch::new(epoch).unwrap(),
-            ttl: Duration::from_millis(10),
-        }
+        LeaseRequest { session: session(n), epoch: Epoch::new(epoch).unwrap(), ttl: Duration::from_millis(10) }
     }
 
     fn epoch(n: u32) -> Epoch {
@@ -354,15 +317,9 @@ mod tests {
         let first = table.reserve(Millis(0), &request(1, 1), |_, _| 7).unwrap();
         let again = table.reserve(Millis(5), &request(1, 1), |_, _| 8).unwrap();
         assert_eq!(first, again);
-        assert_eq!(
-            table.reserve(Millis(5), &request(2, 1), |_, _| 9),
-            Err(ReserveRefusal::Full { slots: 1 })
-        );
+        assert_eq!(table.reserve(Millis(5), &request(2, 1), |_, _| 9), Err(ReserveRefusal::Full { slots: 1 }));
         table.activate(Millis(6), session(1), epoch(1)).unwrap();
-        assert_eq!(
-            table.reserve(Millis(99), &request(1, 1), |_, _| 8).unwrap(),
-            first
-        );
+        assert_eq!(table.reserve(Millis(99), &request(1, 1), |_, _| 8).unwrap(), first);
     }
 
     #[test]
@@ -373,41 +330,22 @@ mod tests {
         table.activate(Millis(3), session(2), epoch(1)).unwrap();
         assert_eq!(table.next_timeout(), Some(Millis(10)));
         assert_eq!(table.poll_expired(Millis(10)).len(), 1);
-        assert_eq!(
-            table.activate(Millis(11), session(1), epoch(1)),
-            Err(ActivateError::Gone)
-        );
+        assert_eq!(table.activate(Millis(11), session(1), epoch(1)), Err(ActivateError::Gone));
         assert_eq!((table.taken(), table.active(), table.free()), (1, 1, 1));
     }
 
     #[test]
     fn a_newer_epoch_takes_over_within_the_same_slot() {
         let mut table = LeaseTable::new(1);
-        table
-            .reserve(Millis(0), &request(1, 1), |_, _| 'a')
-            .unwrap();
+        table.reserve(Millis(0), &request(1, 1), |_, _| 'a').unwrap();
         table.activate(Millis(0), session(1), epoch(1)).unwrap();
-        table
-            .reserve(Millis(1), &request(1, 2), |_, _| 'b')
-            .unwrap();
+        table.reserve(Millis(1), &request(1, 2), |_, _| 'b').unwrap();
         let refused = table.reserve(Millis(1), &request(1, 0), |_, _| 'c');
-        assert_eq!(
-            refused,
-            Err(ReserveRefusal::StaleEpoch {
-                asked: epoch(0),
-                newest: epoch(2)
-            })
-        );
+        assert_eq!(refused, Err(ReserveRefusal::StaleEpoch { asked: epoch(0), newest: epoch(2) }));
         let activation = table.activate(Millis(2), session(1), epoch(2)).unwrap();
         assert_eq!(activation.superseded.map(|l| l.attachment), Some('a'));
         let stale = table.activate(Millis(2), session(1), epoch(1));
-        assert_eq!(
-            stale,
-            Err(ActivateError::Stale {
-                asked: epoch(1),
-                active: epoch(2)
-            })
-        );
+        assert_eq!(stale, Err(ActivateError::Stale { asked: epoch(1), active: epoch(2) }));
         assert_eq!((table.taken(), table.active()), (1, 1));
     }
 
@@ -416,10 +354,7 @@ mod tests {
         let mut table = LeaseTable::new(4);
         table.reserve(Millis(0), &request(1, 1), |_, _| ()).unwrap();
         table.accept(false);
-        assert_eq!(
-            table.reserve(Millis(0), &request(2, 1), |_, _| ()),
-            Err(ReserveRefusal::Draining)
-        );
+        assert_eq!(table.reserve(Millis(0), &request(2, 1), |_, _| ()), Err(ReserveRefusal::Draining));
         assert!(table.activate(Millis(1), session(1), epoch(1)).is_ok());
         assert_eq!(table.free(), 0);
     }

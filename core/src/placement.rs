@@ -20,9 +20,7 @@ mod verdict;
 
 use std::time::Duration;
 
-pub use snapshot::{
-    AgentPolicy, FleetSnapshot, Freshness, Phase, PoolView, RegionView, SnapshotError, WorkerView,
-};
+pub use snapshot::{AgentPolicy, FleetSnapshot, Freshness, Phase, PoolView, RegionView, SnapshotError, WorkerView};
 pub use verdict::{Candidate, RefusalReason, Verdict};
 
 use crate::{clock::Millis, geo::UnitVector, id::RegionNumber};
@@ -110,11 +108,7 @@ struct Assessed {
 ///
 /// # Errors
 /// [`Refusal`], with a verdict on every region and worker in [`Refusal::candidates`].
-pub fn plan(
-    snapshot: &FleetSnapshot,
-    request: &Request<'_>,
-    now: Millis,
-) -> Result<Placement, Refusal> {
+pub fn plan(snapshot: &FleetSnapshot, request: &Request<'_>, now: Millis) -> Result<Placement, Refusal> {
     let Some((agent_index, agent)) = snapshot.agent(request.agent) else {
         return Err(Refusal {
             reason: RefusalReason::NoSuchAgent,
@@ -126,36 +120,38 @@ pub fn plan(
     let count = snapshot.regions().len();
     let mut choices: Vec<RegionChoice> = Vec::with_capacity(REGION_CHOICES + 1);
     let mut regions = Vec::with_capacity(count);
+    let mut shortlists = Vec::new();
     for (region, served) in agent.served.iter().enumerate() {
         let (assessed, workers) = judge.assess(region, served);
+        if !workers.is_empty() {
+            shortlists.push((region, workers));
+        }
+        regions.push(assessed);
+    }
+    let ceiling = judge.ceiling(&regions);
+    for (region, assessed) in regions.iter_mut().enumerate() {
+        assessed.apply(ceiling);
         if assessed.objection.is_none() {
+            let listed = shortlists.iter().find(|(of, _)| *of == region);
             insert_bounded(
                 &mut choices,
                 REGION_CHOICES,
                 |c| c.cost > assessed.cost,
                 || RegionChoice {
                     region,
-                    workers: workers.iter().map(|(_, index)| *index).collect(),
+                    workers: listed
+                        .map_or_else(Vec::new, |(_, workers)| workers.iter().map(|(_, index)| *index).collect()),
                     rtt: assessed.rtt,
                     cost: assessed.cost,
                 },
             );
         }
-        regions.push(assessed);
     }
-    let assessment = Assessment {
-        agent: Some(agent_index),
-        now,
-        seed: request.seed,
-        regions,
-    };
+    let assessment = Assessment { agent: Some(agent_index), now, seed: request.seed, regions };
     if choices.is_empty() {
         return Err(judge.refusal(assessment));
     }
-    Ok(Placement {
-        choices,
-        assessment,
-    })
+    Ok(Placement { choices, assessment })
 }
 
 /// The ceiling on the round trip after a time of waiting: the preferred one, relaxing in a straight line to the hard
@@ -183,6 +179,18 @@ impl Refusal {
     #[must_use]
     pub fn candidates(&self, snapshot: &FleetSnapshot) -> Vec<Candidate> {
         self.assessment.candidates(snapshot)
+    }
+}
+
+impl Assessed {
+    /// Distance outranks a lack of room: what is too far would not be used if it had some.
+    fn apply(&mut self, ceiling: Duration) {
+        if let Some(rtt) = self.rtt.filter(|rtt| *rtt > ceiling)
+            && self.objection.is_none_or(Verdict::is_about_capacity)
+        {
+            self.objection = Some(Verdict::TooFar { rtt, ceiling });
+            self.cost = f64::INFINITY;
+        }
     }
 }
 
@@ -216,22 +224,14 @@ impl Assessment {
         candidates
     }
 
-    fn workers(
-        &self,
-        snapshot: &FleetSnapshot,
-        agent: &Agent,
-        region: usize,
-        candidates: &mut Vec<Candidate>,
-    ) {
+    fn workers(&self, snapshot: &FleetSnapshot, agent: &Agent, region: usize, candidates: &mut Vec<Candidate>) {
         let first = candidates.len();
         for index in &agent.served[region].workers {
             let worker = &snapshot.workers()[*index];
             candidates.push(Candidate {
                 region,
                 worker: Some(*index),
-                verdict: worker
-                    .objection(self.now)
-                    .unwrap_or(Verdict::Eligible { rank: 0 }),
+                verdict: worker.objection(self.now).unwrap_or(Verdict::Eligible { rank: 0 }),
                 rtt: self.regions[region].rtt,
                 free: worker.free,
                 cost: None,
@@ -240,9 +240,7 @@ impl Assessment {
         let ours = &mut candidates[first..];
         let key = |c: &Candidate| c.worker.map(|index| liking(snapshot, index, self.seed));
         ours.sort_by_key(|c| std::cmp::Reverse(key(c)));
-        let eligible = ours
-            .iter_mut()
-            .filter(|c| matches!(c.verdict, Verdict::Eligible { .. }));
+        let eligible = ours.iter_mut().filter(|c| matches!(c.verdict, Verdict::Eligible { .. }));
         for (candidate, rank) in eligible.zip(1..) {
             candidate.verdict = Verdict::Eligible { rank };
         }
@@ -250,12 +248,7 @@ impl Assessment {
 }
 
 /// Inserts into a short sorted list in front of the first element that is `worse`, and drops what exceeds `bound`.
-fn insert_bounded<T>(
-    list: &mut Vec<T>,
-    bound: usize,
-    worse: impl FnMut(&T) -> bool,
-    make: impl FnOnce() -> T,
-) {
+fn insert_bounded<T>(list: &mut Vec<T>, bound: usize, worse: impl FnMut(&T) -> bool, make: impl FnOnce() -> T) {
     let at = list.iter().position(worse).unwrap_or(list.len());
     if at >= bound {
         return;

@@ -107,10 +107,7 @@ pub struct ClientAddr {
 
 impl ClientAddr {
     /// Stands for the relay itself: the frame carries a [`Notice`].
-    pub const RELAY: Self = Self {
-        ip: Ipv6Addr::UNSPECIFIED,
-        port: 0,
-    };
+    pub const RELAY: Self = Self { ip: Ipv6Addr::UNSPECIFIED, port: 0 };
 
     /// The address in its own family: IPv4 for a mapped one.
     #[must_use]
@@ -130,10 +127,7 @@ impl From<SocketAddr> for ClientAddr {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
             IpAddr::V6(v6) => v6,
         };
-        Self {
-            ip,
-            port: address.port(),
-        }
+        Self { ip, port: address.port() }
     }
 }
 
@@ -205,9 +199,7 @@ impl Header {
     /// # Errors
     /// [`OpenError::TooShort`] or [`OpenError::Version`].
     pub fn parse(frame: &[u8]) -> Result<Self, OpenError> {
-        let (head, datagram) = frame
-            .split_first_chunk::<HEADER_LEN>()
-            .ok_or(OpenError::TooShort)?;
+        let (head, datagram) = frame.split_first_chunk::<HEADER_LEN>().ok_or(OpenError::TooShort)?;
         if datagram.is_empty() {
             return Err(OpenError::TooShort);
         }
@@ -218,18 +210,11 @@ impl Header {
         ip.copy_from_slice(&head[2..18]);
         let word = |at: usize| u16::from_be_bytes([head[at], head[at + 1]]);
         Ok(Self {
-            direction: if head[0] & DIRECTION_BIT == 0 {
-                Direction::Up
-            } else {
-                Direction::Down
-            },
+            direction: if head[0] & DIRECTION_BIT == 0 { Direction::Up } else { Direction::Down },
             key_slot: KeySlot(head[0] & KEY_SLOT_MASK),
             hop_limit: head[1] >> 2,
             ecn: Ecn::from_bits(head[1]),
-            client: ClientAddr {
-                ip: ip.into(),
-                port: word(18),
-            },
+            client: ClientAddr { ip: ip.into(), port: word(18) },
             relay: RelayNumber::new(word(20)).expect("any 16 bits are a relay number"),
             time: word(22),
         })
@@ -241,11 +226,7 @@ impl Header {
     /// [`OpenError::HopLimit`] when none is left.
     pub const fn next_hop(self, key_slot: KeySlot) -> Result<Self, OpenError> {
         match self.hop_limit.checked_sub(1) {
-            Some(hop_limit) if hop_limit > 0 => Ok(Self {
-                hop_limit,
-                key_slot,
-                ..self
-            }),
+            Some(hop_limit) if hop_limit > 0 => Ok(Self { hop_limit, key_slot, ..self }),
             _ => Err(OpenError::HopLimit),
         }
     }
@@ -338,9 +319,7 @@ impl Notice {
     #[must_use]
     pub const fn from_bytes(bytes: &[u8]) -> Option<Self> {
         match *bytes {
-            [NOTICE_DRAINING, high, low] => Some(Self::Draining {
-                deadline_ms: u16::from_be_bytes([high, low]),
-            }),
+            [NOTICE_DRAINING, high, low] => Some(Self::Draining { deadline_ms: u16::from_be_bytes([high, low]) }),
             _ => None,
         }
     }
@@ -412,20 +391,14 @@ mod tests {
             time: 0xffff,
         };
         assert_eq!(hex::encode(frame(&down, &[0xaa; 20])), FROZEN_DOWN);
-        let notice = Notice::Draining {
-            deadline_ms: 10_000,
-        };
-        let told = Header {
-            client: ClientAddr::RELAY,
-            ..header()
-        };
+        let notice = Notice::Draining { deadline_ms: 10_000 };
+        let told = Header { client: ClientAddr::RELAY, ..header() };
         assert_eq!(hex::encode(frame(&told, &notice.to_bytes())), FROZEN_NOTICE);
     }
-    const FROZEN_UP: &str =
-        "451200000000000000000000ffffc0000207115100c5d200858356445e0b4dcd68656c6c6f";
-    const FROZEN_DOWN: &str = "7fff20010db8000000000000000000000001ffffffffffff2d71f15a1155a52eaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-    const FROZEN_NOTICE: &str =
-        "451200000000000000000000000000000000000000c5d2003a0fcab93c25ce58012710";
+    const FROZEN_UP: &str = "451200000000000000000000ffffc0000207115100c5d200858356445e0b4dcd68656c6c6f";
+    const FROZEN_DOWN: &str =
+        "7fff20010db8000000000000000000000001ffffffffffff2d71f15a1155a52eaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+    const FROZEN_NOTICE: &str = "451200000000000000000000000000000000000000c5d2003a0fcab93c25ce58012710";
 
     #[test]
     fn each_reason_to_refuse_is_told() {
@@ -436,40 +409,19 @@ mod tests {
         let mut other = good.clone();
         other[0] ^= 0xc0;
         assert_eq!(open_up(&other, NOW), Err(OpenError::Version));
-        assert_eq!(
-            open(&good, &key(), Direction::Down, NOW, MAX_SKEW),
-            Err(OpenError::Direction)
-        );
-        let spent = Header {
-            hop_limit: 0,
-            ..header()
-        };
+        assert_eq!(open(&good, &key(), Direction::Down, NOW, MAX_SKEW), Err(OpenError::Direction));
+        let spent = Header { hop_limit: 0, ..header() };
         assert_eq!(open_up(&frame(&spent, b"x"), NOW), Err(OpenError::HopLimit));
         let foreign = TunnelKey::from_bytes([9; 16]);
-        assert_eq!(
-            open(&good, &foreign, Direction::Up, NOW, MAX_SKEW),
-            Err(OpenError::Tag)
-        );
+        assert_eq!(open(&good, &foreign, Direction::Up, NOW, MAX_SKEW), Err(OpenError::Tag));
         assert!(header().seal_frame(&key(), &mut [0; HEADER_LEN]).is_err());
     }
 
     #[test]
     fn time_may_differ_by_the_skew_also_across_the_wrap() {
         for sealed in [NOW, 0x5_0000 - 1, 0x5_0000] {
-            let frame = frame(
-                &Header {
-                    time: coarse_time(sealed),
-                    ..header()
-                },
-                b"x",
-            );
-            for (offset, stale) in [
-                (-31, true),
-                (-30, false),
-                (0, false),
-                (30, false),
-                (31, true),
-            ] {
+            let frame = frame(&Header { time: coarse_time(sealed), ..header() }, b"x");
+            for (offset, stale) in [(-31, true), (-30, false), (0, false), (30, false), (31, true)] {
                 let now = sealed.checked_add_signed(offset).unwrap();
                 assert_eq!(open_up(&frame, now).is_err(), stale, "{sealed} {offset}");
             }
@@ -495,17 +447,12 @@ mod tests {
             assert_eq!(ClientAddr::from(address).to_socket_addr(), address);
         }
         let mapped: SocketAddr = "[::ffff:192.0.2.7]:4433".parse().unwrap();
-        assert_eq!(
-            ClientAddr::from(mapped).to_socket_addr(),
-            "192.0.2.7:4433".parse().unwrap()
-        );
+        assert_eq!(ClientAddr::from(mapped).to_socket_addr(), "192.0.2.7:4433".parse().unwrap());
     }
 
     #[test]
     fn notices_are_frozen() {
-        let notice = Notice::Draining {
-            deadline_ms: 0x1234,
-        };
+        let notice = Notice::Draining { deadline_ms: 0x1234 };
         assert_eq!(notice.to_bytes(), [1, 0x12, 0x34]);
         assert_eq!(Notice::from_bytes(&[1, 0x12, 0x34]), Some(notice));
         for unknown in [&[][..], &[1], &[2, 0, 0], &[1, 0, 0, 0]] {

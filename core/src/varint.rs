@@ -9,9 +9,7 @@ pub fn read(bytes: &[u8]) -> Option<(u64, usize)> {
     let first = *bytes.first()?;
     let length = 1_usize << (first >> 6);
     let rest = bytes.get(1..length)?;
-    let value = rest.iter().fold(u64::from(first & 0x3f), |value, byte| {
-        value << 8 | u64::from(*byte)
-    });
+    let value = rest.iter().fold(u64::from(first & 0x3f), |value, byte| value << 8 | u64::from(*byte));
     Some((value, length))
 }
 
@@ -37,12 +35,9 @@ mod tests {
     /// RFC 9000, appendix A.1.
     #[test]
     fn published_examples() {
-        for (wire, value) in [
-            ("c2197c5eff14e88c", 151_288_809_941_952_652),
-            ("9d7f3e7d", 494_878_333),
-            ("7bbd", 15_293),
-            ("25", 37),
-        ] {
+        for (wire, value) in
+            [("c2197c5eff14e88c", 151_288_809_941_952_652), ("9d7f3e7d", 494_878_333), ("7bbd", 15_293), ("25", 37)]
+        {
             let bytes = hex::decode(wire).unwrap();
             assert_eq!(read(&bytes), Some((value, bytes.len())));
             let mut out = Vec::new();

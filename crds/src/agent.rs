@@ -1,8 +1,5 @@
 //! `VoiceAgent`: what a platform team says about one realtime voice agent.
-#![expect(
-    unreachable_pub,
-    reason = "KubeSchema copies the types, with their visibility, into functions"
-)]
+#![expect(unreachable_pub, reason = "KubeSchema copies the types, with their visibility, into functions")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -321,21 +318,13 @@ pub struct AgentRegionStatus {
 
 impl Default for Sessions {
     fn default() -> Self {
-        Self {
-            slots_per_worker: default_slots(),
-            per_tenant: None,
-            longest: default_longest(),
-        }
+        Self { slots_per_worker: default_slots(), per_tenant: None, longest: default_longest() }
     }
 }
 
 impl Default for TurnTaking {
     fn default() -> Self {
-        Self {
-            end_silence: default_end_silence(),
-            min_speech: default_min_speech(),
-            interruptible: yes(),
-        }
+        Self { end_silence: default_end_silence(), min_speech: default_min_speech(), interruptible: yes() }
     }
 }
 
@@ -351,9 +340,7 @@ impl Default for Latency {
 
 impl Default for Drain {
     fn default() -> Self {
-        Self {
-            deadline: default_deadline(),
-        }
+        Self { deadline: default_deadline() }
     }
 }
 

@@ -12,10 +12,7 @@ use kube::ResourceExt;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::{
-    Codec, EngineType, FieldError, RegionPool, Resource, Serving, VoiceAgent, VoiceRegion,
-    Workload, rules,
-};
+use crate::{Codec, EngineType, FieldError, RegionPool, Resource, Serving, VoiceAgent, VoiceRegion, Workload, rules};
 
 /// All parts of a fleet, each list in order of its names.
 #[derive(Clone, Debug, PartialEq)]
@@ -171,27 +168,15 @@ pub fn compile(resources: &[Resource]) -> Result<FleetPlan, CompileError> {
             Resource::VoiceAgent(agent) => drop(agents.insert(agent.qualified_name(), agent)),
         }
     }
-    let pools = agents
-        .iter()
-        .flat_map(|(name, agent)| plan_pools(name, agent, &regions))
-        .collect();
-    let agents = agents
-        .iter()
-        .map(|(name, agent)| plan_agent(name, agent))
-        .collect();
-    Ok(FleetPlan {
-        regions: plan_regions(&regions)?,
-        agents,
-        pools,
-    })
+    let pools = agents.iter().flat_map(|(name, agent)| plan_pools(name, agent, &regions)).collect();
+    let agents = agents.iter().map(|(name, agent)| plan_agent(name, agent)).collect();
+    Ok(FleetPlan { regions: plan_regions(&regions)?, agents, pools })
 }
 
 /// Workers of a pool: its least number times the region's capacity, rounded up, at most its largest number.
 pub fn replicas(pool: &RegionPool, capacity_percent: u16) -> u32 {
     let scaled = (u64::from(pool.min_replicas) * u64::from(capacity_percent)).div_ceil(100);
-    u32::try_from(scaled)
-        .unwrap_or(u32::MAX)
-        .min(pool.max_replicas)
+    u32::try_from(scaled).unwrap_or(u32::MAX).min(pool.max_replicas)
 }
 
 fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPlan>, CompileError> {
@@ -201,16 +186,10 @@ fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPl
     if regions.len() > usize::from(REGION_NUMBERS) {
         return Err(CompileError::TooManyRegions(regions.len()));
     }
-    if regions
-        .values()
-        .all(|region| region.spec.relay.replicas == 0)
-    {
+    if regions.values().all(|region| region.spec.relay.replicas == 0) {
         return Err(CompileError::NoRelays);
     }
-    let taken: BTreeSet<u16> = regions
-        .values()
-        .filter_map(|region| region.spec.number)
-        .collect();
+    let taken: BTreeSet<u16> = regions.values().filter_map(|region| region.spec.number).collect();
     let mut free = (0..REGION_NUMBERS).filter(|number| !taken.contains(number));
     let mut plans = Vec::with_capacity(regions.len());
     for (name, region) in regions {
@@ -240,10 +219,7 @@ fn plan_agent(name: &str, agent: &VoiceAgent) -> AgentPlan {
         agent: name.to_owned(),
         behaviour: plan_behaviour(agent),
         regions: placeable
-            .map(|region| AgentRegionPlan {
-                region: region.name.clone(),
-                weight: region.weight,
-            })
+            .map(|region| AgentRegionPlan { region: region.name.clone(), weight: region.weight })
             .collect(),
         gpu_class: spec.worker.gpu_class.clone(),
         rtt_ceiling: spec.latency.rtt_ceiling.duration(),
@@ -280,27 +256,17 @@ fn revision(behaviour: &impl Serialize) -> String {
     hex::encode(&Sha256::digest(json)[..5])
 }
 
-fn plan_pools(
-    name: &str,
-    agent: &VoiceAgent,
-    regions: &BTreeMap<String, &VoiceRegion>,
-) -> Vec<PoolPlan> {
+fn plan_pools(name: &str, agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<PoolPlan> {
     let spec = &agent.spec;
     let mut pools: Vec<PoolPlan> = spec
         .regions
         .iter()
         .map(|region| {
-            let percent = regions
-                .get(&region.name)
-                .map_or(0, |found| found.spec.capacity_percent);
+            let percent = regions.get(&region.name).map_or(0, |found| found.spec.capacity_percent);
             PoolPlan {
                 agent: name.to_owned(),
                 region: region.name.clone(),
-                replicas: if spec.suspend {
-                    0
-                } else {
-                    replicas(region, percent)
-                },
+                replicas: if spec.suspend { 0 } else { replicas(region, percent) },
                 slots: spec.sessions.slots_per_worker,
                 gpu_class: spec.worker.gpu_class.clone(),
             }
@@ -337,36 +303,21 @@ mod tests {
 
     #[test]
     fn regions_without_a_number_get_the_lowest_free_ones_by_name() {
-        let documents = [
-            region("c", ""),
-            region("a", ""),
-            region("b", "  number: 0"),
-            region("d", "  number: 2"),
-        ];
+        let documents = [region("c", ""), region("a", ""), region("b", "  number: 0"), region("d", "  number: 2")];
         let mut reversed = documents.to_vec();
         reversed.reverse();
         for documents in [documents.to_vec(), reversed] {
-            let numbers: Vec<(String, u16)> = plan(&documents)
-                .regions
-                .into_iter()
-                .map(|region| (region.name, region.number))
-                .collect();
+            let numbers: Vec<(String, u16)> =
+                plan(&documents).regions.into_iter().map(|region| (region.name, region.number)).collect();
             let expected = [("a", 1), ("b", 0), ("c", 3), ("d", 2)];
-            assert_eq!(
-                numbers,
-                expected.map(|(name, number)| (name.to_owned(), number))
-            );
+            assert_eq!(numbers, expected.map(|(name, number)| (name.to_owned(), number)));
         }
     }
 
     #[test]
     fn capacity_multiplies_workers_up_to_the_maximum() {
-        let pool = |min_replicas, max_replicas| RegionPool {
-            name: "a".to_owned(),
-            min_replicas,
-            max_replicas,
-            weight: 100,
-        };
+        let pool =
+            |min_replicas, max_replicas| RegionPool { name: "a".to_owned(), min_replicas, max_replicas, weight: 100 };
         for (min, max, percent, expected) in [
             (2, 10, 100, 2),
             (2, 10, 0, 0),
@@ -377,11 +328,7 @@ mod tests {
             (0, 10, 1_000, 0),
             (10_000, 10_000, 1_000, 10_000),
         ] {
-            assert_eq!(
-                replicas(&pool(min, max), percent),
-                expected,
-                "{min} {max} {percent}"
-            );
+            assert_eq!(replicas(&pool(min, max), percent), expected, "{min} {max} {percent}");
         }
     }
 
@@ -389,18 +336,9 @@ mod tests {
     fn pools_follow_regions_and_suspension() {
         let regions = [region("b", "  capacityPercent: 200"), region("a", "")];
         let pools = "[{name: b, minReplicas: 2}, {name: a}]";
-        let running = plan(
-            &[
-                &regions[..],
-                &[agent(pools, "  sessions: {slotsPerWorker: 60}")],
-            ]
-            .concat(),
-        );
-        let found: Vec<(&str, u32, u32)> = running
-            .pools
-            .iter()
-            .map(|pool| (pool.region.as_str(), pool.replicas, pool.slots))
-            .collect();
+        let running = plan(&[&regions[..], &[agent(pools, "  sessions: {slotsPerWorker: 60}")]].concat());
+        let found: Vec<(&str, u32, u32)> =
+            running.pools.iter().map(|pool| (pool.region.as_str(), pool.replicas, pool.slots)).collect();
         assert_eq!(found, [("a", 1, 60), ("b", 4, 60)]);
         assert_eq!(running.agents[0].agent, "default/frontdesk");
         assert_eq!(running.agents[0].regions.len(), 2);
@@ -418,18 +356,8 @@ mod tests {
         };
         let base = revision("[{name: a}]", "");
         assert_eq!(base.len(), 10);
-        assert_eq!(
-            base,
-            revision("[{name: a}]", "  turnTaking: {endSilence: 600ms}"),
-            "defaults are values"
-        );
-        assert_eq!(
-            base,
-            revision(
-                "[{name: a, minReplicas: 5}]",
-                "  sessions: {slotsPerWorker: 3}"
-            )
-        );
+        assert_eq!(base, revision("[{name: a}]", "  turnTaking: {endSilence: 600ms}"), "defaults are values");
+        assert_eq!(base, revision("[{name: a, minReplicas: 5}]", "  sessions: {slotsPerWorker: 3}"));
         for changed in [
             "  turnTaking: {endSilence: 700ms}",
             "  turnTaking: {interruptible: false}",
@@ -452,9 +380,7 @@ mod tests {
             error.to_string(),
             "VoiceAgent default/frontdesk: spec.regions[0].name: \"a\" is no VoiceRegion: add a VoiceRegion of this name"
         );
-        let many: Vec<Resource> = (0..1_025)
-            .flat_map(|index| parsed(region(&format!("r{index}"), "")))
-            .collect();
+        let many: Vec<Resource> = (0..1_025).flat_map(|index| parsed(region(&format!("r{index}"), ""))).collect();
         assert_eq!(compile(&many), Err(CompileError::TooManyRegions(1_025)));
     }
 }

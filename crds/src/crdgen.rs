@@ -17,10 +17,7 @@ pub struct CrdFile {
 
 /// All CustomResourceDefinitions as files, in order of their names.
 pub fn files() -> Vec<CrdFile> {
-    [VoiceAgent::crd(), VoiceRegion::crd()]
-        .iter()
-        .map(file)
-        .collect()
+    [VoiceAgent::crd(), VoiceRegion::crd()].iter().map(file).collect()
 }
 
 fn file(crd: &CustomResourceDefinition) -> CrdFile {
@@ -29,10 +26,7 @@ fn file(crd: &CustomResourceDefinition) -> CrdFile {
     tidy(&mut value);
     bound_conditions(&mut value["spec"]["versions"][0]["schema"]["openAPIV3Schema"]);
     let yaml = serde_saphyr::to_string(&value).expect("JSON values are YAML values");
-    CrdFile {
-        name,
-        yaml: format!("{HEADER}{yaml}"),
-    }
+    CrdFile { name, yaml: format!("{HEADER}{yaml}") }
 }
 
 /// Makes the schema what `kubectl explain` and the API server want to read: paragraphs of one line each, no formats that
@@ -41,11 +35,7 @@ fn file(crd: &CustomResourceDefinition) -> CrdFile {
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(map) => {
-            if map
-                .get("format")
-                .and_then(Value::as_str)
-                .is_some_and(|format| format.starts_with("uint"))
-            {
+            if map.get("format").and_then(Value::as_str).is_some_and(|format| format.starts_with("uint")) {
                 map.remove("format");
             }
             map.remove("nullable");
@@ -56,9 +46,7 @@ fn tidy(value: &mut Value) {
         }
         Value::Array(items) => items.iter_mut().for_each(tidy),
         Value::Number(number) => {
-            let whole = number
-                .as_f64()
-                .filter(|n| number.is_f64() && n.fract() == 0.0 && n.abs() < 1e15);
+            let whole = number.as_f64().filter(|n| number.is_f64() && n.fract() == 0.0 && n.abs() < 1e15);
             if let Some(whole) = whole.and_then(|n| format!("{n:.0}").parse::<i64>().ok()) {
                 *value = Value::from(whole);
             }
@@ -75,11 +63,7 @@ fn bound_conditions(schema: &mut Value) {
         ("message", "maxLength", json!(32_768)),
         ("reason", "minLength", json!(1)),
         ("reason", "maxLength", json!(1_024)),
-        (
-            "reason",
-            "pattern",
-            json!("^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"),
-        ),
+        ("reason", "pattern", json!("^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")),
         ("status", "enum", json!(["True", "False", "Unknown"])),
         ("type", "maxLength", json!(316)),
     ] {
@@ -89,10 +73,8 @@ fn bound_conditions(schema: &mut Value) {
 
 /// The text with each paragraph on one line.
 pub(crate) fn paragraphs(text: &str) -> String {
-    let paragraphs: Vec<String> = text
-        .split("\n\n")
-        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
-        .collect();
+    let paragraphs: Vec<String> =
+        text.split("\n\n").map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     paragraphs.join("\n\n")
 }
 
@@ -117,11 +99,7 @@ mod tests {
         assert_eq!(committed, names, "run `cargo xtask crds`");
         for file in &generated {
             let text = std::fs::read_to_string(directory.join(&file.name)).unwrap();
-            assert!(
-                text == file.yaml,
-                "{} is out of date: run `cargo xtask crds`",
-                file.name
-            );
+            assert!(text == file.yaml, "{} is out of date: run `cargo xtask crds`", file.name);
         }
     }
 
@@ -143,10 +121,7 @@ mod tests {
             .map(|file| {
                 let mut crd: Value = serde_saphyr::from_str(&file.yaml).unwrap();
                 let kind = crd["spec"]["names"]["kind"].as_str().unwrap().to_owned();
-                (
-                    kind,
-                    crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].take(),
-                )
+                (kind, crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].take())
             })
             .collect()
     }
@@ -156,10 +131,7 @@ mod tests {
         for (kind, schema) in schemas() {
             walk(&kind, &schema, &mut |path, node| {
                 // Items are documented by the list that holds them.
-                assert!(
-                    path.ends_with("[]") || node["description"].is_string(),
-                    "{path} has no description"
-                );
+                assert!(path.ends_with("[]") || node["description"].is_string(), "{path} has no description");
             });
         }
     }
@@ -170,9 +142,7 @@ mod tests {
             walk(&kind, &schema, &mut |path, node| {
                 let bounded = match node["type"].as_str() {
                     Some("array") => node["maxItems"].is_u64(),
-                    Some("string") => ["maxLength", "enum", "format"]
-                        .iter()
-                        .any(|bound| !node[bound].is_null()),
+                    Some("string") => ["maxLength", "enum", "format"].iter().any(|bound| !node[bound].is_null()),
                     _ => true,
                 };
                 assert!(bounded, "{path} is unbounded");

@@ -32,12 +32,7 @@ pub struct FieldError {
 impl FieldPath {
     /// The field at the end of `steps`, written with dots and without indices: `spec.cluster`.
     pub fn of(steps: &str) -> Self {
-        Self(
-            steps
-                .split('.')
-                .map(|step| Step::Field(step.to_owned()))
-                .collect(),
-        )
+        Self(steps.split('.').map(|step| Step::Field(step.to_owned())).collect())
     }
 
     /// The field `name` of this one.
@@ -88,26 +83,12 @@ impl FieldError {
             Some((end, _)) => format!("{}…", &text[..end]),
             None => text,
         };
-        Self {
-            path,
-            value,
-            problem: problem.into(),
-            hint: hint.into(),
-        }
+        Self { path, value, problem: problem.into(), hint: hint.into() }
     }
 
     /// Something wrong that no single value shows.
-    pub(crate) fn without_value(
-        path: FieldPath,
-        problem: impl Into<String>,
-        hint: impl Into<String>,
-    ) -> Self {
-        Self {
-            path,
-            value: String::new(),
-            problem: problem.into(),
-            hint: hint.into(),
-        }
+    pub(crate) fn without_value(path: FieldPath, problem: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { path, value: String::new(), problem: problem.into(), hint: hint.into() }
     }
 
     fn text(&self) -> String {

@@ -9,9 +9,7 @@ pub(crate) struct Form {
 
 /// The form with this pattern.
 pub(crate) fn of_pattern(pattern: &str) -> Option<Form> {
-    [TIME_SPAN, NAME, LABEL]
-        .into_iter()
-        .find(|form| form.pattern == pattern)
+    [TIME_SPAN, NAME, LABEL].into_iter().find(|form| form.pattern == pattern)
 }
 
 /// See [`crate::TimeSpan`].

@@ -18,13 +18,13 @@ mod schema;
 mod time_span;
 
 pub use agent::{
-    AgentRegionStatus, Codec, Drain, Engine, EngineType, Latency, Placement, RegionPool, Sessions,
-    TurnTaking, VoiceAgent, VoiceAgentSpec, VoiceAgentStatus, Worker, Workload,
+    AgentRegionStatus, Codec, Drain, Engine, EngineType, Latency, Placement, RegionPool, Sessions, TurnTaking,
+    VoiceAgent, VoiceAgentSpec, VoiceAgentStatus, Worker, Workload,
 };
 pub use field::{FieldError, FieldPath, Step};
 pub use region::{
-    Ingress, IngressType, Location, RegionPhase, Relay, Router, Serving, VoiceRegion,
-    VoiceRegionSpec, VoiceRegionStatus,
+    Ingress, IngressType, Location, RegionPhase, Relay, Router, Serving, VoiceRegion, VoiceRegionSpec,
+    VoiceRegionStatus,
 };
 pub use rules::Resource;
 pub use time_span::{InvalidTimeSpan, TimeSpan};

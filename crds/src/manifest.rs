@@ -63,10 +63,7 @@ pub fn read(paths: &[PathBuf]) -> Result<Vec<Resource>, ManifestErrors> {
     if !errors.is_empty() {
         return Err(ManifestErrors(errors));
     }
-    let sources: Vec<(&str, &str)> = sources
-        .iter()
-        .map(|(file, text)| (file.as_str(), text.as_str()))
-        .collect();
+    let sources: Vec<(&str, &str)> = sources.iter().map(|(file, text)| (file.as_str(), text.as_str())).collect();
     parse(&sources)
 }
 
@@ -98,10 +95,7 @@ pub fn parse(sources: &[(&str, &str)]) -> Result<Vec<Resource>, ManifestErrors> 
     if !errors.is_empty() {
         return Err(ManifestErrors(errors));
     }
-    Ok(documents
-        .into_iter()
-        .map(|document| document.resource)
-        .collect())
+    Ok(documents.into_iter().map(|document| document.resource).collect())
 }
 
 fn load(path: &Path) -> io::Result<Vec<(String, String)>> {
@@ -137,36 +131,24 @@ fn document(file: &str, node: Node) -> Result<Document, Vec<ManifestError>> {
         _ => format!("{kind} {name}").trim_end().to_owned(),
     };
     let errors = match known {
-        (Some(version), Some("VoiceAgent")) if version == api_version => {
-            match resource::<VoiceAgent>(&value) {
-                Ok(agent) => {
-                    let errors = agent.rules();
-                    if errors.is_empty() {
-                        let resource = Resource::VoiceAgent(Box::new(agent));
-                        return Ok(Document {
-                            file: file.to_owned(),
-                            node,
-                            resource,
-                        });
-                    }
-                    errors
+        (Some(version), Some("VoiceAgent")) if version == api_version => match resource::<VoiceAgent>(&value) {
+            Ok(agent) => {
+                let errors = agent.rules();
+                if errors.is_empty() {
+                    let resource = Resource::VoiceAgent(Box::new(agent));
+                    return Ok(Document { file: file.to_owned(), node, resource });
                 }
-                Err(errors) => errors,
+                errors
             }
-        }
-        (Some(version), Some("VoiceRegion")) if version == api_version => {
-            match resource::<VoiceRegion>(&value) {
-                Ok(region) => {
-                    let resource = Resource::VoiceRegion(Box::new(region));
-                    return Ok(Document {
-                        file: file.to_owned(),
-                        node,
-                        resource,
-                    });
-                }
-                Err(errors) => errors,
+            Err(errors) => errors,
+        },
+        (Some(version), Some("VoiceRegion")) if version == api_version => match resource::<VoiceRegion>(&value) {
+            Ok(region) => {
+                let resource = Resource::VoiceRegion(Box::new(region));
+                return Ok(Document { file: file.to_owned(), node, resource });
             }
-        }
+            Err(errors) => errors,
+        },
         _ => vec![unknown_kind(&value, &api_version)],
     };
     let locate = |error| locate(file, &node, &subject, error);
@@ -189,11 +171,7 @@ where
         .collect();
     errors.extend(check_metadata(fields.get("metadata")));
     match fields.get("spec") {
-        Some(spec) => errors.extend(schema::check(
-            K::spec_schema(),
-            &FieldPath::of("spec"),
-            spec,
-        )),
+        Some(spec) => errors.extend(schema::check(K::spec_schema(), &FieldPath::of("spec"), spec)),
         None => errors.push(FieldError::without_value(
             FieldPath::of("spec"),
             "is missing",
@@ -209,11 +187,7 @@ where
     }
     serde_json::from_value(value).map_err(|error| {
         let hint = "compare it with `kubectl explain`";
-        vec![FieldError::without_value(
-            root,
-            format!("cannot be read: {error}"),
-            hint,
-        )]
+        vec![FieldError::without_value(root, format!("cannot be read: {error}"), hint)]
     })
 }
 
@@ -231,27 +205,14 @@ fn check_metadata(metadata: Option<&Value>) -> Vec<FieldError> {
         .collect();
     match fields.get("name") {
         Some(Value::String(name)) => errors.extend(rules::check_name(name)),
-        Some(other) => errors.push(FieldError::new(
-            path.field("name"),
-            other,
-            "is no string",
-            "put it in quotes",
-        )),
-        None => errors.push(FieldError::without_value(
-            path.field("name"),
-            "is missing",
-            "give the resource a name",
-        )),
+        Some(other) => errors.push(FieldError::new(path.field("name"), other, "is no string", "put it in quotes")),
+        None => errors.push(FieldError::without_value(path.field("name"), "is missing", "give the resource a name")),
     }
     if errors.is_empty()
         && let Err(error) = serde_json::from_value::<ObjectMeta>(Value::Object(fields.clone()))
     {
         let hint = "labels and annotations are strings: put them in quotes";
-        errors.push(FieldError::without_value(
-            path,
-            format!("cannot be read: {error}"),
-            hint,
-        ));
+        errors.push(FieldError::without_value(path, format!("cannot be read: {error}"), hint));
     }
     errors
 }
@@ -264,10 +225,7 @@ fn unknown_kind(value: &Value, api_version: &str) -> FieldError {
     }
     for field in ["apiVersion", "kind"] {
         if value[field].is_null() {
-            let hint = format!(
-                "write apiVersion: {api_version} and kind: {}",
-                kinds.join(" or kind: ")
-            );
+            let hint = format!("write apiVersion: {api_version} and kind: {}", kinds.join(" or kind: "));
             return FieldError::without_value(FieldPath::of(field), "is missing", hint);
         }
     }
@@ -279,59 +237,29 @@ fn unknown_kind(value: &Value, api_version: &str) -> FieldError {
     }
     let hint = match schema::nearest(kind, kinds.into_iter()) {
         Some(near) => format!("did you mean {near}?"),
-        None => format!(
-            "only {} are read; remove other resources",
-            kinds.join(" and ")
-        ),
+        None => format!("only {} are read; remove other resources", kinds.join(" and ")),
     };
-    FieldError::new(
-        FieldPath::of("kind"),
-        &value["kind"],
-        "is not a kind of Antiphon's",
-        hint,
-    )
+    FieldError::new(FieldPath::of("kind"), &value["kind"], "is not a kind of Antiphon's", hint)
 }
 
 fn check_together(documents: &[Document]) -> Vec<ManifestError> {
-    let resources: Vec<Resource> = documents
-        .iter()
-        .map(|document| document.resource.clone())
-        .collect();
+    let resources: Vec<Resource> = documents.iter().map(|document| document.resource.clone()).collect();
     let errors = rules::check_fleet(&resources);
     let locate = |(index, error): (usize, FieldError)| {
-        let Document {
-            file,
-            node,
-            resource,
-        } = &documents[index];
-        locate(
-            file,
-            node,
-            &format!("{} {}", resource.kind(), resource.name()),
-            error,
-        )
+        let Document { file, node, resource } = &documents[index];
+        locate(file, node, &format!("{} {}", resource.kind(), resource.name()), error)
     };
     errors.into_iter().map(locate).collect()
 }
 
 fn locate(file: &str, node: &Node, subject: &str, error: FieldError) -> ManifestError {
     let line = node.line_of(&error.path);
-    ManifestError {
-        file: file.to_owned(),
-        line,
-        subject: subject.to_owned(),
-        error,
-    }
+    ManifestError { file: file.to_owned(), line, subject: subject.to_owned(), error }
 }
 
 fn about_file(file: &str, line: u64, problem: String, hint: &str) -> ManifestError {
     let error = FieldError::without_value(FieldPath::default(), problem, hint);
-    ManifestError {
-        file: file.to_owned(),
-        line,
-        subject: String::new(),
-        error,
-    }
+    ManifestError { file: file.to_owned(), line, subject: String::new(), error }
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
@@ -340,12 +268,7 @@ fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
         io::ErrorKind::InvalidData => "manifests are UTF-8 text",
         _ => "check that it is a readable file",
     };
-    about_file(
-        &path.display().to_string(),
-        0,
-        format!("cannot be read: {error}"),
-        hint,
-    )
+    about_file(&path.display().to_string(), 0, format!("cannot be read: {error}"), hint)
 }
 
 fn not_yaml(file: &str, error: &serde_saphyr::Error) -> ManifestError {
@@ -358,17 +281,8 @@ fn not_yaml(file: &str, error: &serde_saphyr::Error) -> ManifestError {
 
 fn nothing_there(sources: &[(&str, &str)]) -> ManifestError {
     let files: Vec<&str> = sources.iter().map(|(file, _)| *file).collect();
-    let file = if files.is_empty() {
-        "(no files)".to_owned()
-    } else {
-        files.join(", ")
-    };
-    about_file(
-        &file,
-        0,
-        "no resources".to_owned(),
-        "name files that hold a VoiceAgent and its VoiceRegions",
-    )
+    let file = if files.is_empty() { "(no files)".to_owned() } else { files.join(", ") };
+    about_file(&file, 0, "no resources".to_owned(), "name files that hold a VoiceAgent and its VoiceRegions")
 }
 
 impl fmt::Display for ManifestError {

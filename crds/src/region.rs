@@ -1,8 +1,5 @@
 //! `VoiceRegion`: what operators say about one place where calls can be served.
-#![expect(
-    unreachable_pub,
-    reason = "KubeSchema copies the types, with their visibility, into functions"
-)]
+#![expect(unreachable_pub, reason = "KubeSchema copies the types, with their visibility, into functions")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -226,19 +223,13 @@ pub enum RegionPhase {
 
 impl Default for Relay {
     fn default() -> Self {
-        Self {
-            replicas: two(),
-            ingress: Ingress::default(),
-        }
+        Self { replicas: two(), ingress: Ingress::default() }
     }
 }
 
 impl Default for Ingress {
     fn default() -> Self {
-        Self {
-            ingress_type: IngressType::default(),
-            port: default_port(),
-        }
+        Self { ingress_type: IngressType::default(), port: default_port() }
     }
 }
 

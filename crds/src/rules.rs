@@ -92,19 +92,10 @@ impl VoiceAgent {
             }
             (EngineType::Echo, Workload::Conversation) => {}
         }
-        errors.extend(
-            self.time_spans()
-                .into_iter()
-                .filter_map(|(path, value, range)| {
-                    let hint = "choose a duration in this range";
-                    Some(FieldError::new(
-                        at(path),
-                        &json!(value),
-                        range.problem(value)?,
-                        hint,
-                    ))
-                }),
-        );
+        errors.extend(self.time_spans().into_iter().filter_map(|(path, value, range)| {
+            let hint = "choose a duration in this range";
+            Some(FieldError::new(at(path), &json!(value), range.problem(value)?, hint))
+        }));
         let latency = &spec.latency;
         if latency.rtt_ceiling_max < latency.rtt_ceiling {
             errors.push(FieldError::new(
@@ -120,32 +111,12 @@ impl VoiceAgent {
     fn time_spans(&self) -> [(&'static str, TimeSpan, Range); 7] {
         let spec = &self.spec;
         [
-            (
-                "spec.sessions.longest",
-                spec.sessions.longest,
-                agent::LONGEST,
-            ),
-            (
-                "spec.turnTaking.endSilence",
-                spec.turn_taking.end_silence,
-                agent::END_SILENCE,
-            ),
-            (
-                "spec.turnTaking.minSpeech",
-                spec.turn_taking.min_speech,
-                agent::MIN_SPEECH,
-            ),
+            ("spec.sessions.longest", spec.sessions.longest, agent::LONGEST),
+            ("spec.turnTaking.endSilence", spec.turn_taking.end_silence, agent::END_SILENCE),
+            ("spec.turnTaking.minSpeech", spec.turn_taking.min_speech, agent::MIN_SPEECH),
             ("spec.latency.budget", spec.latency.budget, agent::BUDGET),
-            (
-                "spec.latency.rttCeiling",
-                spec.latency.rtt_ceiling,
-                agent::RTT_CEILING,
-            ),
-            (
-                "spec.latency.rttCeilingMax",
-                spec.latency.rtt_ceiling_max,
-                agent::RTT_CEILING,
-            ),
+            ("spec.latency.rttCeiling", spec.latency.rtt_ceiling, agent::RTT_CEILING),
+            ("spec.latency.rttCeilingMax", spec.latency.rtt_ceiling_max, agent::RTT_CEILING),
             ("spec.drain.deadline", spec.drain.deadline, agent::DEADLINE),
         ]
     }
@@ -166,21 +137,9 @@ pub(crate) fn check_name(name: &str) -> Vec<FieldError> {
     if name.chars().count() <= LONGEST_NAME && regex.is_match(name) {
         return Vec::new();
     }
-    let problem = if name.is_empty() {
-        "is empty"
-    } else {
-        "is no possible name"
-    };
-    let hint = format!(
-        "write at most {LONGEST_NAME} characters: {}",
-        form::NAME.meaning
-    );
-    vec![FieldError::new(
-        FieldPath::of("metadata.name"),
-        &Value::from(name),
-        problem,
-        hint,
-    )]
+    let problem = if name.is_empty() { "is empty" } else { "is no possible name" };
+    let hint = format!("write at most {LONGEST_NAME} characters: {}", form::NAME.meaning);
+    vec![FieldError::new(FieldPath::of("metadata.name"), &Value::from(name), problem, hint)]
 }
 
 fn check_schema<K: Checked>(spec: &impl Serialize) -> Vec<FieldError> {
@@ -222,11 +181,7 @@ pub(crate) fn check_fleet(resources: &[Resource]) -> Vec<(usize, FieldError)> {
     }
     for (index, resource) in resources.iter().enumerate() {
         if let Resource::VoiceAgent(agent) = resource {
-            errors.extend(
-                check_regions(agent, &regions)
-                    .into_iter()
-                    .map(|error| (index, error)),
-            );
+            errors.extend(check_regions(agent, &regions).into_iter().map(|error| (index, error)));
         }
     }
     errors
@@ -254,10 +209,7 @@ fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -
                 None if regions.is_empty() => "add a VoiceRegion of this name".to_owned(),
                 None => {
                     let names: Vec<&str> = regions.keys().map(String::as_str).collect();
-                    format!(
-                        "add a VoiceRegion of this name; there are {}",
-                        names.join(", ")
-                    )
+                    format!("add a VoiceRegion of this name; there are {}", names.join(", "))
                 }
             };
             errors.push(FieldError::new(path, &name, "is no VoiceRegion", hint));
@@ -265,26 +217,13 @@ fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -
         };
         let offered = &region.spec.residency;
         if !residency.is_empty() && !residency.iter().any(|zone| offered.contains(zone)) {
-            let problem = format!(
-                "lies in {}, not in {}",
-                list(offered, "no residency zone"),
-                list(residency, "any")
-            );
+            let problem = format!("lies in {}, not in {}", list(offered, "no residency zone"), list(residency, "any"));
             let hint = "remove the region from the agent, or change spec.placement.residency";
             errors.push(FieldError::new(path.clone(), &name, problem, hint));
         }
         let classes = &region.spec.gpu_classes;
-        if let Some(class) = agent
-            .spec
-            .worker
-            .gpu_class
-            .as_ref()
-            .filter(|class| !classes.contains(class))
-        {
-            let problem = format!(
-                "has no GPU class {class}, only {}",
-                list(classes, "machines without a GPU")
-            );
+        if let Some(class) = agent.spec.worker.gpu_class.as_ref().filter(|class| !classes.contains(class)) {
+            let problem = format!("has no GPU class {class}, only {}", list(classes, "machines without a GPU"));
             let hint = "add the class to the region's gpuClasses, or change spec.worker.gpuClass";
             errors.push(FieldError::new(path, &name, problem, hint));
         }
@@ -293,11 +232,7 @@ fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -
 }
 
 fn list(names: &[String], none: &str) -> String {
-    if names.is_empty() {
-        none.to_owned()
-    } else {
-        names.join(", ")
-    }
+    if names.is_empty() { none.to_owned() } else { names.join(", ") }
 }
 
 /// Characters of a name: leaves room for what is derived from it within the 63 of a DNS label.
@@ -346,11 +281,7 @@ mod tests {
 
     /// What the API server's rules and ours say of the same resource: the paths of the fields that are wrong.
     fn verdicts(agent: &VoiceAgent) -> (Vec<String>, Vec<String>) {
-        let ours = agent
-            .validate()
-            .iter()
-            .map(|error| error.path.to_string())
-            .collect();
+        let ours = agent.validate().iter().map(|error| error.path.to_string()).collect();
         let theirs = match agent.validate_cel() {
             Ok(()) => Vec::new(),
             Err(errors) => errors.iter().map(|error| error.message.clone()).collect(),
@@ -419,23 +350,15 @@ mod tests {
     fn cluster_and_number_of_a_region_never_change() {
         let old: VoiceRegion = serde_json::from_value(region()).unwrap();
         assert!(old.validate_cel_update(&old).is_ok());
-        for (pointer, value) in [
-            ("/spec/cluster", json!("eu-2")),
-            ("/spec/number", json!(8)),
-            ("/spec/number", Value::Null),
-        ] {
+        for (pointer, value) in
+            [("/spec/cluster", json!("eu-2")), ("/spec/number", json!(8)), ("/spec/number", Value::Null)]
+        {
             let new: VoiceRegion = with(region(), pointer, value.clone());
-            assert!(
-                new.validate().is_empty(),
-                "{pointer}: {value} is valid by itself"
-            );
+            assert!(new.validate().is_empty(), "{pointer}: {value} is valid by itself");
             assert!(new.validate_cel_update(&old).is_err(), "{pointer}: {value}");
         }
         let unnumbered: VoiceRegion = with(region(), "/spec/number", Value::Null);
-        assert!(
-            old.validate_cel_update(&unnumbered).is_err(),
-            "a number cannot be added"
-        );
+        assert!(old.validate_cel_update(&unnumbered).is_err(), "a number cannot be added");
         let scaled: VoiceRegion = with(region(), "/spec/capacityPercent", json!(50));
         assert!(scaled.validate_cel_update(&old).is_ok());
     }

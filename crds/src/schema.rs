@@ -48,13 +48,7 @@ impl Checked for VoiceRegion {
 fn of_spec(crd: CustomResourceDefinition) -> JSONSchemaProps {
     let version = crd.spec.versions.into_iter().next();
     version
-        .and_then(|version| {
-            version
-                .schema?
-                .open_api_v3_schema?
-                .properties?
-                .remove("spec")
-        })
+        .and_then(|version| version.schema?.open_api_v3_schema?.properties?.remove("spec"))
         .expect("derived definitions have a spec")
 }
 
@@ -75,11 +69,7 @@ impl Checker {
             ("number", Value::Number(_)) => self.number(schema, path, value),
             ("boolean", Value::Bool(_)) => {}
             _ => {
-                let problem = format!(
-                    "is {} where {} is needed",
-                    kind_of(value),
-                    article(expected)
-                );
+                let problem = format!("is {} where {} is needed", kind_of(value), article(expected));
                 let hint = match (expected, value) {
                     ("string", Value::Number(_) | Value::Bool(_)) => "put it in quotes".to_owned(),
                     ("boolean", _) => "write true or false".to_owned(),
@@ -96,19 +86,13 @@ impl Checker {
         for (name, value) in map {
             match properties.get(name) {
                 Some(property) => self.value(property, &path.field(name), value),
-                None => self
-                    .errors
-                    .push(unknown_field(&path.field(name), name, properties.keys())),
+                None => self.errors.push(unknown_field(&path.field(name), name, properties.keys())),
             }
         }
         for name in schema.required.iter().flatten() {
             if !map.contains_key(name) {
                 let hint = properties.get(name).map(documentation).unwrap_or_default();
-                self.errors.push(FieldError::without_value(
-                    path.field(name),
-                    "is missing",
-                    hint,
-                ));
+                self.errors.push(FieldError::without_value(path.field(name), "is missing", hint));
             }
         }
     }
@@ -121,11 +105,7 @@ impl Checker {
             _ => None,
         };
         if let Some(problem) = bound {
-            self.errors.push(FieldError::without_value(
-                path.clone(),
-                problem,
-                documentation(schema),
-            ));
+            self.errors.push(FieldError::without_value(path.clone(), problem, documentation(schema)));
             return;
         }
         if let Some(JSONSchemaPropsOrArray::Schema(item_schema)) = &schema.items {
@@ -140,10 +120,7 @@ impl Checker {
     fn duplicates(&mut self, schema: &JSONSchemaProps, path: &FieldPath, items: &[Value]) {
         let keys: &[String] = match schema.x_kubernetes_list_type.as_deref() {
             Some("set") => &[],
-            Some("map") => schema
-                .x_kubernetes_list_map_keys
-                .as_deref()
-                .unwrap_or_default(),
+            Some("map") => schema.x_kubernetes_list_map_keys.as_deref().unwrap_or_default(),
             _ => return,
         };
         let key_of = |item: &Value| match keys {
@@ -152,21 +129,11 @@ impl Checker {
         };
         for (index, item) in items.iter().enumerate() {
             let key = key_of(item);
-            let Some(first) = items[..index]
-                .iter()
-                .position(|earlier| key_of(earlier) == key)
-            else {
+            let Some(first) = items[..index].iter().position(|earlier| key_of(earlier) == key) else {
                 continue;
             };
-            let at = keys
-                .first()
-                .map_or(path.item(index), |name| path.item(index).field(name));
-            self.report(
-                &at,
-                &key[0],
-                format!("is there already, at index {first}"),
-                "remove one of them",
-            );
+            let at = keys.first().map_or(path.item(index), |name| path.item(index).field(name));
+            self.report(&at, &key[0], format!("is there already, at index {first}"), "remove one of them");
         }
     }
 
@@ -193,14 +160,8 @@ impl Checker {
         } else if let Some(pattern) = &schema.pattern {
             let regex = regex::Regex::new(pattern).expect("patterns of schemas are tested");
             if !regex.is_match(text) {
-                let meaning =
-                    form::of_pattern(pattern).map_or(pattern.as_str(), |form| form.meaning);
-                self.report(
-                    path,
-                    &value,
-                    "does not have the right form",
-                    format!("write {meaning}"),
-                );
+                let meaning = form::of_pattern(pattern).map_or(pattern.as_str(), |form| form.meaning);
+                self.report(path, &value, "does not have the right form", format!("write {meaning}"));
             }
         }
     }
@@ -222,15 +183,8 @@ impl Checker {
         self.report(path, value, problem, documentation(schema));
     }
 
-    fn report(
-        &mut self,
-        path: &FieldPath,
-        value: &Value,
-        problem: impl Into<String>,
-        hint: impl Into<String>,
-    ) {
-        self.errors
-            .push(FieldError::new(path.clone(), value, problem, hint));
+    fn report(&mut self, path: &FieldPath, value: &Value, problem: impl Into<String>, hint: impl Into<String>) {
+        self.errors.push(FieldError::new(path.clone(), value, problem, hint));
     }
 }
 
@@ -251,22 +205,14 @@ pub(crate) fn unknown_field<'a>(
 }
 
 /// The candidate that `text` is most likely a slip of.
-pub(crate) fn nearest<'a>(
-    text: &str,
-    candidates: impl Iterator<Item = &'a str>,
-) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     // The distance's cost grows with the product of the lengths, and the text is somebody else's.
     if text.len() > LONGEST_SLIP {
         return None;
     }
     let lower = text.to_lowercase();
     candidates
-        .map(|candidate| {
-            (
-                strsim::damerau_levenshtein(&lower, &candidate.to_lowercase()),
-                candidate,
-            )
-        })
+        .map(|candidate| (strsim::damerau_levenshtein(&lower, &candidate.to_lowercase()), candidate))
         .filter(|(distance, candidate)| *distance <= 1 + candidate.len() / 5)
         .min()
         .map(|(_, candidate)| candidate)
@@ -275,11 +221,7 @@ pub(crate) fn nearest<'a>(
 /// First paragraph of a field's documentation.
 fn documentation(schema: &JSONSchemaProps) -> String {
     let text = paragraphs(schema.description.as_deref().unwrap_or_default());
-    text.split("\n\n")
-        .next()
-        .unwrap_or_default()
-        .trim_end_matches('.')
-        .to_owned()
+    text.split("\n\n").next().unwrap_or_default().trim_end_matches('.').to_owned()
 }
 
 fn kind_of(value: &Value) -> &'static str {
@@ -379,45 +321,27 @@ mod tests {
     }
 
     fn errors(value: &Value) -> Vec<String> {
-        check(&schema(), &FieldPath::of("spec"), value)
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        check(&schema(), &FieldPath::of("spec"), value).iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn valid_value_has_no_errors() {
-        assert_eq!(
-            errors(&json!({"name": "a", "count": 9, "mode": "Idle", "tags": ["x"]})),
-            [""; 0]
-        );
+        assert_eq!(errors(&json!({"name": "a", "count": 9, "mode": "Idle", "tags": ["x"]})), [""; 0]);
     }
 
     #[test]
     fn errors_name_field_value_problem_and_remedy() {
         for (value, expected) in [
             (json!({}), "spec.name: is missing: A name"),
-            (
-                json!({"name": 7}),
-                "spec.name: 7 is a whole number where a string is needed: put it in quotes",
-            ),
+            (json!({"name": 7}), "spec.name: 7 is a whole number where a string is needed: put it in quotes"),
             (json!({"name": ""}), "spec.name: \"\" is empty: A name"),
-            (
-                json!({"name": "aaaaa"}),
-                "spec.name: \"aaaaa\" has 5 characters, more than 4: shorten it",
-            ),
-            (
-                json!({"name": "a", "count": 10}),
-                "spec.count: 10 does not lie between 0 and 9: How many",
-            ),
+            (json!({"name": "aaaaa"}), "spec.name: \"aaaaa\" has 5 characters, more than 4: shorten it"),
+            (json!({"name": "a", "count": 10}), "spec.count: 10 does not lie between 0 and 9: How many"),
             (
                 json!({"name": "a", "count": 1.5}),
                 "spec.count: 1.5 is a fractional number where a whole number is needed: How many",
             ),
-            (
-                json!({"name": "a", "cuont": 1}),
-                "spec.cuont: is not a known field: did you mean count?",
-            ),
+            (json!({"name": "a", "cuont": 1}), "spec.cuont: is not a known field: did you mean count?"),
             (
                 json!({"name": "a", "zzzzzzzz": 1}),
                 "spec.zzzzzzzz: is not a known field: the fields here are count, mode, name, tags",
@@ -430,14 +354,8 @@ mod tests {
                 json!({"name": "a", "tags": ["x", "x"]}),
                 "spec.tags[1]: \"x\" is there already, at index 0: remove one of them",
             ),
-            (
-                json!({"name": "a", "tags": ["x", "y", "z"]}),
-                "spec.tags: has 3 items, more than 2",
-            ),
-            (
-                json!([]),
-                "spec: [] is a list where a map of fields is needed",
-            ),
+            (json!({"name": "a", "tags": ["x", "y", "z"]}), "spec.tags: has 3 items, more than 2"),
+            (json!([]), "spec: [] is a list where a map of fields is needed"),
         ] {
             assert_eq!(errors(&value), [expected]);
         }

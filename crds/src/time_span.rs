@@ -135,12 +135,8 @@ impl Range {
     /// The range as a rule of the API server, for the field itself.
     pub(crate) fn rule(self) -> Rule {
         let Self { min, max } = self;
-        Rule::new(format!(
-            "duration(self) >= duration('{min}') && duration(self) <= duration('{max}')"
-        ))
-        .message(Message::Message(format!(
-            "must lie between {min} and {max}"
-        )))
+        Rule::new(format!("duration(self) >= duration('{min}') && duration(self) <= duration('{max}')"))
+            .message(Message::Message(format!("must lie between {min} and {max}")))
     }
 
     /// What is wrong with a value, or `None` if it lies within.
@@ -159,26 +155,10 @@ struct Unit {
 }
 
 const UNITS: [Unit; 4] = [
-    Unit {
-        name: "h",
-        milliseconds: 3_600_000,
-        digits: 4,
-    },
-    Unit {
-        name: "m",
-        milliseconds: 60_000,
-        digits: 6,
-    },
-    Unit {
-        name: "s",
-        milliseconds: 1_000,
-        digits: 8,
-    },
-    Unit {
-        name: "ms",
-        milliseconds: 1,
-        digits: 10,
-    },
+    Unit { name: "h", milliseconds: 3_600_000, digits: 4 },
+    Unit { name: "m", milliseconds: 60_000, digits: 6 },
+    Unit { name: "s", milliseconds: 1_000, digits: 8 },
+    Unit { name: "ms", milliseconds: 1, digits: 10 },
 ];
 
 #[cfg(test)]

@@ -40,12 +40,7 @@ pub struct EncoderSettings {
 
 impl Default for EncoderSettings {
     fn default() -> Self {
-        Self {
-            bitrate: 24_000,
-            complexity: 1,
-            fec_loss_percent: 5,
-            dtx: true,
-        }
+        Self { bitrate: 24_000, complexity: 1, fec_loss_percent: 5, dtx: true }
     }
 }
 
@@ -120,40 +115,21 @@ impl std::fmt::Debug for Encoder {
 impl Encoder {
     /// Makes an encoder; errors name the setting that is out of range.
     pub fn new(format: AudioFormat, settings: EncoderSettings) -> Result<Self, EncodeError> {
-        let EncoderSettings {
-            bitrate,
-            complexity,
-            fec_loss_percent,
-            dtx,
-        } = settings;
+        let EncoderSettings { bitrate, complexity, fec_loss_percent, dtx } = settings;
         for (setting, value, least, most) in [
             ("bitrate", bitrate, 6_000, 128_000),
             ("complexity", complexity.into(), 0, 10),
             ("fec_loss_percent", fec_loss_percent.into(), 0, 100),
         ] {
             if !(least..=most).contains(&value) {
-                return Err(EncodeError::Setting {
-                    setting,
-                    value,
-                    least,
-                    most,
-                });
+                return Err(EncodeError::Setting { setting, value, least, most });
             }
         }
         let opus = match format {
             AudioFormat::L16At16k | AudioFormat::L16At24k => None,
-            AudioFormat::Opus => Some(Box::new(opus_encoder(
-                bitrate,
-                complexity,
-                fec_loss_percent,
-            )?)),
+            AudioFormat::Opus => Some(Box::new(opus_encoder(bitrate, complexity, fec_loss_percent)?)),
         };
-        Ok(Self {
-            format,
-            opus,
-            dtx,
-            silent_frames: 0,
-        })
+        Ok(Self { format, opus, dtx, silent_frames: 0 })
     }
 
     /// The format of the payloads.
@@ -167,16 +143,9 @@ impl Encoder {
     pub fn encode_into(&mut self, pcm: &[i16], out: &mut Vec<u8>) -> Result<bool, EncodeError> {
         let expected = self.format.frame_samples();
         if pcm.len() != expected {
-            return Err(EncodeError::FrameLength {
-                found: pcm.len(),
-                expected,
-            });
+            return Err(EncodeError::FrameLength { found: pcm.len(), expected });
         }
-        self.silent_frames = if levels::rms(pcm) < DTX_RMS {
-            self.silent_frames + 1
-        } else {
-            0
-        };
+        self.silent_frames = if levels::rms(pcm) < DTX_RMS { self.silent_frames + 1 } else { 0 };
         if self.dtx && self.silent_frames > DTX_HANGOVER_FRAMES {
             return Ok(false);
         }
@@ -185,9 +154,7 @@ impl Encoder {
             Some(opus) => {
                 let begin = out.len();
                 out.resize(begin + MAX_OPUS_PAYLOAD, 0);
-                let length = opus
-                    .encode(pcm, &mut out[begin..])
-                    .map_err(EncodeError::Opus)?;
+                let length = opus.encode(pcm, &mut out[begin..]).map_err(EncodeError::Opus)?;
                 out.truncate(begin + length);
             }
         }
@@ -203,11 +170,7 @@ impl Encoder {
 
 fn opus_encoder(bitrate: u32, complexity: u8, loss: u8) -> Result<ropus::Encoder, EncodeError> {
     let rate = AudioFormat::Opus.sample_rate();
-    let fec = if loss == 0 {
-        InbandFec::Disabled
-    } else {
-        InbandFec::Enabled
-    };
+    let fec = if loss == 0 { InbandFec::Disabled } else { InbandFec::Enabled };
     ropus::Encoder::builder(rate, Channels::Mono, Application::Voip)
         .bitrate(Bitrate::Bits(bitrate))
         .complexity(complexity)
@@ -231,9 +194,7 @@ pub struct Decoder {
 
 impl std::fmt::Debug for Decoder {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_struct("Decoder")
-            .field("format", &self.format)
-            .finish_non_exhaustive()
+        out.debug_struct("Decoder").field("format", &self.format).finish_non_exhaustive()
     }
 }
 
@@ -267,10 +228,7 @@ impl Decoder {
             None => {
                 let expected = self.last.len() * 2;
                 if payload.len() != expected {
-                    return Err(DecodeError::Length {
-                        found: payload.len(),
-                        expected,
-                    });
+                    return Err(DecodeError::Length { found: payload.len(), expected });
                 }
                 for (sample, bytes) in self.last.iter_mut().zip(payload.as_chunks::<2>().0) {
                     *sample = i16::from_be_bytes(*bytes);
@@ -325,13 +283,8 @@ fn decode_opus(
     frame: &mut [i16],
     mode: DecodeMode,
 ) -> Result<(), DecodeError> {
-    let decoded = opus
-        .decode(payload, frame, mode)
-        .map_err(DecodeError::Opus)?;
-    frame
-        .iter_mut()
-        .skip(decoded)
-        .for_each(|sample| *sample = 0);
+    let decoded = opus.decode(payload, frame, mode).map_err(DecodeError::Opus)?;
+    frame.iter_mut().skip(decoded).for_each(|sample| *sample = 0);
     Ok(())
 }
 

@@ -43,17 +43,12 @@ pub struct Detection {
 
 /// The key's name: `0`..`9`, `A`..`D`, `*`, `#`; other values are `?`.
 pub fn key(digit: u8) -> char {
-    b"0123456789ABCD*#"
-        .get(usize::from(digit))
-        .map_or('?', |&key| char::from(key))
+    b"0123456789ABCD*#".get(usize::from(digit)).map_or('?', |&key| char::from(key))
 }
 
 /// Appends a tone, as loud as speech. Only the low four bits of `digit` count.
 pub fn generate(digit: u8, duration: Duration, rate: u32, out: &mut Vec<i16>) {
-    let place = KEYPAD
-        .iter()
-        .position(|&key| key == digit & 0x0f)
-        .unwrap_or(0);
+    let place = KEYPAD.iter().position(|&key| key == digit & 0x0f).unwrap_or(0);
     let radians = |hertz: f32| std::f32::consts::TAU * hertz / rate as f32;
     let (row, column) = (radians(ROWS[place / 4]), radians(COLUMNS[place % 4]));
     let samples = (duration.as_secs_f32() * rate as f32).round() as usize;
@@ -77,10 +72,7 @@ pub fn tone(pcm: &[i16], rate: u32) -> Option<Tone> {
     let purity = row_share + column_share;
     let twist = row_share.max(column_share) / row_share.min(column_share).max(f32::MIN_POSITIVE);
     let found = purity >= LEAST_PURITY && twist <= MOST_TWIST;
-    found.then(|| Tone {
-        digit: KEYPAD[row * 4 + column],
-        purity: purity.min(1.0),
-    })
+    found.then(|| Tone { digit: KEYPAD[row * 4 + column], purity: purity.min(1.0) })
 }
 
 /// All digits of at least 50 ms, with at least 40 ms of silence between equal ones.
@@ -98,13 +90,7 @@ pub fn detect(pcm: &[i16], rate: u32) -> Vec<Detection> {
             (Some(tone), Some(run)) if run.digit == tone.digit => run.extend(begin + window),
             (Some(tone), _) => {
                 found.extend(run.take().and_then(Run::detection));
-                run = Some(Run {
-                    digit: tone.digit,
-                    windows: 1,
-                    damaged: 0,
-                    begin,
-                    end: begin + window,
-                });
+                run = Some(Run { digit: tone.digit, windows: 1, damaged: 0, begin, end: begin + window });
             }
             (None, Some(damaged)) if !levels::is_silent(part) && damaged.damaged < MOST_DAMAGED => {
                 damaged.damaged += 1;
@@ -135,9 +121,7 @@ impl Run {
     }
 
     fn detection(self) -> Option<Detection> {
-        let Self {
-            digit, begin, end, ..
-        } = self;
+        let Self { digit, begin, end, .. } = self;
         (self.windows >= LEAST_WINDOWS).then_some(Detection { digit, begin, end })
     }
 }
@@ -158,18 +142,12 @@ impl Shares {
         }
         let scale = 2.0 / (pcm.len() as f32 * energy);
         let share = |hertz: f32| goertzel(pcm, hertz / rate as f32) * scale;
-        Self {
-            rows: ROWS.map(share),
-            columns: COLUMNS.map(share),
-        }
+        Self { rows: ROWS.map(share), columns: COLUMNS.map(share) }
     }
 
     /// Of both frequencies of a digit, 0..=1.
     pub(crate) fn of_digit(&self, digit: u8) -> f32 {
-        let place = KEYPAD
-            .iter()
-            .position(|&key| key == digit & 0x0f)
-            .unwrap_or(0);
+        let place = KEYPAD.iter().position(|&key| key == digit & 0x0f).unwrap_or(0);
         let (row, column) = (self.rows[place / 4], self.columns[place % 4]);
         // Both have to be there.
         2.0 * row.min(column).min(0.5)
@@ -189,14 +167,8 @@ fn goertzel(pcm: &[i16], frequency: f32) -> f32 {
 
 /// Index and value of the highest, if it dominates all others.
 fn highest(values: &[f32; 4], dominance: f32) -> Option<(usize, f32)> {
-    let (index, &value) = values
-        .iter()
-        .enumerate()
-        .max_by(|a, b| a.1.total_cmp(b.1))?;
-    let others = values
-        .iter()
-        .enumerate()
-        .filter(|&(other, _)| other != index);
+    let (index, &value) = values.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1))?;
+    let others = values.iter().enumerate().filter(|&(other, _)| other != index);
     let rival = others.map(|(_, &value)| value).fold(0.0, f32::max);
     (value > rival * dominance).then_some((index, value))
 }
@@ -240,10 +212,7 @@ mod tests {
     }
 
     fn digits(pcm: &[i16], rate: u32) -> Vec<u8> {
-        detect(pcm, rate)
-            .into_iter()
-            .map(|found| found.digit)
-            .collect()
+        detect(pcm, rate).into_iter().map(|found| found.digit).collect()
     }
 
     #[test]
@@ -252,12 +221,7 @@ mod tests {
             for digit in 0..16 {
                 let mut pcm = Vec::new();
                 generate(digit, Duration::from_millis(40), rate, &mut pcm);
-                assert_eq!(
-                    tone(&pcm, rate).map(|tone| tone.digit),
-                    Some(digit),
-                    "{} at {rate}",
-                    key(digit)
-                );
+                assert_eq!(tone(&pcm, rate).map(|tone| tone.digit), Some(digit), "{} at {rate}", key(digit));
                 assert!((levels::rms(&pcm) - AMPLITUDE).abs() < AMPLITUDE * 0.1);
             }
         }
@@ -266,42 +230,22 @@ mod tests {
     #[test]
     fn codes_survive_opus_at_every_offset() {
         let sent: Vec<u8> = (0..16).chain([5, 5, 0, 0]).collect();
-        for (tone_ms, gap_ms, offset) in [
-            (60, 40, 0),
-            (60, 40, 111),
-            (80, 50, 200),
-            (100, 40, 77),
-            (60, 45, 319),
-        ] {
+        for (tone_ms, gap_ms, offset) in [(60, 40, 0), (60, 40, 111), (80, 50, 200), (100, 40, 77), (60, 45, 319)] {
             let mut pcm = vec![0; 1600 + offset];
             for &digit in &sent {
                 generate(digit, Duration::from_millis(tone_ms), 16_000, &mut pcm);
                 pcm.resize(pcm.len() + gap_ms * 16, 0);
             }
             pcm.resize(pcm.len() + 1600, 0);
-            assert_eq!(
-                digits(&through_opus(&pcm), 16_000),
-                sent,
-                "{tone_ms} {gap_ms} {offset}"
-            );
+            assert_eq!(digits(&through_opus(&pcm), 16_000), sent, "{tone_ms} {gap_ms} {offset}");
         }
     }
 
     #[test]
     fn speech_holds_no_digits() {
         for utterance in Utterance::ALL {
-            assert_eq!(
-                digits(&utterance.pcm(), speech::RATE),
-                [],
-                "{}",
-                utterance.name
-            );
-            assert_eq!(
-                digits(&through_opus(&utterance.pcm()), speech::RATE),
-                [],
-                "{}",
-                utterance.name
-            );
+            assert_eq!(digits(&utterance.pcm(), speech::RATE), [], "{}", utterance.name);
+            assert_eq!(digits(&through_opus(&utterance.pcm()), speech::RATE), [], "{}", utterance.name);
         }
     }
 
@@ -316,9 +260,7 @@ mod tests {
             .collect();
         assert_eq!(digits(&noise, 16_000), []);
         let step = std::f32::consts::TAU * ROWS[0] / 16_000.0;
-        let sine: Vec<i16> = (0..16_000)
-            .map(|i| ((i as f32 * step).sin() * 8000.0) as i16)
-            .collect();
+        let sine: Vec<i16> = (0..16_000).map(|i| ((i as f32 * step).sin() * 8000.0) as i16).collect();
         assert_eq!(digits(&sine, 16_000), []);
         assert_eq!(digits(&[0; 100], 16_000), []);
     }

@@ -96,10 +96,7 @@ mod tests {
         for format in AudioFormat::ALL {
             assert_eq!(format.frame_samples() as u32 * 50, format.sample_rate());
             assert_eq!(format.rtp_timestamp_step() * 50, format.rtp_clock());
-            assert_eq!(
-                format.to_session_clock(format.frame_samples() as u64),
-                FRAME_POSITIONS
-            );
+            assert_eq!(format.to_session_clock(format.frame_samples() as u64), FRAME_POSITIONS);
         }
     }
 
@@ -107,10 +104,7 @@ mod tests {
     fn packets_fit_a_datagram_of_the_smallest_quic_path() {
         // 1200 bytes less short header (1 + 17 + 4), tag (16), frame type and length (3), flow identifier (8).
         for format in AudioFormat::ALL {
-            assert!(
-                format.max_packet_bytes() <= 1200 - 22 - 16 - 3 - 8,
-                "{format:?}"
-            );
+            assert!(format.max_packet_bytes() <= 1200 - 22 - 16 - 3 - 8, "{format:?}");
         }
     }
 }

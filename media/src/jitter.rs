@@ -121,10 +121,7 @@ impl JitterBuffer {
         }
         let timestamp = self.extend_timestamp(header.ssrc, sequence, header.timestamp);
         self.observe_arrival(now, timestamp);
-        if header
-            .generation
-            .is_some_and(|generation| self.is_flushed(generation))
-        {
+        if header.generation.is_some_and(|generation| self.is_flushed(generation)) {
             self.taken = self.taken.max(sequence);
             self.stats.flushed += 1;
             return Inserted::Flushed;
@@ -133,18 +130,8 @@ impl JitterBuffer {
             self.stats.late += 1;
             return Inserted::Late;
         }
-        let place = self
-            .packets
-            .partition_point(|waiting| waiting.sequence < sequence);
-        self.packets.insert(
-            place,
-            Waiting {
-                sequence,
-                timestamp,
-                payload,
-                generation: header.generation,
-            },
-        );
+        let place = self.packets.partition_point(|waiting| waiting.sequence < sequence);
+        self.packets.insert(place, Waiting { sequence, timestamp, payload, generation: header.generation });
         if self.packets.len() > CAPACITY {
             self.give_up_oldest();
             self.stats.dropped += 1;
@@ -174,9 +161,7 @@ impl JitterBuffer {
         let before = self.packets.len();
         let mut taken = self.taken;
         self.packets.retain(|waiting| {
-            let keep = !waiting
-                .generation
-                .is_some_and(|waiting| is_at_most(waiting, generation as u16));
+            let keep = !waiting.generation.is_some_and(|waiting| is_at_most(waiting, generation as u16));
             if !keep {
                 taken = taken.max(waiting.sequence);
             }
@@ -236,11 +221,7 @@ impl JitterBuffer {
 
     /// Timestamps without end, around the newest one.
     fn extend_timestamp(&mut self, ssrc: u32, sequence: u64, timestamp: u32) -> i64 {
-        let source = self.source.get_or_insert(Source {
-            ssrc,
-            sequence,
-            timestamp: timestamp.into(),
-        });
+        let source = self.source.get_or_insert(Source { ssrc, sequence, timestamp: timestamp.into() });
         let difference = timestamp.wrapping_sub(source.timestamp as u32) as i32;
         let extended = source.timestamp + i64::from(difference);
         if sequence >= source.sequence {
@@ -289,17 +270,13 @@ impl JitterBuffer {
         }
         let rewind = self.packets.is_empty() && self.delay(now, timestamp) <= delay::MOST;
         if rewind {
-            self.playout = Playout::Playing {
-                next: timestamp,
-                concealed,
-            };
+            self.playout = Playout::Playing { next: timestamp, concealed };
         }
         rewind
     }
 
     fn is_flushed(&self, generation: u16) -> bool {
-        self.flushed
-            .is_some_and(|flushed| is_at_most(generation, flushed))
+        self.flushed.is_some_and(|flushed| is_at_most(generation, flushed))
     }
 
     /// Oldest audio first, when it has waited for longer than anybody wants to.
@@ -352,13 +329,7 @@ impl JitterBuffer {
         self.conceal(now, next, concealed, successor)
     }
 
-    fn conceal(
-        &mut self,
-        now: Instant,
-        next: i64,
-        concealed: u32,
-        successor: Option<Bytes>,
-    ) -> Frame {
+    fn conceal(&mut self, now: Instant, next: i64, concealed: u32, successor: Option<Bytes>) -> Frame {
         if concealed >= MOST_CONCEALED {
             self.playout = Playout::Silent;
             return self.pull_silent(now);
@@ -367,17 +338,12 @@ impl JitterBuffer {
         let wait = self.delay(now, next) + delay::FRAME / 2 < self.target.micros();
         let due = next;
         let next = if wait { next } else { next + self.step };
-        self.playout = Playout::Playing {
-            next,
-            concealed: concealed + 1,
-        };
+        self.playout = Playout::Playing { next, concealed: concealed + 1 };
         if self.gap.frames == 0 {
             self.gap.from = due;
         }
         self.gap.frames += 1;
-        Frame::Conceal {
-            fec_from: successor.filter(|_| !wait),
-        }
+        Frame::Conceal { fec_from: successor.filter(|_| !wait) }
     }
 
     fn play(&mut self, now: Instant) -> Frame {
@@ -391,16 +357,10 @@ impl JitterBuffer {
         }
         self.stats.played += 1;
         self.taken = head.sequence;
-        self.playout = Playout::Playing {
-            next: head.timestamp + self.step,
-            concealed: 0,
-        };
+        self.playout = Playout::Playing { next: head.timestamp + self.step, concealed: 0 };
         let delay = self.delay(now, head.timestamp);
         self.stats.delay = Duration::from_micros(delay.unsigned_abs());
-        Frame::Packet {
-            payload: head.payload,
-            generation: head.generation,
-        }
+        Frame::Packet { payload: head.payload, generation: head.generation }
     }
 }
 

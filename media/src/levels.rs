@@ -11,10 +11,7 @@ pub fn rms(pcm: &[i16]) -> f32 {
     if pcm.is_empty() {
         return 0.0;
     }
-    let sum: u64 = pcm
-        .iter()
-        .map(|&sample| u64::from(sample.unsigned_abs()).pow(2))
-        .sum();
+    let sum: u64 = pcm.iter().map(|&sample| u64::from(sample.unsigned_abs()).pow(2)).sum();
     (sum as f64 / pcm.len() as f64).sqrt() as f32
 }
 
@@ -36,9 +33,7 @@ pub fn audible_range(pcm: &[i16], rate: u32) -> Range<usize> {
 
 /// How much of it is audible, in steps of 10 ms.
 pub fn audible_duration(pcm: &[i16], rate: u32) -> Duration {
-    let audible = pcm
-        .chunks(block_samples(rate))
-        .filter(|part| !is_silent(part));
+    let audible = pcm.chunks(block_samples(rate)).filter(|part| !is_silent(part));
     Duration::from_millis(10 * audible.count() as u64)
 }
 
@@ -65,9 +60,7 @@ mod tests {
     use super::*;
 
     fn tone(samples: usize) -> Vec<i16> {
-        (0..samples)
-            .map(|i| ((i as f32 * 0.2).sin() * 5000.0) as i16)
-            .collect()
+        (0..samples).map(|i| ((i as f32 * 0.2).sin() * 5000.0) as i16).collect()
     }
 
     #[test]
@@ -80,22 +73,9 @@ mod tests {
 
     #[test]
     fn the_longest_silence_is_found_where_it_is() {
-        let pcm = [
-            tone(1600),
-            vec![0; 800],
-            tone(1600),
-            vec![3; 3200],
-            tone(1600),
-        ]
-        .concat();
-        assert_eq!(
-            longest_silence(&pcm, 16_000),
-            (Duration::from_millis(200), 4000)
-        );
-        assert_eq!(
-            audible_range(&[vec![0; 320], tone(320), vec![0; 320]].concat(), 16_000),
-            320..640
-        );
+        let pcm = [tone(1600), vec![0; 800], tone(1600), vec![3; 3200], tone(1600)].concat();
+        assert_eq!(longest_silence(&pcm, 16_000), (Duration::from_millis(200), 4000));
+        assert_eq!(audible_range(&[vec![0; 320], tone(320), vec![0; 320]].concat(), 16_000), 320..640);
         assert_eq!(audible_range(&[0; 999], 16_000), 0..0);
     }
 }

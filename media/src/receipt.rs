@@ -72,15 +72,8 @@ impl Receipt {
         let bytes = self.bytes();
         let mut digits = [0; DIGITS];
         for (place, digit) in digits.iter_mut().enumerate() {
-            let byte = bytes
-                .get(place / 2)
-                .copied()
-                .unwrap_or_else(|| crc8(&bytes));
-            *digit = if place % 2 == 0 {
-                byte >> 4
-            } else {
-                byte & 0x0f
-            };
+            let byte = bytes.get(place / 2).copied().unwrap_or_else(|| crc8(&bytes));
+            *digit = if place % 2 == 0 { byte >> 4 } else { byte & 0x0f };
         }
         digits
     }
@@ -103,12 +96,7 @@ impl Receipt {
             return Err(ReceiptError::Check { found, expected });
         }
         let chain = u32::from_be_bytes([c0, c1, c2, c3]);
-        Ok(Self {
-            turn,
-            chain,
-            nonce: u16::from_be_bytes([n0, n1]),
-            epoch,
-        })
+        Ok(Self { turn, chain, nonce: u16::from_be_bytes([n0, n1]), epoch })
     }
 
     fn bytes(&self) -> [u8; 8] {
@@ -120,10 +108,7 @@ impl Receipt {
 
 /// `H_k` of `H_(k-1)` and `code_k`.
 pub fn chain(previous: u32, code: u16) -> u32 {
-    let hash = Sha256::new()
-        .chain_update(previous.to_be_bytes())
-        .chain_update(code.to_be_bytes())
-        .finalize();
+    let hash = Sha256::new().chain_update(previous.to_be_bytes()).chain_update(code.to_be_bytes()).finalize();
     u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
 }
 
@@ -134,22 +119,14 @@ pub fn code_digits(code: u16) -> [u8; 4] {
 
 /// The code of four digits, 0..=15 each.
 pub fn code_from_digits(digits: [u8; 4]) -> u16 {
-    digits
-        .iter()
-        .fold(0, |code, &digit| code << 4 | u16::from(digit & 0x0f))
+    digits.iter().fold(0, |code, &digit| code << 4 | u16::from(digit & 0x0f))
 }
 
 /// CRC-8/SMBUS.
 fn crc8(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0, |crc, byte| {
-        (0..8).fold(crc ^ byte, |crc, _| {
-            if crc & 0x80 == 0 {
-                crc << 1
-            } else {
-                crc << 1 ^ 0x07
-            }
-        })
-    })
+    bytes
+        .iter()
+        .fold(0, |crc, byte| (0..8).fold(crc ^ byte, |crc, _| if crc & 0x80 == 0 { crc << 1 } else { crc << 1 ^ 0x07 }))
 }
 
 #[cfg(test)]
@@ -159,22 +136,10 @@ mod tests {
 
     #[test]
     fn the_layout_is_frozen() {
-        let receipt = Receipt {
-            turn: 0x02,
-            chain: 0x1234_abcd,
-            nonce: 0xbeef,
-            epoch: 0x01,
-        };
-        let text: String = receipt
-            .digits()
-            .iter()
-            .map(|&digit| char::from_digit(digit.into(), 16).unwrap())
-            .collect();
+        let receipt = Receipt { turn: 0x02, chain: 0x1234_abcd, nonce: 0xbeef, epoch: 0x01 };
+        let text: String = receipt.digits().iter().map(|&digit| char::from_digit(digit.into(), 16).unwrap()).collect();
         assert_eq!(&text[..16], "021234abcdbeef01");
-        assert_eq!(
-            &text[16..],
-            format!("{:02x}", crc8(b"\x02\x12\x34\xab\xcd\xbe\xef\x01"))
-        );
+        assert_eq!(&text[16..], format!("{:02x}", crc8(b"\x02\x12\x34\xab\xcd\xbe\xef\x01")));
         assert_eq!(crc8(b"123456789"), 0xf4, "check value of CRC-8/SMBUS");
     }
 
@@ -188,27 +153,12 @@ mod tests {
 
     #[test]
     fn wrong_digits_say_why() {
-        let mut digits = Receipt {
-            turn: 1,
-            chain: 2,
-            nonce: 3,
-            epoch: 4,
-        }
-        .digits();
+        let mut digits = Receipt { turn: 1, chain: 2, nonce: 3, epoch: 4 }.digits();
         assert_eq!(Receipt::parse(&digits[1..]), Err(ReceiptError::Length(17)));
         digits[9] ^= 1;
-        assert!(matches!(
-            Receipt::parse(&digits),
-            Err(ReceiptError::Check { .. })
-        ));
+        assert!(matches!(Receipt::parse(&digits), Err(ReceiptError::Check { .. })));
         digits[9] = 16;
-        assert_eq!(
-            Receipt::parse(&digits),
-            Err(ReceiptError::Digit {
-                digit: 16,
-                place: 9
-            })
-        );
+        assert_eq!(Receipt::parse(&digits), Err(ReceiptError::Digit { digit: 16, place: 9 }));
     }
 
     proptest! {

@@ -49,19 +49,13 @@ impl FrameResampler {
         let fft = if from == to {
             None
         } else {
-            let fft = Fft::new(from as usize, to as usize, input, 1, FixedSync::Both)
-                .map_err(|_| wrong)?;
+            let fft = Fft::new(from as usize, to as usize, input, 1, FixedSync::Both).map_err(|_| wrong)?;
             if fft.input_frames_next() != input || fft.output_frames_next() != output {
                 return Err(wrong);
             }
             Some(Box::new(fft))
         };
-        Ok(Self {
-            fft,
-            input: vec![0.0; input],
-            output: vec![0.0; output],
-            frame: vec![0; output],
-        })
+        Ok(Self { fft, input: vec![0.0; input], output: vec![0.0; output], frame: vec![0; output] })
     }
 
     /// Converts the next 20 ms; shorter input is completed by silence, longer input is cut.
@@ -97,21 +91,15 @@ pub fn convert(pcm: &[i16], from: u32, to: u32) -> Result<Vec<i16>, ResampleErro
         return Ok(pcm.to_vec());
     }
     let wrong = ResampleError::Frames { from, to };
-    let mut fft =
-        Fft::<f32>::new(from as usize, to as usize, 1024, 1, FixedSync::Both).map_err(|_| wrong)?;
+    let mut fft = Fft::<f32>::new(from as usize, to as usize, 1024, 1, FixedSync::Both).map_err(|_| wrong)?;
     let input: Vec<f32> = pcm.iter().map(|&sample| sample.into()).collect();
     let input = InterleavedSlice::new(&input, 1, input.len()).map_err(|_| wrong)?;
-    let output = fft
-        .process_all(&input, pcm.len(), None)
-        .map_err(|_| wrong)?;
+    let output = fft.process_all(&input, pcm.len(), None).map_err(|_| wrong)?;
     Ok(output.take_data().into_iter().map(to_i16).collect())
 }
 
 fn check_rates(from: u32, to: u32) -> Result<(), ResampleError> {
-    match [from, to]
-        .into_iter()
-        .find(|rate| !(8_000..=192_000).contains(rate))
-    {
+    match [from, to].into_iter().find(|rate| !(8_000..=192_000).contains(rate)) {
         Some(rate) => Err(ResampleError::Rate(rate)),
         None => Ok(()),
     }
@@ -128,32 +116,16 @@ mod tests {
 
     fn tone(rate: u32, hertz: f32, samples: usize) -> Vec<i16> {
         let step = std::f32::consts::TAU * hertz / rate as f32;
-        (0..samples)
-            .map(|i| ((i as f32 * step).sin() * 10_000.0) as i16)
-            .collect()
+        (0..samples).map(|i| ((i as f32 * step).sin() * 10_000.0) as i16).collect()
     }
 
     #[test]
     fn whole_files_keep_duration_and_level() {
-        for (from, to) in [
-            (16_000, 24_000),
-            (48_000, 16_000),
-            (22_050, 16_000),
-            (22_050, 24_000),
-            (44_100, 16_000),
-        ] {
+        for (from, to) in [(16_000, 24_000), (48_000, 16_000), (22_050, 16_000), (22_050, 24_000), (44_100, 16_000)] {
             let out = convert(&tone(from, 440.0, from as usize), from, to).unwrap();
-            assert!(
-                out.len().abs_diff(to as usize) <= 1,
-                "{from} {to} {}",
-                out.len()
-            );
+            assert!(out.len().abs_diff(to as usize) <= 1, "{from} {to} {}", out.len());
             let middle = &out[out.len() / 4..out.len() * 3 / 4];
-            assert!(
-                (levels::rms(middle) - 7071.0).abs() < 70.0,
-                "{from} {to} {}",
-                levels::rms(middle)
-            );
+            assert!((levels::rms(middle) - 7071.0).abs() < 70.0, "{from} {to} {}", levels::rms(middle));
         }
     }
 
@@ -166,11 +138,7 @@ mod tests {
                 out.extend_from_slice(resampler.frame(frame));
             }
             assert_eq!(out.len(), 16_000);
-            assert!(
-                (levels::rms(&out[1600..]) - expected).abs() < 100.0,
-                "{hertz}: {}",
-                levels::rms(&out[1600..])
-            );
+            assert!((levels::rms(&out[1600..]) - expected).abs() < 100.0, "{hertz}: {}", levels::rms(&out[1600..]));
         }
     }
 
@@ -179,16 +147,8 @@ mod tests {
         assert_eq!(convert(&[0], 0, 16_000), Err(ResampleError::Rate(0)));
         assert_eq!(
             FrameResampler::new(11_025, 16_000).unwrap_err(),
-            ResampleError::Frames {
-                from: 11_025,
-                to: 16_000
-            }
+            ResampleError::Frames { from: 11_025, to: 16_000 }
         );
-        assert_eq!(
-            FrameResampler::new(16_000, 16_000)
-                .unwrap()
-                .frame(&[7; 320]),
-            [7; 320]
-        );
+        assert_eq!(FrameResampler::new(16_000, 16_000).unwrap().frame(&[7; 320]), [7; 320]);
     }
 }

@@ -82,9 +82,7 @@ impl RtpHeader {
 impl RtpPacket {
     /// Parses a whole packet. CSRCs and extensions of others are skipped, padding is cut off.
     pub fn parse(datagram: &Bytes) -> Result<Self, RtpError> {
-        let fixed: &[u8; FIXED_HEADER] = datagram
-            .first_chunk()
-            .ok_or(RtpError::Truncated("RTP header"))?;
+        let fixed: &[u8; FIXED_HEADER] = datagram.first_chunk().ok_or(RtpError::Truncated("RTP header"))?;
         if fixed[0] >> 6 != VERSION {
             return Err(RtpError::Version(fixed[0] >> 6));
         }
@@ -115,10 +113,7 @@ impl RtpPacket {
             ssrc: u32::from_be_bytes([fixed[8], fixed[9], fixed[10], fixed[11]]),
             generation,
         };
-        Ok(Self {
-            header,
-            payload: datagram.slice(offset..end),
-        })
+        Ok(Self { header, payload: datagram.slice(offset..end) })
     }
 }
 
@@ -129,18 +124,11 @@ struct Extension {
 
 /// Walks a header extension (RFC 3550, section 5.3.1; RFC 8285, section 4.2).
 fn parse_extension(bytes: &[u8]) -> Result<Extension, RtpError> {
-    let header: &[u8; 4] = bytes
-        .first_chunk()
-        .ok_or(RtpError::Truncated("header extension"))?;
+    let header: &[u8; 4] = bytes.first_chunk().ok_or(RtpError::Truncated("header extension"))?;
     let profile = u16::from_be_bytes([header[0], header[1]]);
     let length = usize::from(u16::from_be_bytes([header[2], header[3]])) * 4;
-    let mut elements = bytes
-        .get(4..4 + length)
-        .ok_or(RtpError::Truncated("header extension"))?;
-    let mut extension = Extension {
-        bytes: 4 + length,
-        generation: None,
-    };
+    let mut elements = bytes.get(4..4 + length).ok_or(RtpError::Truncated("header extension"))?;
+    let mut extension = Extension { bytes: 4 + length, generation: None };
     if profile != ONE_BYTE_PROFILE {
         return Ok(extension);
     }
@@ -195,9 +183,7 @@ pub fn split_flow(datagram: &Bytes) -> Result<(u64, Bytes), RtpError> {
     let first = *datagram.first().ok_or(truncated)?;
     let length = 1usize << (first >> 6);
     let bytes = datagram.get(..length).ok_or(truncated)?;
-    let value = bytes
-        .iter()
-        .fold(0u64, |value, &byte| value << 8 | u64::from(byte));
+    let value = bytes.iter().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
     let mask = u64::MAX >> (64 - 8 * length + 2);
     Ok((value & mask, datagram.slice(length..)))
 }
@@ -220,24 +206,16 @@ mod tests {
     }
 
     fn header() -> impl Strategy<Value = RtpHeader> {
-        (
-            0u8..128,
-            any::<bool>(),
-            any::<u16>(),
-            any::<u32>(),
-            any::<u32>(),
-            any::<Option<u16>>(),
+        (0u8..128, any::<bool>(), any::<u16>(), any::<u32>(), any::<u32>(), any::<Option<u16>>()).prop_map(
+            |(payload_type, marker, sequence, timestamp, ssrc, generation)| RtpHeader {
+                payload_type,
+                marker,
+                sequence,
+                timestamp,
+                ssrc,
+                generation,
+            },
         )
-            .prop_map(
-                |(payload_type, marker, sequence, timestamp, ssrc, generation)| RtpHeader {
-                    payload_type,
-                    marker,
-                    sequence,
-                    timestamp,
-                    ssrc,
-                    generation,
-                },
-            )
     }
 
     #[test]
@@ -250,15 +228,8 @@ mod tests {
             ssrc: 0x0102_0304,
             generation: None,
         };
-        assert_eq!(
-            bytes(header, b"x")[..],
-            *b"\x80\xe0\x12\x34\x89\xab\xcd\xef\x01\x02\x03\x04x"
-        );
-        let header = RtpHeader {
-            generation: Some(0x0708),
-            marker: false,
-            ..header
-        };
+        assert_eq!(bytes(header, b"x")[..], *b"\x80\xe0\x12\x34\x89\xab\xcd\xef\x01\x02\x03\x04x");
+        let header = RtpHeader { generation: Some(0x0708), marker: false, ..header };
         assert_eq!(
             bytes(header, b"x")[..],
             *b"\x90\x60\x12\x34\x89\xab\xcd\xef\x01\x02\x03\x04\xbe\xde\x00\x01\x11\x07\x08\x00x"
@@ -276,42 +247,20 @@ mod tests {
 
     #[test]
     fn broken_packets_say_what_is_wrong() {
-        let parse =
-            |bytes: &'static [u8]| RtpPacket::parse(&Bytes::from_static(bytes)).unwrap_err();
+        let parse = |bytes: &'static [u8]| RtpPacket::parse(&Bytes::from_static(bytes)).unwrap_err();
         assert_eq!(parse(b""), RtpError::Truncated("RTP header"));
         assert_eq!(parse(b"\x40aaaaaaaaaaa"), RtpError::Version(1));
-        assert_eq!(
-            parse(b"\x81aaaaaaaaaaa"),
-            RtpError::Truncated("contributing sources")
-        );
-        assert_eq!(
-            parse(b"\x90aaaaaaaaaaa\xbe\xde\x00\x09"),
-            RtpError::Truncated("header extension")
-        );
-        assert_eq!(
-            parse(b"\xa0aaaaaaaaaaa\x00"),
-            RtpError::Padding {
-                padding: 0,
-                payload: 1
-            }
-        );
-        assert_eq!(
-            parse(b"\xa0aaaaaaaaaaa\x09"),
-            RtpError::Padding {
-                padding: 9,
-                payload: 1
-            }
-        );
+        assert_eq!(parse(b"\x81aaaaaaaaaaa"), RtpError::Truncated("contributing sources"));
+        assert_eq!(parse(b"\x90aaaaaaaaaaa\xbe\xde\x00\x09"), RtpError::Truncated("header extension"));
+        assert_eq!(parse(b"\xa0aaaaaaaaaaa\x00"), RtpError::Padding { padding: 0, payload: 1 });
+        assert_eq!(parse(b"\xa0aaaaaaaaaaa\x09"), RtpError::Padding { padding: 9, payload: 1 });
     }
 
     #[test]
     fn flows_have_the_lengths_of_rfc_9000() {
         // Examples of RFC 9000, appendix A.1.
         for (flow, wire) in [
-            (
-                151_288_809_941_952_652,
-                &b"\xc2\x19\x7c\x5e\xff\x14\xe8\x8c"[..],
-            ),
+            (151_288_809_941_952_652, &b"\xc2\x19\x7c\x5e\xff\x14\xe8\x8c"[..]),
             (494_878_333, b"\x9d\x7f\x3e\x7d"),
             (15_293, b"\x7b\xbd"),
             (37, b"\x25"),
@@ -321,10 +270,7 @@ mod tests {
             assert_eq!(out, wire);
             assert_eq!(flow_bytes(flow), wire.len());
         }
-        assert_eq!(
-            split_flow(&Bytes::from_static(b"\x40\x25rest")).unwrap(),
-            (37, "rest".into())
-        );
+        assert_eq!(split_flow(&Bytes::from_static(b"\x40\x25rest")).unwrap(), (37, "rest".into()));
     }
 
     proptest! {

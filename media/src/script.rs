@@ -35,10 +35,7 @@ impl Script {
             .into_iter()
             .map(|words| {
                 let code = next_code(&mut state);
-                ScriptTurn {
-                    code,
-                    pcm: with_code(code, words, rate),
-                }
+                ScriptTurn { code, pcm: with_code(code, words, rate) }
             })
             .collect();
         Self { rate, turns }
@@ -47,14 +44,9 @@ impl Script {
     /// A script of `turns` bundled utterances, different ones for different seeds.
     pub fn bundled(seed: u64, rate: u32, turns: usize) -> Result<Self, ResampleError> {
         let first = seed as usize % speech::Utterance::ALL.len();
-        let words = speech::Utterance::ALL
-            .iter()
-            .cycle()
-            .skip(first)
-            .take(turns);
-        let words: Vec<Vec<i16>> = words
-            .map(|utterance| resample::convert(&utterance.pcm(), speech::RATE, rate))
-            .collect::<Result<_, _>>()?;
+        let words = speech::Utterance::ALL.iter().cycle().skip(first).take(turns);
+        let words: Vec<Vec<i16>> =
+            words.map(|utterance| resample::convert(&utterance.pcm(), speech::RATE, rate)).collect::<Result<_, _>>()?;
         Ok(Self::new(seed, rate, words.iter().map(Vec::as_slice)))
     }
 }
@@ -93,15 +85,9 @@ mod tests {
     fn scripts_repeat_by_seed_and_hold_their_codes() {
         let script = Script::bundled(7, 24_000, 3).unwrap();
         assert_eq!(script, Script::bundled(7, 24_000, 3).unwrap());
-        assert_ne!(
-            script.turns[0].code,
-            Script::bundled(8, 24_000, 3).unwrap().turns[0].code
-        );
+        assert_ne!(script.turns[0].code, Script::bundled(8, 24_000, 3).unwrap().turns[0].code);
         for turn in &script.turns {
-            let digits: Vec<u8> = dtmf::detect(&turn.pcm, 24_000)
-                .iter()
-                .map(|found| found.digit)
-                .collect();
+            let digits: Vec<u8> = dtmf::detect(&turn.pcm, 24_000).iter().map(|found| found.digit).collect();
             assert_eq!(digits, receipt::code_digits(turn.code));
         }
     }

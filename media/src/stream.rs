@@ -83,10 +83,7 @@ impl Receiver {
     /// The next 20 ms. To be called every 20 ms, by a clock that does not drift from the one that plays.
     pub fn pull(&mut self, now: Instant) -> Heard<'_> {
         let (kind, pcm) = match self.jitter.pull(now) {
-            Frame::Packet {
-                payload,
-                generation,
-            } => {
+            Frame::Packet { payload, generation } => {
                 self.generation = generation;
                 match self.decoder.decode(&payload) {
                     // Ends the borrow: the decoder holds the frame until the next call.
@@ -98,9 +95,7 @@ impl Receiver {
                     }
                 }
             }
-            Frame::Conceal {
-                fec_from: Some(next),
-            } => (FrameKind::Concealed, self.decoder.conceal_from(&next)),
+            Frame::Conceal { fec_from: Some(next) } => (FrameKind::Concealed, self.decoder.conceal_from(&next)),
             Frame::Conceal { fec_from: None } => (FrameKind::Concealed, self.decoder.conceal()),
             Frame::Silence => {
                 self.generation = None;
@@ -108,11 +103,7 @@ impl Receiver {
             }
         };
         self.jitter.note_quiet(levels::is_silent(pcm));
-        Heard {
-            pcm,
-            kind,
-            generation: self.generation,
-        }
+        Heard { pcm, kind, generation: self.generation }
     }
 
     /// Stops playing every response up to and including `generation`, at once.
@@ -122,10 +113,7 @@ impl Receiver {
 
     /// Counts and delays.
     pub fn stats(&self) -> ReceiverStats {
-        ReceiverStats {
-            jitter: self.jitter.stats(),
-            undecodable: self.undecodable,
-        }
+        ReceiverStats { jitter: self.jitter.stats(), undecodable: self.undecodable }
     }
 
     /// Why the last undecodable packet was refused.
@@ -179,22 +167,9 @@ impl Sender {
         origin: StreamOrigin,
     ) -> Result<Self, EncodeError> {
         let encoder = Encoder::new(format, settings)?;
-        let StreamOrigin {
-            ssrc,
-            sequence,
-            timestamp,
-        } = origin;
+        let StreamOrigin { ssrc, sequence, timestamp } = origin;
         let stats = SenderStats::default();
-        Ok(Self {
-            encoder,
-            flow,
-            ssrc,
-            sequence,
-            timestamp,
-            generation: None,
-            marker: true,
-            stats,
-        })
+        Ok(Self { encoder, flow, ssrc, sequence, timestamp, generation: None, marker: true, stats })
     }
 
     /// The stream's format.
@@ -210,8 +185,7 @@ impl Sender {
     /// Encodes the next 20 ms into a datagram: flow identifier and RTP packet. `None`: silence, nothing to send.
     pub fn push(&mut self, pcm: &[i16]) -> Result<Option<Bytes>, EncodeError> {
         let format = self.format();
-        let mut datagram =
-            Vec::with_capacity(rtp::flow_bytes(self.flow) + format.max_packet_bytes());
+        let mut datagram = Vec::with_capacity(rtp::flow_bytes(self.flow) + format.max_packet_bytes());
         rtp::write_flow(self.flow, &mut datagram);
         let header = RtpHeader {
             payload_type: format.payload_type(),
@@ -236,9 +210,7 @@ impl Sender {
 
     /// Lets 20 ms pass without sound.
     pub fn skip(&mut self) {
-        self.timestamp = self
-            .timestamp
-            .wrapping_add(self.format().rtp_timestamp_step());
+        self.timestamp = self.timestamp.wrapping_add(self.format().rtp_timestamp_step());
         self.marker = true;
         self.stats.suppressed += 1;
     }

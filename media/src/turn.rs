@@ -18,11 +18,7 @@ pub struct TurnTaking {
 
 impl Default for TurnTaking {
     fn default() -> Self {
-        Self {
-            end_silence: Duration::from_millis(600),
-            min_speech: Duration::from_millis(120),
-            interruptible: true,
-        }
+        Self { end_silence: Duration::from_millis(600), min_speech: Duration::from_millis(120), interruptible: true }
     }
 }
 
@@ -93,13 +89,7 @@ enum State {
 impl TurnMachine {
     /// Before the first turn.
     pub fn new(settings: TurnTaking) -> Self {
-        Self {
-            settings,
-            state: State::Quiet,
-            turn: 0,
-            agent_speaking: false,
-            events: VecDeque::with_capacity(2),
-        }
+        Self { settings, state: State::Quiet, turn: 0, agent_speaking: false, events: VecDeque::with_capacity(2) }
     }
 
     /// Takes one input; then take the events until there are none.
@@ -137,41 +127,24 @@ impl TurnMachine {
             State::Rising { began, spoken, .. } => (began, spoken + 1),
         };
         if FRAME * spoken < self.settings.min_speech {
-            self.state = State::Rising {
-                began,
-                ended: end,
-                spoken,
-            };
+            self.state = State::Rising { began, ended: end, spoken };
             return;
         }
         self.turn += 1;
         self.state = State::Speaking { ended: end };
-        self.events.push_back(TurnEvent::SpeechStarted {
-            turn: self.turn,
-            at: began,
-        });
+        self.events.push_back(TurnEvent::SpeechStarted { turn: self.turn, at: began });
         if self.agent_speaking && self.settings.interruptible {
-            self.events.push_back(TurnEvent::Interrupted {
-                turn: self.turn,
-                at: end,
-            });
+            self.events.push_back(TurnEvent::Interrupted { turn: self.turn, at: end });
         }
     }
 
     fn hear_quiet(&mut self, at: u64) {
-        let quiet_since = |ended: u64| {
-            FRAME * ((at + FRAME_POSITIONS).saturating_sub(ended) / FRAME_POSITIONS) as u32
-        };
+        let quiet_since = |ended: u64| FRAME * ((at + FRAME_POSITIONS).saturating_sub(ended) / FRAME_POSITIONS) as u32;
         match self.state {
-            State::Rising { ended, .. } if quiet_since(ended) >= LONGEST_HESITATION => {
-                self.state = State::Quiet
-            }
+            State::Rising { ended, .. } if quiet_since(ended) >= LONGEST_HESITATION => self.state = State::Quiet,
             State::Speaking { ended } if quiet_since(ended) >= self.settings.end_silence => {
                 self.state = State::Quiet;
-                self.events.push_back(TurnEvent::SpeechStopped {
-                    turn: self.turn,
-                    at: ended,
-                });
+                self.events.push_back(TurnEvent::SpeechStopped { turn: self.turn, at: ended });
             }
             State::Quiet | State::Rising { .. } | State::Speaking { .. } => {}
         }
@@ -194,10 +167,7 @@ mod tests {
             match sign {
                 'A' | 'a' => machine.handle(TurnInput::AgentSpeaking(sign == 'A')),
                 _ => {
-                    machine.handle(TurnInput::Frame {
-                        speech: sign == '#',
-                        at,
-                    });
+                    machine.handle(TurnInput::Frame { speech: sign == '#', at });
                     at += FRAME_POSITIONS;
                 }
             }
@@ -220,23 +190,14 @@ mod tests {
     fn a_turn_begins_and_ends_where_the_speech_does() {
         assert_eq!(
             events(settings(), "..#####.....#"),
-            [
-                TurnEvent::SpeechStarted { turn: 1, at: 2 * F },
-                TurnEvent::SpeechStopped { turn: 1, at: 7 * F }
-            ]
+            [TurnEvent::SpeechStarted { turn: 1, at: 2 * F }, TurnEvent::SpeechStopped { turn: 1, at: 7 * F }]
         );
     }
 
     #[test]
     fn pauses_shorter_than_the_end_silence_belong_to_the_turn() {
         let found = events(settings(), "###....###....##.....");
-        assert_eq!(
-            found.last(),
-            Some(&TurnEvent::SpeechStopped {
-                turn: 1,
-                at: 16 * F
-            })
-        );
+        assert_eq!(found.last(), Some(&TurnEvent::SpeechStopped { turn: 1, at: 16 * F }));
         assert_eq!(found.len(), 2);
     }
 
@@ -245,43 +206,21 @@ mod tests {
         assert_eq!(events(settings(), "##..........##..........#"), []);
         assert_eq!(
             events(settings(), "##..........###")[0],
-            TurnEvent::SpeechStarted {
-                turn: 1,
-                at: 12 * F
-            },
+            TurnEvent::SpeechStarted { turn: 1, at: 12 * F },
             "the first two were forgotten"
         );
-        assert_eq!(
-            events(settings(), "#.#.#")[0],
-            TurnEvent::SpeechStarted { turn: 1, at: 0 }
-        );
+        assert_eq!(events(settings(), "#.#.#")[0], TurnEvent::SpeechStarted { turn: 1, at: 0 });
     }
 
     #[test]
     fn the_agent_is_interrupted_once_and_only_if_it_may_be() {
         let interrupted = |settings, script| {
-            events(settings, script)
-                .iter()
-                .filter(|event| matches!(event, TurnEvent::Interrupted { .. }))
-                .count()
+            events(settings, script).iter().filter(|event| matches!(event, TurnEvent::Interrupted { .. })).count()
         };
         assert_eq!(interrupted(settings(), "A..########"), 1);
         assert_eq!(interrupted(settings(), "A..##......"), 0, "too short");
-        assert_eq!(
-            interrupted(settings(), "Aa..########"),
-            0,
-            "the agent had ended"
-        );
-        assert_eq!(
-            interrupted(
-                TurnTaking {
-                    interruptible: false,
-                    ..settings()
-                },
-                "A..########"
-            ),
-            0
-        );
+        assert_eq!(interrupted(settings(), "Aa..########"), 0, "the agent had ended");
+        assert_eq!(interrupted(TurnTaking { interruptible: false, ..settings() }, "A..########"), 0);
         assert_eq!(
             events(settings(), "A.###")[1],
             TurnEvent::Interrupted { turn: 1, at: 4 * F },

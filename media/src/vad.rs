@@ -79,11 +79,7 @@ impl Vad {
             highest = Some(highest.map_or(score, |highest| highest.max(score)));
         }
         self.pending.drain(..whole);
-        let limit = if self.speech {
-            self.settings.off
-        } else {
-            self.settings.on
-        };
+        let limit = if self.speech { self.settings.off } else { self.settings.on };
         self.probability = highest.unwrap_or(self.probability);
         if levels::is_silent(pcm) {
             self.probability = 0.0;
@@ -91,10 +87,7 @@ impl Vad {
             self.probability = 1.0;
         }
         self.speech = self.probability >= limit;
-        VadDecision {
-            probability: self.probability,
-            speech: self.speech,
-        }
+        VadDecision { probability: self.probability, speech: self.speech }
     }
 }
 
@@ -122,9 +115,7 @@ mod tests {
     #[test]
     fn digital_silence_and_faint_hiss_never_are() {
         assert_eq!(share(&[0; 32_000]), 0.0);
-        let hiss: Vec<i16> = (0..32_000)
-            .map(|i: i32| (i.wrapping_mul(7919) % 41 - 20) as i16)
-            .collect();
+        let hiss: Vec<i16> = (0..32_000).map(|i: i32| (i.wrapping_mul(7919) % 41 - 20) as i16).collect();
         assert_eq!(share(&hiss), 0.0);
         // Not even right after speech.
         let mut vad = Vad::new(VadSettings::default());

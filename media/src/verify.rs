@@ -110,9 +110,7 @@ pub enum Problem {
         similarity: f32,
     },
     /// Part of the words is missing or damaged.
-    #[error(
-        "{missing:.1?} of the words of answer {turn} are missing or damaged, from {from:.1?} on"
-    )]
+    #[error("{missing:.1?} of the words of answer {turn} are missing or damaged, from {from:.1?} on")]
     WordsMissing {
         /// Counted from 1.
         turn: u32,
@@ -130,9 +128,7 @@ pub enum Problem {
         duration: Duration,
     },
     /// The answer breaks off for longer than the speaker paused.
-    #[error(
-        "answer {turn} is silent for {silence:.1?}, the longest pause that was said is {longest_pause:.1?}"
-    )]
+    #[error("answer {turn} is silent for {silence:.1?}, the longest pause that was said is {longest_pause:.1?}")]
     Dropout {
         /// Counted from 1.
         turn: u32,
@@ -151,10 +147,7 @@ impl Report {
 
     /// All problems, of turns first.
     pub fn all_problems(&self) -> impl Iterator<Item = &Problem> {
-        self.turns
-            .iter()
-            .flat_map(|turn| &turn.problems)
-            .chain(&self.problems)
+        self.turns.iter().flat_map(|turn| &turn.problems).chain(&self.problems)
     }
 
     /// The processes that answered, in order of their first answer: nonce and epoch.
@@ -171,19 +164,12 @@ impl Report {
 
     /// Lowest similarity of a turn; 1 if nothing was said.
     pub fn least_similarity(&self) -> f32 {
-        self.turns
-            .iter()
-            .map(|turn| turn.similarity)
-            .fold(1.0, f32::min)
+        self.turns.iter().map(|turn| turn.similarity).fold(1.0, f32::min)
     }
 
     /// Longest silence within an answer.
     pub fn longest_silence(&self) -> Duration {
-        self.turns
-            .iter()
-            .map(|turn| turn.longest_silence)
-            .max()
-            .unwrap_or_default()
+        self.turns.iter().map(|turn| turn.longest_silence).max().unwrap_or_default()
     }
 }
 
@@ -194,19 +180,10 @@ pub fn verify(said: &[Said<'_>], recording: &[i16], rate: u32) -> Report {
     let mut answers = Vec::new();
     for (index, FoundReceipt { samples, receipt }) in found.iter().enumerate() {
         // Each answer lasts until the next receipt, readable or not.
-        let end = found
-            .get(index + 1)
-            .map_or(recording.len(), |next| next.samples.start);
+        let end = found.get(index + 1).map_or(recording.len(), |next| next.samples.start);
         match *receipt {
-            Ok(receipt) => answers.push(Answer {
-                receipt,
-                begin: samples.start,
-                words: samples.end..end,
-            }),
-            Err(error) => problems.push(Problem::UnreadableReceipt {
-                at: time(samples.start, rate),
-                error,
-            }),
+            Ok(receipt) => answers.push(Answer { receipt, begin: samples.start, words: samples.end..end }),
+            Err(error) => problems.push(Problem::UnreadableReceipt { at: time(samples.start, rate), error }),
         }
     }
     let mut taken = vec![false; answers.len()];
@@ -214,27 +191,16 @@ pub fn verify(said: &[Said<'_>], recording: &[i16], rate: u32) -> Report {
     let mut turns = Vec::with_capacity(said.len());
     for (number, said) in (1..).zip(said) {
         expected_chain = receipt::chain(expected_chain, said.code);
-        let own = (0..answers.len())
-            .find(|&index| !taken[index] && answers[index].receipt.turn == number as u8);
+        let own = (0..answers.len()).find(|&index| !taken[index] && answers[index].receipt.turn == number as u8);
         let Some(index) = own else {
             turns.push(unanswered(number, expected_chain));
             continue;
         };
         taken[index] = true;
-        turns.push(judge(
-            number,
-            expected_chain,
-            said,
-            &answers[index],
-            recording,
-            rate,
-        ));
+        turns.push(judge(number, expected_chain, said, &answers[index], recording, rate));
     }
     for (answer, _) in answers.iter().zip(&taken).filter(|&(_, &taken)| !taken) {
-        problems.push(Problem::UnexpectedAnswer {
-            turn: answer.receipt.turn,
-            at: time(answer.begin, rate),
-        });
+        problems.push(Problem::UnexpectedAnswer { turn: answer.receipt.turn, at: time(answer.begin, rate) });
     }
     Report { turns, problems }
 }
@@ -260,60 +226,30 @@ fn unanswered(turn: u32, expected_chain: u32) -> TurnReport {
     }
 }
 
-fn judge(
-    turn: u32,
-    expected_chain: u32,
-    said: &Said<'_>,
-    heard: &Answer,
-    recording: &[i16],
-    rate: u32,
-) -> TurnReport {
+fn judge(turn: u32, expected_chain: u32, said: &Said<'_>, heard: &Answer, recording: &[i16], rate: u32) -> TurnReport {
     let mut problems = Vec::new();
     if heard.receipt.chain != expected_chain {
-        problems.push(Problem::Chain {
-            turn,
-            found: heard.receipt.chain,
-            expected: expected_chain,
-        });
+        problems.push(Problem::Chain { turn, found: heard.receipt.chain, expected: expected_chain });
     }
     let span = &recording[heard.words.clone()];
     let spoken = &said.pcm[levels::audible_range(said.pcm, rate)];
     let words = compare_words(spoken, span, rate);
     if words.similarity < LEAST_SIMILARITY {
-        problems.push(Problem::Words {
-            turn,
-            similarity: words.similarity,
-        });
+        problems.push(Problem::Words { turn, similarity: words.similarity });
     } else if let Some(&(from, _)) = words.missing.first() {
         let missing = words.missing.iter().map(|&(_, length)| length).sum();
-        problems.push(Problem::WordsMissing {
-            turn,
-            missing,
-            from,
-        });
+        problems.push(Problem::WordsMissing { turn, missing, from });
     }
     let end = heard.words.start + words.samples.end;
-    let extra = extra_sound(
-        recording,
-        &heard.words,
-        heard.words.start + words.samples.start..end,
-        rate,
-    );
+    let extra = extra_sound(recording, &heard.words, heard.words.start + words.samples.start..end, rate);
     if extra > MOST_EXTRA {
-        problems.push(Problem::ExtraSound {
-            turn,
-            duration: extra,
-        });
+        problems.push(Problem::ExtraSound { turn, duration: extra });
     }
     let (longest_silence, _) = levels::longest_silence(&recording[heard.begin..end], rate);
     let (longest_pause, _) = levels::longest_silence(spoken, rate);
     let longest_pause = longest_pause.max(PAUSE_AFTER_RECEIPT);
     if longest_silence > longest_pause + MOST_DROPOUT {
-        problems.push(Problem::Dropout {
-            turn,
-            silence: longest_silence,
-            longest_pause,
-        });
+        problems.push(Problem::Dropout { turn, silence: longest_silence, longest_pause });
     }
     TurnReport {
         turn,
@@ -322,9 +258,7 @@ fn judge(
         answer: Some(heard.begin..end),
         similarity: words.similarity,
         worst_segment: words.worst,
-        response_delay: said
-            .ended
-            .map(|ended| time(heard.begin.saturating_sub(ended), rate)),
+        response_delay: said.ended.map(|ended| time(heard.begin.saturating_sub(ended), rate)),
         longest_silence,
         problems,
     }

@@ -18,9 +18,7 @@ pub enum WavError {
     #[error("not a readable WAV file: {0}")]
     Format(#[from] hound::Error),
     /// Not PCM of 8, 16, 24 or 32 bits or 32-bit float.
-    #[error(
-        "{bits}-bit {kind} samples are not supported, use 8, 16, 24 or 32 bits or 32-bit float"
-    )]
+    #[error("{bits}-bit {kind} samples are not supported, use 8, 16, 24 or 32 bits or 32-bit float")]
     Samples {
         /// Bits of a sample.
         bits: u16,
@@ -37,23 +35,15 @@ pub fn read(bytes: &[u8]) -> Result<Wav, WavError> {
     let mut reader = hound::WavReader::new(Cursor::new(bytes))?;
     let spec = reader.spec();
     let samples: Vec<f32> = match (spec.sample_format, spec.bits_per_sample) {
-        (hound::SampleFormat::Float, 32) => reader
-            .samples::<f32>()
-            .map(|sample| Ok(sample? * 32_768.0))
-            .collect::<Result<_, hound::Error>>()?,
+        (hound::SampleFormat::Float, 32) => {
+            reader.samples::<f32>().map(|sample| Ok(sample? * 32_768.0)).collect::<Result<_, hound::Error>>()?
+        }
         (hound::SampleFormat::Int, bits @ (8 | 16 | 24 | 32)) => {
             let scale = (1u64 << 15) as f32 / (1u64 << (bits - 1)) as f32;
-            reader
-                .samples::<i32>()
-                .map(|sample| Ok(sample? as f32 * scale))
-                .collect::<Result<_, hound::Error>>()?
+            reader.samples::<i32>().map(|sample| Ok(sample? as f32 * scale)).collect::<Result<_, hound::Error>>()?
         }
         (format, bits) => {
-            let kind = if format == hound::SampleFormat::Int {
-                "integer"
-            } else {
-                "float"
-            };
+            let kind = if format == hound::SampleFormat::Int { "integer" } else { "float" };
             return Err(WavError::Samples { bits, kind });
         }
     };
@@ -65,24 +55,16 @@ pub fn read(bytes: &[u8]) -> Result<Wav, WavError> {
     if pcm.is_empty() {
         return Err(WavError::Empty);
     }
-    Ok(Wav {
-        rate: spec.sample_rate,
-        pcm,
-    })
+    Ok(Wav { rate: spec.sample_rate, pcm })
 }
 
 /// Writes a mono file of 16-bit PCM.
 pub fn write(pcm: &[i16], rate: u32) -> Vec<u8> {
-    let spec = hound::WavSpec {
-        channels: 1,
-        sample_rate: rate,
-        bits_per_sample: 16,
-        sample_format: hound::SampleFormat::Int,
-    };
+    let spec =
+        hound::WavSpec { channels: 1, sample_rate: rate, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
     let mut bytes = Cursor::new(Vec::with_capacity(44 + pcm.len() * 2));
     let written = hound::WavWriter::new(&mut bytes, spec).and_then(|mut writer| {
-        pcm.iter()
-            .try_for_each(|&sample| writer.write_sample(sample))?;
+        pcm.iter().try_for_each(|&sample| writer.write_sample(sample))?;
         writer.finalize()
     });
     written.expect("writing 16-bit PCM to memory cannot fail");
@@ -96,10 +78,7 @@ mod tests {
 
     #[test]
     fn recordings_round_trip() {
-        let wav = Wav {
-            rate: 22_050,
-            pcm: vec![0, 1, -1, i16::MAX, i16::MIN],
-        };
+        let wav = Wav { rate: 22_050, pcm: vec![0, 1, -1, i16::MAX, i16::MIN] };
         assert_eq!(read(&write(&wav.pcm, wav.rate)).unwrap(), wav);
     }
 
@@ -113,9 +92,7 @@ mod tests {
         };
         let mut bytes = Cursor::new(Vec::new());
         let mut writer = hound::WavWriter::new(&mut bytes, spec).unwrap();
-        [0.5f32, 0.25, 4.0, 4.0]
-            .into_iter()
-            .for_each(|sample| writer.write_sample(sample).unwrap());
+        [0.5f32, 0.25, 4.0, 4.0].into_iter().for_each(|sample| writer.write_sample(sample).unwrap());
         writer.finalize().unwrap();
         assert_eq!(read(bytes.get_ref()).unwrap().pcm, [12_288, i16::MAX]);
     }

@@ -14,9 +14,7 @@ pub struct ApiKey(String);
 
 /// The text is no API key. Does not repeat it, as it may be most of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "not an API key: expected ak_ID_SECRET with 12 and 32 characters of 0-9 and a-z without i, l, o, u"
-)]
+#[error("not an API key: expected ak_ID_SECRET with 12 and 32 characters of 0-9 and a-z without i, l, o, u")]
 pub struct ApiKeyError;
 
 impl ApiKey {
@@ -26,11 +24,7 @@ impl ApiKey {
     /// Makes a key from bytes of a secure random source.
     #[must_use]
     pub fn from_random(random: &[u8; Self::RANDOM]) -> Self {
-        Self(format!(
-            "{PREFIX}{}_{}",
-            base32(&random[..8], ID_CHARS),
-            base32(&random[8..], SECRET_CHARS)
-        ))
+        Self(format!("{PREFIX}{}_{}", base32(&random[..8], ID_CHARS), base32(&random[8..], SECRET_CHARS)))
     }
 
     /// Checks the form. The text comes from a stranger.
@@ -38,12 +32,8 @@ impl ApiKey {
     /// # Errors
     /// [`ApiKeyError`].
     pub fn parse(text: &str) -> Result<Self, ApiKeyError> {
-        let (id, secret) = text
-            .strip_prefix(PREFIX)
-            .and_then(|rest| rest.split_once('_'))
-            .ok_or(ApiKeyError)?;
-        let legal =
-            |part: &str, chars| part.len() == chars && part.bytes().all(|b| BASE32.contains(&b));
+        let (id, secret) = text.strip_prefix(PREFIX).and_then(|rest| rest.split_once('_')).ok_or(ApiKeyError)?;
+        let legal = |part: &str, chars| part.len() == chars && part.bytes().all(|b| BASE32.contains(&b));
         if !legal(id, ID_CHARS) || !legal(secret, SECRET_CHARS) {
             return Err(ApiKeyError);
         }
@@ -86,9 +76,7 @@ pub fn is_id(text: &str) -> bool {
 fn base32(bytes: &[u8], chars: usize) -> String {
     let bit = |i: usize| bytes[i / 8] >> (7 - i % 8) & 1;
     let digit = |at: usize| (0..5).fold(0, |v, i| v << 1 | bit(at * 5 + i));
-    (0..chars)
-        .map(|at| char::from(BASE32[usize::from(digit(at))]))
-        .collect()
+    (0..chars).map(|at| char::from(BASE32[usize::from(digit(at))])).collect()
 }
 
 const PREFIX: &str = "ak_";
@@ -104,10 +92,7 @@ mod tests {
     #[test]
     fn a_key_has_the_documented_form() {
         let key = ApiKey::from_random(&std::array::from_fn(|i| i as u8 * 9));
-        assert_eq!(
-            key.text(),
-            "ak_004h46s45mv3_918nmrvcenz8f44smanv9fe6szce3tqk"
-        );
+        assert_eq!(key.text(), "ak_004h46s45mv3_918nmrvcenz8f44smanv9fe6szce3tqk");
         assert_eq!(key.id(), "004h46s45mv3");
         assert_eq!(format!("{key:?}"), "ApiKey(004h46s45mv3)");
         assert_eq!(ApiKey::parse(key.text()), Ok(key));
@@ -117,15 +102,7 @@ mod tests {
     fn other_texts_are_refused() {
         let good = "ak_004h46s45mv3_918nmrvcenz8f44smanv9fe6szce3tqk";
         assert!(ApiKey::parse(good).is_ok());
-        for bad in [
-            "",
-            "ak_",
-            "ak__",
-            &good[1..],
-            &good[..47],
-            &good.to_uppercase(),
-            &good.replace('h', "u"),
-        ] {
+        for bad in ["", "ak_", "ak__", &good[1..], &good[..47], &good.to_uppercase(), &good.replace('h', "u")] {
             assert_eq!(ApiKey::parse(bad), Err(ApiKeyError), "{bad}");
         }
     }

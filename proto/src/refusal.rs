@@ -23,15 +23,8 @@ struct RpcStatus {
 /// Wraps a refusal into a gRPC error; the message is the refusal's detail.
 #[must_use]
 pub fn to_status(code: Code, refusal: &Refusal) -> Status {
-    let any = Any {
-        type_url: TYPE_URL.to_owned(),
-        value: refusal.encode_to_vec(),
-    };
-    let rich = RpcStatus {
-        code: code.into(),
-        message: refusal.detail.clone(),
-        details: vec![any],
-    };
+    let any = Any { type_url: TYPE_URL.to_owned(), value: refusal.encode_to_vec() };
+    let rich = RpcStatus { code: code.into(), message: refusal.detail.clone(), details: vec![any] };
     Status::with_details(code, refusal.detail.clone(), rich.encode_to_vec().into())
 }
 

@@ -83,12 +83,9 @@ pub fn sign(claims: &TicketClaims, seed: &[u8; 32]) -> Result<String, TicketErro
     let mut secret = [0_u8; 64];
     secret[..32].copy_from_slice(seed);
     secret[32..].copy_from_slice(&public_key(seed));
-    let secret = AsymmetricSecretKey::<V4>::from(&secret)
-        .map_err(|_| TicketError::Malformed("signing key"))?;
-    let message =
-        serde_json::to_vec(claims).map_err(|_| TicketError::Malformed("codec is not set"))?;
-    PublicToken::sign(&secret, &message, None, Some(IMPLICIT_ASSERTION))
-        .map_err(|_| TicketError::Malformed("signing"))
+    let secret = AsymmetricSecretKey::<V4>::from(&secret).map_err(|_| TicketError::Malformed("signing key"))?;
+    let message = serde_json::to_vec(claims).map_err(|_| TicketError::Malformed("codec is not set"))?;
+    PublicToken::sign(&secret, &message, None, Some(IMPLICIT_ASSERTION)).map_err(|_| TicketError::Malformed("signing"))
 }
 
 /// Checks a ticket against the keys of every accepted generation. Whether the session, lease and server ID are this
@@ -96,36 +93,28 @@ pub fn sign(claims: &TicketClaims, seed: &[u8; 32]) -> Result<String, TicketErro
 ///
 /// # Errors
 /// The first of: malformed, signed by no given key, expired, issued in the future.
-pub fn verify(
-    token: &str,
-    keys: &[[u8; 32]],
-    now_unix_s: u64,
-) -> Result<TicketClaims, TicketError> {
+pub fn verify(token: &str, keys: &[[u8; 32]], now_unix_s: u64) -> Result<TicketClaims, TicketError> {
     if token.len() > MAX_LEN {
         return Err(TicketError::Malformed("longer than any ticket"));
     }
-    let untrusted = UntrustedToken::<Public, V4>::try_from(token)
-        .map_err(|_| TicketError::Malformed("not a v4.public token"))?;
+    let untrusted =
+        UntrustedToken::<Public, V4>::try_from(token).map_err(|_| TicketError::Malformed("not a v4.public token"))?;
     // Only what we signed is parsed as JSON; a stranger's bytes stop here.
     let trusted = keys
         .iter()
         .filter_map(|key| AsymmetricPublicKey::<V4>::from(key).ok())
         .find_map(|key| PublicToken::verify(&key, &untrusted, None, Some(IMPLICIT_ASSERTION)).ok())
         .ok_or(TicketError::Signature)?;
-    let claims: TicketClaims = serde_json::from_str(trusted.payload())
-        .map_err(|_| TicketError::Malformed("claims of another version"))?;
+    let claims: TicketClaims =
+        serde_json::from_str(trusted.payload()).map_err(|_| TicketError::Malformed("claims of another version"))?;
     if claims.v != VERSION {
         return Err(TicketError::Malformed("claims of another version"));
     }
     if now_unix_s >= claims.exp {
-        return Err(TicketError::Expired {
-            by: now_unix_s - claims.exp,
-        });
+        return Err(TicketError::Expired { by: now_unix_s - claims.exp });
     }
     if claims.iat > now_unix_s.saturating_add(CLOCK_SKEW_S) {
-        return Err(TicketError::NotYet {
-            by: claims.iat - now_unix_s,
-        });
+        return Err(TicketError::NotYet { by: claims.iat - now_unix_s });
     }
     Ok(claims)
 }
@@ -134,10 +123,7 @@ pub fn verify(
 #[must_use]
 pub fn public_key(seed: &[u8; 32]) -> [u8; 32] {
     let pair = Ed25519KeyPair::from_seed_unchecked(seed).expect("every 32 bytes are a seed");
-    pair.public_key()
-        .as_ref()
-        .try_into()
-        .expect("an Ed25519 public key has 32 bytes")
+    pair.public_key().as_ref().try_into().expect("an Ed25519 public key has 32 bytes")
 }
 
 /// The name of a codec in JSON, tickets and logs; `None` for the unspecified one.
@@ -154,9 +140,7 @@ pub const fn codec_label(codec: Codec) -> Option<&'static str> {
 /// Reverses [`codec_label`].
 #[must_use]
 pub fn codec_of_label(label: &str) -> Option<Codec> {
-    [Codec::Opus, Codec::L1616k, Codec::L1624k]
-        .into_iter()
-        .find(|codec| codec_label(*codec) == Some(label))
+    [Codec::Opus, Codec::L1616k, Codec::L1624k].into_iter().find(|codec| codec_label(*codec) == Some(label))
 }
 
 /// Layout version of [`TicketClaims`].
@@ -188,31 +172,12 @@ macro_rules! as_text {
     };
 }
 
-as_text!(
-    session_text,
-    SessionId,
-    |v: &SessionId| Some(v.to_string()),
-    |s: &str| s.parse().ok()
-);
+as_text!(session_text, SessionId, |v: &SessionId| Some(v.to_string()), |s: &str| s.parse().ok());
 as_text!(u64_hex, u64, |v: &u64| Some(format!("{v:016x}")), hex_u64);
-as_text!(
-    server_id_hex,
-    ServerId,
-    |v: &ServerId| Some(format!("{:016x}", v.to_u64())),
-    |s: &str| hex_u64(s).map(ServerId::from_u64)
-);
-as_text!(
-    codec_text,
-    Codec,
-    |v: &Codec| codec_label(*v).map(str::to_owned),
-    codec_of_label
-);
-as_text!(
-    key_base64,
-    [u8; 32],
-    |v: &[u8; 32]| Some(BASE64.encode(v)),
-    |s: &str| BASE64.decode(s).ok()?.try_into().ok()
-);
+as_text!(server_id_hex, ServerId, |v: &ServerId| Some(format!("{:016x}", v.to_u64())), |s: &str| hex_u64(s)
+    .map(ServerId::from_u64));
+as_text!(codec_text, Codec, |v: &Codec| codec_label(*v).map(str::to_owned), codec_of_label);
+as_text!(key_base64, [u8; 32], |v: &[u8; 32]| Some(BASE64.encode(v)), |s: &str| BASE64.decode(s).ok()?.try_into().ok());
 
 mod epoch_number {
     use super::*;
@@ -298,10 +263,7 @@ mod tests {
         assert!(verify(&good, &keys, NOW - 30).is_ok());
         assert_eq!(verify(&good, &[], NOW), Err(TicketError::Signature));
         let long = format!("v4.public.{}", "A".repeat(MAX_LEN));
-        assert_eq!(
-            verify(&long, &keys, NOW),
-            Err(TicketError::Malformed("longer than any ticket"))
-        );
+        assert_eq!(verify(&long, &keys, NOW), Err(TicketError::Malformed("longer than any ticket")));
     }
 
     #[test]
@@ -312,19 +274,15 @@ mod tests {
         let secret = AsymmetricSecretKey::<V4>::from(&secret).unwrap();
         let message = serde_json::to_vec(&claims()).unwrap();
         let token = PublicToken::sign(&secret, &message, None, Some(b"other")).unwrap();
-        assert_eq!(
-            verify(&token, &[public_key(&seed)], NOW),
-            Err(TicketError::Signature)
-        );
+        assert_eq!(verify(&token, &[public_key(&seed)], NOW), Err(TicketError::Signature));
     }
 
     #[test]
     fn public_key_matches_rfc_8032() {
         // RFC 8032, section 7.1, test 1.
         let seed: [u8; 32] = [
-            0x9d, 0x61, 0xb1, 0x9d, 0xef, 0xfd, 0x5a, 0x60, 0xba, 0x84, 0x4a, 0xf4, 0x92, 0xec,
-            0x2c, 0xc4, 0x44, 0x49, 0xc5, 0x69, 0x7b, 0x32, 0x69, 0x19, 0x70, 0x3b, 0xac, 0x03,
-            0x1c, 0xae, 0x7f, 0x60,
+            0x9d, 0x61, 0xb1, 0x9d, 0xef, 0xfd, 0x5a, 0x60, 0xba, 0x84, 0x4a, 0xf4, 0x92, 0xec, 0x2c, 0xc4, 0x44, 0x49,
+            0xc5, 0x69, 0x7b, 0x32, 0x69, 0x19, 0x70, 0x3b, 0xac, 0x03, 0x1c, 0xae, 0x7f, 0x60,
         ];
         assert_eq!(public_key(&seed)[..4], [0xd7, 0x5a, 0x98, 0x01]);
     }

@@ -34,21 +34,16 @@ impl ClientKey {
     /// # Errors
     /// [`ActivationError::NoRandomness`].
     pub fn generate() -> Result<Self, ActivationError> {
-        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
-            .map_err(|_| ActivationError::NoRandomness)?;
-        let pair = Ed25519KeyPair::from_pkcs8(document.as_ref())
-            .map_err(|_| ActivationError::NoRandomness)?;
+        let document =
+            Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).map_err(|_| ActivationError::NoRandomness)?;
+        let pair = Ed25519KeyPair::from_pkcs8(document.as_ref()).map_err(|_| ActivationError::NoRandomness)?;
         Ok(Self(pair))
     }
 
     /// The public key, 32 bytes.
     #[must_use]
     pub fn public(&self) -> [u8; 32] {
-        self.0
-            .public_key()
-            .as_ref()
-            .try_into()
-            .expect("Ed25519 public keys have 32 bytes")
+        self.0.public_key().as_ref().try_into().expect("Ed25519 public keys have 32 bytes")
     }
 
     /// Signs an activation message.
@@ -68,9 +63,7 @@ pub fn activation_message(
     epoch: Epoch,
 ) -> Result<Vec<u8>, ActivationError> {
     let mut exported = [0_u8; 32];
-    connection
-        .export_keying_material(&mut exported, EXPORTER_LABEL, b"")
-        .map_err(|_| ActivationError::NoExporter)?;
+    connection.export_keying_material(&mut exported, EXPORTER_LABEL, b"").map_err(|_| ActivationError::NoExporter)?;
     let mut message = DOMAIN.to_vec();
     message.extend_from_slice(&exported);
     message.extend_from_slice(session.as_bytes());
@@ -82,14 +75,8 @@ pub fn activation_message(
 ///
 /// # Errors
 /// [`ActivationError::Signature`].
-pub fn verify_activation(
-    client_key: &[u8; 32],
-    message: &[u8],
-    signature: &[u8],
-) -> Result<(), ActivationError> {
-    UnparsedPublicKey::new(&ED25519, client_key)
-        .verify(message, signature)
-        .map_err(|_| ActivationError::Signature)
+pub fn verify_activation(client_key: &[u8; 32], message: &[u8], signature: &[u8]) -> Result<(), ActivationError> {
+    UnparsedPublicKey::new(&ED25519, client_key).verify(message, signature).map_err(|_| ActivationError::Signature)
 }
 
 const EXPORTER_LABEL: &[u8] = b"EXPORTER-antiphon-1-activate";
@@ -101,23 +88,11 @@ mod tests {
 
     #[test]
     fn only_the_holder_of_the_key_signs() {
-        let (key, other) = (
-            ClientKey::generate().unwrap(),
-            ClientKey::generate().unwrap(),
-        );
+        let (key, other) = (ClientKey::generate().unwrap(), ClientKey::generate().unwrap());
         let signature = key.sign(b"m");
         assert_eq!(verify_activation(&key.public(), b"m", &signature), Ok(()));
-        assert_eq!(
-            verify_activation(&other.public(), b"m", &signature),
-            Err(ActivationError::Signature)
-        );
-        assert_eq!(
-            verify_activation(&key.public(), b"n", &signature),
-            Err(ActivationError::Signature)
-        );
-        assert_eq!(
-            verify_activation(&key.public(), b"m", &signature[..63]),
-            Err(ActivationError::Signature)
-        );
+        assert_eq!(verify_activation(&other.public(), b"m", &signature), Err(ActivationError::Signature));
+        assert_eq!(verify_activation(&key.public(), b"n", &signature), Err(ActivationError::Signature));
+        assert_eq!(verify_activation(&key.public(), b"m", &signature[..63]), Err(ActivationError::Signature));
     }
 }

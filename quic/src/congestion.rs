@@ -25,19 +25,13 @@ impl AudioFloorConfig {
     pub fn new(floor: u64, initial: u64) -> Self {
         let mut inner = NewRenoConfig::default();
         inner.initial_window(initial.max(floor));
-        Self {
-            floor,
-            inner: Arc::new(inner),
-        }
+        Self { floor, inner: Arc::new(inner) }
     }
 }
 
 impl ControllerFactory for AudioFloorConfig {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(AudioFloor {
-            floor: self.floor,
-            inner: self.inner.clone().build(now, current_mtu),
-        })
+        Box::new(AudioFloor { floor: self.floor, inner: self.inner.clone().build(now, current_mtu) })
     }
 }
 
@@ -51,37 +45,16 @@ impl Controller for AudioFloor {
         self.inner.on_sent(now, bytes, last_packet_number);
     }
 
-    fn on_ack(
-        &mut self,
-        now: Instant,
-        sent: Instant,
-        bytes: u64,
-        app_limited: bool,
-        rtt: &RttEstimator,
-    ) {
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
         self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
-    fn on_end_acks(
-        &mut self,
-        now: Instant,
-        in_flight: u64,
-        app_limited: bool,
-        largest_acked: Option<u64>,
-    ) {
-        self.inner
-            .on_end_acks(now, in_flight, app_limited, largest_acked);
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_acked: Option<u64>) {
+        self.inner.on_end_acks(now, in_flight, app_limited, largest_acked);
     }
 
-    fn on_congestion_event(
-        &mut self,
-        now: Instant,
-        sent: Instant,
-        persistent: bool,
-        lost_bytes: u64,
-    ) {
-        self.inner
-            .on_congestion_event(now, sent, persistent, lost_bytes);
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
+        self.inner.on_congestion_event(now, sent, persistent, lost_bytes);
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
@@ -99,10 +72,7 @@ impl Controller for AudioFloor {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self {
-            floor: self.floor,
-            inner: self.inner.clone_box(),
-        })
+        Box::new(Self { floor: self.floor, inner: self.inner.clone_box() })
     }
 
     fn initial_window(&self) -> u64 {

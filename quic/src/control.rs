@@ -40,11 +40,7 @@ impl<M: Message + Default> ControlReader<M> {
     /// Takes the receiving half of the control stream.
     #[must_use]
     pub fn new(stream: RecvStream) -> Self {
-        Self {
-            stream,
-            buffer: BytesMut::new(),
-            message: PhantomData,
-        }
+        Self { stream, buffer: BytesMut::new(), message: PhantomData }
     }
 
     /// The next message, or `None` when the other end finished the stream.
@@ -93,11 +89,7 @@ impl<M: Message> ControlWriter<M> {
     /// Takes the sending half of the control stream.
     #[must_use]
     pub const fn new(stream: SendStream) -> Self {
-        Self {
-            stream,
-            buffer: Vec::new(),
-            message: PhantomData,
-        }
+        Self { stream, buffer: Vec::new(), message: PhantomData }
     }
 
     /// Writes one message.
@@ -111,9 +103,7 @@ impl<M: Message> ControlWriter<M> {
         }
         self.buffer.clear();
         varint::write(length as u64, &mut self.buffer);
-        message
-            .encode(&mut self.buffer)
-            .expect("a Vec grows as needed");
+        message.encode(&mut self.buffer).expect("a Vec grows as needed");
         Ok(self.stream.write_all(&self.buffer).await?)
     }
 
@@ -140,11 +130,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn goodbye(reason: &str) -> ClientMessage {
-        ClientMessage {
-            message: Some(Body::Goodbye(Goodbye {
-                reason: reason.into(),
-            })),
-        }
+        ClientMessage { message: Some(Body::Goodbye(Goodbye { reason: reason.into() })) }
     }
 
     fn framed(message: &ClientMessage) -> Vec<u8> {
@@ -174,10 +160,7 @@ mod tests {
         let mut wire = Vec::new();
         varint::write(LONGEST_MESSAGE as u64 + 1, &mut wire);
         buffer.extend_from_slice(&wire);
-        assert!(matches!(
-            take::<ClientMessage>(&mut buffer),
-            Err(ControlError::TooLong(16_385))
-        ));
+        assert!(matches!(take::<ClientMessage>(&mut buffer), Err(ControlError::TooLong(16_385))));
     }
 
     proptest! {

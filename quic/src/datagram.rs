@@ -30,9 +30,7 @@ impl Flow {
 #[must_use]
 pub fn split_flow(datagram: &[u8]) -> Option<(Flow, &[u8])> {
     let (id, prefix) = varint::read(datagram)?;
-    let flow = [Flow::Audio, Flow::Heartbeat]
-        .into_iter()
-        .find(|flow| u64::from(flow.id()) == id)?;
+    let flow = [Flow::Audio, Flow::Heartbeat].into_iter().find(|flow| u64::from(flow.id()) == id)?;
     Some((flow, datagram.get(prefix..)?))
 }
 
@@ -51,11 +49,7 @@ mod tests {
 
     #[test]
     fn flows_are_told_apart_and_strangers_ignored() {
-        let beat = Heartbeat {
-            epoch: 3,
-            sequence: 1,
-            ..Heartbeat::default()
-        };
+        let beat = Heartbeat { epoch: 3, sequence: 1, ..Heartbeat::default() };
         let datagram = heartbeat(&beat);
         let (flow, payload) = split_flow(&datagram).unwrap();
         assert_eq!(flow, Flow::Heartbeat);

@@ -74,9 +74,7 @@ impl Heartbeats {
             self.acknowledged_us = Some(now_us);
         }
         // The echo is the other end's claim: kept only if it is a time that could have been.
-        if let Some(elapsed) = now_us
-            .checked_sub(beat.echoed_us)
-            .filter(|_| beat.echoed_us != 0)
+        if let Some(elapsed) = now_us.checked_sub(beat.echoed_us).filter(|_| beat.echoed_us != 0)
             && let Some(rtt) = elapsed.checked_sub(u64::from(beat.echo_delay_us))
             && rtt < Duration::from_secs(60).as_micros() as u64
         {
@@ -98,19 +96,14 @@ impl Heartbeats {
     /// there until it has validated the path (RFC 9000, section 8.2), and its challenge alone takes 1,200 bytes.
     pub fn path_opener(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
         let padding = vec![0; Self::OPENER_PADDING].into();
-        Heartbeat {
-            padding,
-            ..self.beat(now_us, received, lost)
-        }
+        Heartbeat { padding, ..self.beat(now_us, received, lost) }
     }
 
     fn beat(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
         self.sequence = self.sequence.wrapping_add(1);
         self.last_sent_us = now_us;
         self.last_beat_us = now_us;
-        let (echoed_us, held_us) = self.received.map_or((0, 0), |(theirs, ours)| {
-            (theirs, now_us.saturating_sub(ours))
-        });
+        let (echoed_us, held_us) = self.received.map_or((0, 0), |(theirs, ours)| (theirs, now_us.saturating_sub(ours)));
         Heartbeat {
             epoch: self.epoch.value(),
             sequence: self.sequence,
@@ -132,8 +125,7 @@ impl Heartbeats {
     /// Whether the other end acknowledged the epoch recently enough for a side effect.
     #[must_use]
     pub fn epoch_acknowledged(&self, now_us: u64) -> bool {
-        self.acknowledged_us
-            .is_some_and(|at| now_us.saturating_sub(at) <= Self::EPOCH_ACK.as_micros() as u64)
+        self.acknowledged_us.is_some_and(|at| now_us.saturating_sub(at) <= Self::EPOCH_ACK.as_micros() as u64)
     }
 
     /// The last round trip measured by heartbeats.
@@ -164,10 +156,7 @@ mod tests {
 
     #[test]
     fn round_trip_leaves_out_the_time_held() {
-        let (mut a, mut b) = (
-            Heartbeats::new(0, Epoch::FIRST),
-            Heartbeats::new(500 * MS, Epoch::FIRST),
-        );
+        let (mut a, mut b) = (Heartbeats::new(0, Epoch::FIRST), Heartbeats::new(500 * MS, Epoch::FIRST));
         let beat = a.poll(100 * MS, 0, 0).unwrap();
         b.on_heartbeat(600 * MS, &beat);
         let answer = b.poll(650 * MS, 0, 0).unwrap();
@@ -179,15 +168,7 @@ mod tests {
     #[test]
     fn another_epoch_acknowledges_nothing_and_lies_are_ignored() {
         let mut a = Heartbeats::new(0, Epoch::FIRST);
-        a.on_heartbeat(
-            5,
-            &Heartbeat {
-                epoch: 2,
-                sequence: 1,
-                echoed_us: u64::MAX,
-                ..Heartbeat::default()
-            },
-        );
+        a.on_heartbeat(5, &Heartbeat { epoch: 2, sequence: 1, echoed_us: u64::MAX, ..Heartbeat::default() });
         assert!(!a.epoch_acknowledged(5));
         assert_eq!(a.rtt(), None);
         assert_eq!(a.silence(5 + 7 * MS), Duration::from_millis(7));

@@ -15,46 +15,25 @@ pub struct Args {
     #[arg(long, env = "ANTIPHON_RELAY_REGION")]
     pub region: Option<String>,
     /// UDP address for clients. On a host with several addresses bind the one that is advertised: answers leave from it.
-    #[arg(
-        long,
-        env = "ANTIPHON_RELAY_PUBLIC",
-        value_name = "IP:PORT",
-        default_value = "[::]:4433"
-    )]
+    #[arg(long, env = "ANTIPHON_RELAY_PUBLIC", value_name = "IP:PORT", default_value = "[::]:4433")]
     pub public: SocketAddr,
     /// Where clients reach it, if that is not what `--public` says (address translation, or all addresses bound).
     #[arg(long, env = "ANTIPHON_RELAY_PUBLIC_ADDRESS", value_name = "IP:PORT")]
     pub public_address: Option<SocketAddr>,
     /// UDP address for workers.
-    #[arg(
-        long,
-        env = "ANTIPHON_RELAY_TUNNEL",
-        value_name = "IP:PORT",
-        default_value = "[::]:4434"
-    )]
+    #[arg(long, env = "ANTIPHON_RELAY_TUNNEL", value_name = "IP:PORT", default_value = "[::]:4434")]
     pub tunnel: SocketAddr,
     /// Where workers reach it, if that is not what `--tunnel` says.
     #[arg(long, env = "ANTIPHON_RELAY_TUNNEL_ADDRESS", value_name = "IP:PORT")]
     pub tunnel_address: Option<SocketAddr>,
     /// Routers of the region, tried in order; give it several times or with commas.
-    #[arg(
-        long,
-        env = "ANTIPHON_RELAY_ROUTER",
-        value_name = "HOST:PORT",
-        value_delimiter = ',',
-        required = true
-    )]
+    #[arg(long, env = "ANTIPHON_RELAY_ROUTER", value_name = "HOST:PORT", value_delimiter = ',', required = true)]
     pub router: Vec<String>,
     /// Directory with `cert.pem`, `key.pem` and `ca.pem`.
     #[arg(long, env = "ANTIPHON_RELAY_IDENTITY", value_name = "DIR")]
     pub identity: PathBuf,
     /// TCP address of `/livez`, `/readyz` and `/metrics`.
-    #[arg(
-        long,
-        env = "ANTIPHON_RELAY_ADMIN",
-        value_name = "IP:PORT",
-        default_value = "127.0.0.1:9464"
-    )]
+    #[arg(long, env = "ANTIPHON_RELAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:9464")]
     pub admin: SocketAddr,
     /// Forwarding threads, each pinned to a core; as many as there are cores unless given.
     #[arg(long, env = "ANTIPHON_RELAY_CORES", value_name = "N")]

@@ -8,9 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use antiphon_proto::v1::{
-    self, fleet_client::FleetClient, relay_directive::Directive, relay_message::Message,
-};
+use antiphon_proto::v1::{self, fleet_client::FleetClient, relay_directive::Directive, relay_message::Message};
 use antiphon_runtime::{
     admin::Readiness,
     pki::{Identity, Role},
@@ -119,23 +117,19 @@ impl Control {
 
     async fn connect(&mut self, router: &str, session: &mut Session) -> anyhow::Result<End> {
         let (outgoing, messages) = mpsc::channel(OUTGOING);
-        let hello = v1::RelayHello {
-            relay_number: session.routing.number().map(|n| n.value().into()),
-            ..self.hello.clone()
-        };
+        let hello =
+            v1::RelayHello { relay_number: session.routing.number().map(|n| n.value().into()), ..self.hello.clone() };
         outgoing.send(message(Message::Hello(hello))).await?;
         let mut lifecycle = self.lifecycle.clone();
         let registered = tokio::select! {
             registered = timeout(WELCOME_WITHIN, self.register(router, messages)) => registered,
             _ = lifecycle.wait_for(|l| *l == Lifecycle::Leaving) => return Ok(End::Left),
         };
-        let (incoming, welcome) =
-            registered.with_context(|| format!("no welcome within {WELCOME_WITHIN:?}"))??;
+        let (incoming, welcome) = registered.with_context(|| format!("no welcome within {WELCOME_WITHIN:?}"))??;
         let report_interval = session.welcome(&welcome)?;
         tracing::info!(router, number = ?session.routing.number(), "registered");
         self.metrics.router_connected.set(1);
-        self.follow(incoming, outgoing, report_interval, session)
-            .await
+        self.follow(incoming, outgoing, report_interval, session).await
     }
 
     async fn register(
@@ -146,10 +140,7 @@ impl Control {
         let region = &self.hello.region;
         let channel = tls::channel(router, &self.identity, Role::Router, region)?;
         let mut fleet = FleetClient::new(channel);
-        let mut incoming = fleet
-            .run_relay(ReceiverStream::new(messages))
-            .await?
-            .into_inner();
+        let mut incoming = fleet.run_relay(ReceiverStream::new(messages)).await?.into_inner();
         match incoming.message().await?.and_then(|d| d.directive) {
             Some(Directive::Welcome(welcome)) => Ok((incoming, welcome)),
             Some(Directive::Routes(_)) | None => bail!("the router's first message is no welcome"),
@@ -195,9 +186,7 @@ impl Control {
             Lifecycle::Draining | Lifecycle::Leaving => v1::Phase::Draining,
         };
         let table = session.data_path.table();
-        let since_epoch = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let report = v1::RelayReport {
             phase: phase.into(),
             unix_ms: since_epoch.as_millis() as u64,
@@ -211,15 +200,10 @@ impl Control {
 }
 
 /// Says goodbye and waits, briefly, until the router has heard it.
-async fn leave(
-    mut incoming: Streaming<v1::RelayDirective>,
-    outgoing: mpsc::Sender<v1::RelayMessage>,
-) {
+async fn leave(mut incoming: Streaming<v1::RelayDirective>, outgoing: mpsc::Sender<v1::RelayMessage>) {
     let goodbye = async {
         // Without a listener there is nobody to say it to.
-        let _ = outgoing
-            .send(message(Message::Deregister(v1::Deregister {})))
-            .await;
+        let _ = outgoing.send(message(Message::Deregister(v1::Deregister {}))).await;
         drop(outgoing);
         while let Ok(Some(_)) = incoming.message().await {}
     };
@@ -228,10 +212,7 @@ async fn leave(
     }
 }
 
-async fn cancelled_unless_leaving(
-    stopping: CancellationToken,
-    lifecycle: watch::Receiver<Lifecycle>,
-) {
+async fn cancelled_unless_leaving(stopping: CancellationToken, lifecycle: watch::Receiver<Lifecycle>) {
     stopping.cancelled().await;
     if *lifecycle.borrow() == Lifecycle::Leaving {
         std::future::pending::<()>().await;
@@ -253,8 +234,7 @@ impl Session {
             0 => DEFAULT_REPORT_INTERVAL,
             ms => Duration::from_millis(ms.into()).clamp(MIN_REPORT_INTERVAL, MAX_REPORT_INTERVAL),
         };
-        self.routing
-            .welcome(convert::welcome(welcome).context("welcome")?);
+        self.routing.welcome(convert::welcome(welcome).context("welcome")?);
         self.publish();
         Ok(interval)
     }
@@ -272,17 +252,10 @@ impl Session {
         let change = convert::change(update)
             .inspect_err(|_| self.metrics.refused_update(Refused::Malformed))
             .context("routes")?;
-        let outcome = self
-            .routing
-            .apply(change)
-            .inspect_err(|_| self.metrics.refused_update(Refused::Gap))?;
+        let outcome = self.routing.apply(change).inspect_err(|_| self.metrics.refused_update(Refused::Gap))?;
         if let Outcome::RemovalsRefused { removals, of } = outcome {
             self.metrics.refused_update(Refused::MassRemoval);
-            tracing::warn!(
-                removals,
-                of,
-                "routes are kept: an unmarked update would remove too many"
-            );
+            tracing::warn!(removals, of, "routes are kept: an unmarked update would remove too many");
         }
         self.publish();
         Ok(())
@@ -313,9 +286,7 @@ impl Session {
 }
 
 fn message(message: Message) -> v1::RelayMessage {
-    v1::RelayMessage {
-        message: Some(message),
-    }
+    v1::RelayMessage { message: Some(message) }
 }
 
 /// Doubles with every round of failures and is spread by `random` over its upper half.

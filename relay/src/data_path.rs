@@ -11,9 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use antiphon_core::tunnel::{
-    ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, Notice, coarse_time,
-};
+use antiphon_core::tunnel::{ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, Notice, coarse_time};
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use mio::Waker;
@@ -78,13 +76,7 @@ impl DataPath {
         };
         let cpus = config.pin.then(allowed_cpus).unwrap_or_default();
         for (index, (front, back)) in fronts.into_iter().zip(backs).enumerate() {
-            let (core, waker) = Core::new(
-                front,
-                back,
-                path.table.clone(),
-                metrics.clone(),
-                path.activity.clone(),
-            )?;
+            let (core, waker) = Core::new(front, back, path.table.clone(), metrics.clone(), path.activity.clone())?;
             path.wakers.push(waker);
             let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
             start_thread(core, index, cpu, path.stop.clone(), exited.clone())?;
@@ -182,21 +174,13 @@ fn start_thread(
     exited: mpsc::Sender<anyhow::Result<()>>,
 ) -> io::Result<()> {
     let body = move || {
-        let mut exit = Exit {
-            outcome: Err(anyhow::anyhow!("forwarding thread {index} panicked")),
-            exited,
-        };
+        let mut exit = Exit { outcome: Err(anyhow::anyhow!("forwarding thread {index} panicked")), exited };
         if let Some(cpu) = cpu {
             pin(cpu);
         }
-        exit.outcome = core
-            .run(&stop)
-            .with_context(|| format!("forwarding thread {index}"));
+        exit.outcome = core.run(&stop).with_context(|| format!("forwarding thread {index}"));
     };
-    thread::Builder::new()
-        .name(format!("relay-{index}"))
-        .spawn(body)
-        .map(|_detached| ())
+    thread::Builder::new().name(format!("relay-{index}")).spawn(body).map(|_detached| ())
 }
 
 /// Reports how its thread ended, also by a panic.
@@ -223,10 +207,7 @@ struct Activity {
 
 impl Activity {
     fn new() -> Self {
-        Self {
-            start: Instant::now(),
-            last: AtomicU64::new(0),
-        }
+        Self { start: Instant::now(), last: AtomicU64::new(0) }
     }
 
     fn record(&self) {
@@ -247,9 +228,7 @@ fn unix_seconds() -> u64 {
 
 fn allowed_cpus() -> Vec<usize> {
     match rustix::thread::sched_getaffinity(None) {
-        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU)
-            .filter(|cpu| set.is_set(*cpu))
-            .collect(),
+        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
         Err(error) => {
             tracing::warn!(%error, "forwarding threads are not pinned");
             Vec::new()

@@ -37,11 +37,7 @@ impl Drain {
     /// Begins at `now` and ends after `limit` at the latest.
     #[must_use]
     pub fn new(now: Instant, limit: Duration) -> Self {
-        Self {
-            began: now,
-            deadline: now + limit,
-            next_notice: now,
-        }
+        Self { began: now, deadline: now + limit, next_notice: now }
     }
 
     /// The next step at `now`, when the last genuine datagram of a client came at `last_datagram`, if any did.
@@ -55,9 +51,7 @@ impl Drain {
         }
         if now >= self.next_notice {
             self.next_notice = now + NOTICE_INTERVAL;
-            return Step::Notify {
-                left: self.deadline - now,
-            };
+            return Step::Notify { left: self.deadline - now };
         }
         Step::WaitUntil(self.next_notice.min(quiet_at).min(self.deadline))
     }
@@ -103,10 +97,7 @@ mod tests {
         let mut drain = Drain::new(start, 10_000 * MS);
         assert_eq!(drain.poll(start, None), Step::Notify { left: 10_000 * MS });
         assert_eq!(drain.poll(start, None), Step::WaitUntil(start + 200 * MS));
-        assert_eq!(
-            drain.poll(start + 1000 * MS, None),
-            Step::Done(Reason::Quiet)
-        );
+        assert_eq!(drain.poll(start + 1000 * MS, None), Step::Done(Reason::Quiet));
     }
 
     #[test]
@@ -114,10 +105,7 @@ mod tests {
         let start = Instant::now();
         let mut drain = Drain::new(start, 3000 * MS);
         let end = start + 3000 * MS;
-        assert_eq!(
-            drain.poll(end - MS, Some(end - MS)),
-            Step::Notify { left: MS }
-        );
+        assert_eq!(drain.poll(end - MS, Some(end - MS)), Step::Notify { left: MS });
         assert_eq!(drain.poll(end - MS, Some(end - MS)), Step::WaitUntil(end));
         assert_eq!(drain.poll(end, Some(end)), Step::Done(Reason::Deadline));
     }

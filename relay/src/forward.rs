@@ -9,8 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use antiphon_core::{
     cid::{Kind, SessionCid, SessionNonce},
     tunnel::{
-        self, ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, MAX_SKEW,
-        OpenError, coarse_time,
+        self, ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, MAX_SKEW, OpenError, coarse_time,
     },
 };
 
@@ -138,24 +137,11 @@ pub fn classify_up<'t>(
     up(table, now, datagram, from, ecn).into()
 }
 
-fn up<'t>(
-    table: &'t Table,
-    now: u64,
-    datagram: &[u8],
-    from: SocketAddr,
-    ecn: Ecn,
-) -> Result<ToWorker<'t>, DropReason> {
+fn up<'t>(table: &'t Table, now: u64, datagram: &[u8], from: SocketAddr, ecn: Ecn) -> Result<ToWorker<'t>, DropReason> {
     let packet = QuicPacket::parse(datagram)?;
-    let (server_id, nonce) = table
-        .codec()
-        .decode_u64(packet.cid)
-        .ok_or(DropReason::CidConfig)?;
+    let (server_id, nonce) = table.codec().decode_u64(packet.cid).ok_or(DropReason::CidConfig)?;
     let route = table.route(server_id).ok_or_else(|| {
-        if table.has_other_incarnation(server_id) {
-            DropReason::DeadIncarnation
-        } else {
-            DropReason::UnknownServer
-        }
+        if table.has_other_incarnation(server_id) { DropReason::DeadIncarnation } else { DropReason::UnknownServer }
     })?;
     let nonce = SessionNonce::from_u64(nonce);
     match nonce.kind().ok_or(DropReason::CidKind)? {
@@ -196,14 +182,9 @@ impl<'d> QuicPacket<'d> {
             if datagram.len() < MIN_SHORT_PACKET {
                 return Err(DropReason::TooShort);
             }
-            return Ok(Self {
-                initial: false,
-                cid,
-            });
+            return Ok(Self { initial: false, cid });
         }
-        let (head, rest) = datagram
-            .split_first_chunk::<LONG_PREFIX>()
-            .ok_or(DropReason::TooShort)?;
+        let (head, rest) = datagram.split_first_chunk::<LONG_PREFIX>().ok_or(DropReason::TooShort)?;
         if head[1..5] != QUIC_V1 {
             return Err(DropReason::QuicVersion);
         }
@@ -260,18 +241,12 @@ fn down<'f>(
     if !is_answerable(client) {
         return Err(DropReason::ClientAddress);
     }
-    Ok(ToClient {
-        client,
-        ecn: decapsulated(header.ecn, outer),
-        datagram,
-    })
+    Ok(ToClient { client, ecn: decapsulated(header.ecn, outer), datagram })
 }
 
 const fn refusal(error: OpenError) -> DropReason {
     match error {
-        OpenError::TooShort | OpenError::Version | OpenError::Direction => {
-            DropReason::FrameMalformed
-        }
+        OpenError::TooShort | OpenError::Version | OpenError::Direction => DropReason::FrameMalformed,
         OpenError::HopLimit => DropReason::FrameHopLimit,
         OpenError::Tag => DropReason::FrameTag,
         OpenError::Stale => DropReason::FrameStale,

@@ -88,32 +88,19 @@ impl Metrics {
         let forwarded_bytes = family("forwarded_bytes", "Bytes of UDP payload sent on");
         let sends = family("sends", "System calls that sent a train of datagrams");
         let dropped = family("dropped_packets", "Datagrams and frames dropped");
-        let refused = family(
-            "refused_updates",
-            "Updates of the routes not wholly applied",
-        );
+        let refused = family("refused_updates", "Updates of the routes not wholly applied");
         let batches = Family::<[(&str, &str); 1], Histogram>::new_with_constructor(|| {
             Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 2048.0])
         });
-        registry.register(
-            "batch_packets",
-            "Datagrams per batch received",
-            batches.clone(),
-        );
+        registry.register("batch_packets", "Datagrams per batch received", batches.clone());
         let receive_errors = Counter::default();
-        registry.register(
-            "receive_errors",
-            "Receive calls that failed",
-            receive_errors.clone(),
-        );
+        registry.register("receive_errors", "Receive calls that failed", receive_errors.clone());
         let mut gauge = |name: &str, help: &str| {
             let gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
             gauge
         };
-        let by_way = |family: &ByLabel| {
-            Way::ALL.map(|w| family.get_or_create_owned(&[("direction", w.label())]))
-        };
+        let by_way = |family: &ByLabel| Way::ALL.map(|w| family.get_or_create_owned(&[("direction", w.label())]));
         Self {
             received_packets: by_way(&received_packets),
             received_bytes: by_way(&received_bytes),
@@ -123,8 +110,7 @@ impl Metrics {
             batches: Way::ALL.map(|w| batches.get_or_create_owned(&[("direction", w.label())])),
             dropped: DropReason::ALL.map(|r| dropped.get_or_create_owned(&[("reason", r.label())])),
             receive_errors,
-            refused_updates: Refused::ALL
-                .map(|r| refused.get_or_create_owned(&[("reason", r.label())])),
+            refused_updates: Refused::ALL.map(|r| refused.get_or_create_owned(&[("reason", r.label())])),
             routes: gauge("routes", "Routable server IDs"),
             table_version: gauge("table_version", "Version of the routes in force"),
             router_connected: gauge("router_connected", "1 while a router is connected"),
@@ -241,10 +227,7 @@ mod tests {
         let mut shown = String::new();
         text::encode(&mut shown, &registry).unwrap();
         for (count, reason) in (1u64..).zip(DropReason::ALL) {
-            let line = format!(
-                "antiphon_relay_dropped_packets_total{{reason=\"{}\"}} {count}\n",
-                reason.label()
-            );
+            let line = format!("antiphon_relay_dropped_packets_total{{reason=\"{}\"}} {count}\n", reason.label());
             assert!(shown.contains(&line), "{line}{shown}");
         }
         for line in [

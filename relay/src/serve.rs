@@ -62,14 +62,7 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     check_identity(&identity, name.as_deref(), region.as_deref())?;
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
-    let config = Config {
-        public,
-        tunnel,
-        cores: cores
-            .or(available_parallelism().ok())
-            .map_or(1, usize::from),
-        pin,
-    };
+    let config = Config { public, tunnel, cores: cores.or(available_parallelism().ok()).map_or(1, usize::from), pin };
     let (data_path, exits) = DataPath::start(&config, &metrics)?;
     let data_path = Arc::new(data_path);
     let peer = identity.peer().clone();
@@ -80,21 +73,13 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
         tunnel_address: advertised("tunnel", tunnel_address, data_path.tunnel())?,
         relay_number: None,
     };
-    let listener = TcpListener::bind(admin)
-        .await
-        .with_context(|| format!("binding the admin port {admin} (TCP)"))?;
+    let listener = TcpListener::bind(admin).await.with_context(|| format!("binding the admin port {admin} (TCP)"))?;
 
     let tasks = Tasks::new();
     let readiness = Readiness::new(&CONDITIONS);
     let (life, lifecycle) = watch::channel(Lifecycle::Active);
-    tasks.service(
-        "admin",
-        admin::serve(listener, registry, readiness.clone(), tasks.stopping()),
-    );
-    tasks.service(
-        "data path",
-        forward(data_path.clone(), exits, tasks.clone()),
-    );
+    tasks.service("admin", admin::serve(listener, registry, readiness.clone(), tasks.stopping()));
+    tasks.service("data path", forward(data_path.clone(), exits, tasks.clone()));
     let control = Control {
         routers: router,
         identity,
@@ -117,16 +102,9 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
         .await
 }
 
-fn check_identity(
-    identity: &Identity,
-    name: Option<&str>,
-    region: Option<&str>,
-) -> anyhow::Result<()> {
+fn check_identity(identity: &Identity, name: Option<&str>, region: Option<&str>) -> anyhow::Result<()> {
     let peer = identity.peer();
-    ensure!(
-        peer.role == Role::Relay,
-        "the identity is of {peer}: a relay's is needed"
-    );
+    ensure!(peer.role == Role::Relay, "the identity is of {peer}: a relay's is needed");
     let same = |given: Option<&str>, own: &str| given.is_none_or(|g| g == own);
     ensure!(
         same(name, &peer.name) && same(region, &peer.region),

@@ -34,11 +34,7 @@ pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<std::net:
 }
 
 fn bind(address: SocketAddr, shared: bool) -> io::Result<std::net::UdpSocket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
     }
@@ -67,11 +63,7 @@ impl Port {
     pub fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
         let state = UdpSocketState::new((&socket).into())?;
         let is_ipv6 = socket.local_addr()?.is_ipv6();
-        Ok(Self {
-            socket: mio::net::UdpSocket::from_std(socket),
-            state,
-            is_ipv6,
-        })
+        Ok(Self { socket: mio::net::UdpSocket::from_std(socket), state, is_ipv6 })
     }
 
     /// For registering with a poll.
@@ -83,11 +75,7 @@ impl Port {
     ///
     /// # Errors
     /// The system's, `WouldBlock` for nothing to receive.
-    pub fn receive(
-        &self,
-        memory: &mut [u8],
-        meta: &mut [RecvMeta; BATCH_SIZE],
-    ) -> io::Result<usize> {
+    pub fn receive(&self, memory: &mut [u8], meta: &mut [RecvMeta; BATCH_SIZE]) -> io::Result<usize> {
         let mut chunks = memory.chunks_exact_mut(MESSAGE_BYTES);
         let mut buffers: [IoSliceMut<'_>; BATCH_SIZE] =
             std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));

@@ -179,11 +179,7 @@ impl Routing {
     /// Nothing was heard yet.
     #[must_use]
     pub const fn new() -> Self {
-        Self {
-            welcome: None,
-            version: None,
-            shards: BTreeMap::new(),
-        }
+        Self { welcome: None, version: None, shards: BTreeMap::new() }
     }
 
     /// Takes number and keys; all tunnel keys are derived anew.
@@ -203,9 +199,7 @@ impl Routing {
     /// Whether keys for connection IDs and tunnels are known.
     #[must_use]
     pub fn has_keys(&self) -> bool {
-        self.welcome
-            .as_ref()
-            .is_some_and(|w| !w.cid_configs.is_empty() && !w.secrets.is_empty())
+        self.welcome.as_ref().is_some_and(|w| !w.cid_configs.is_empty() && !w.secrets.is_empty())
     }
 
     /// Whether routes were heard at least once.
@@ -224,10 +218,7 @@ impl Routing {
     pub fn apply(&mut self, change: RouteChange) -> Result<Outcome, ChangeError> {
         let have = self.version.unwrap_or(0);
         if !change.full && self.version.and_then(|v| v.checked_add(1)) != Some(change.version) {
-            return Err(ChangeError::Gap {
-                have,
-                got: change.version,
-            });
+            return Err(ChangeError::Gap { have, got: change.version });
         }
         let gone = self.removed_by(&change);
         let (removals, of) = (gone.len(), self.shards.len());
@@ -241,20 +232,10 @@ impl Routing {
             let welcome = self.welcome.as_ref();
             let keys = || welcome.map_or_else(Vec::new, |w| derive(w, server_id));
             let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-            self.shards
-                .entry(server_id)
-                .or_insert_with(|| Shard {
-                    address,
-                    keys: keys(),
-                })
-                .address = address;
+            self.shards.entry(server_id).or_insert_with(|| Shard { address, keys: keys() }).address = address;
         }
         self.version = Some(change.version);
-        Ok(if refused {
-            Outcome::RemovalsRefused { removals, of }
-        } else {
-            Outcome::Applied
-        })
+        Ok(if refused { Outcome::RemovalsRefused { removals, of } } else { Outcome::Applied })
     }
 
     fn removed_by(&self, change: &RouteChange) -> Vec<ServerId> {
@@ -282,22 +263,14 @@ impl Routing {
             table.codec.insert(*id, *key);
         }
         for (server_id, shard) in &self.shards {
-            let sealing =
-                |(generation, _): &&(KeyGeneration, TunnelKeys)| *generation == welcome.sealing;
+            let sealing = |(generation, _): &&(KeyGeneration, TunnelKeys)| *generation == welcome.sealing;
             let Some((generation, keys)) = shard.keys.iter().find(sealing) else {
                 continue;
             };
-            let route = Route {
-                address: shard.address,
-                slot: KeySlot::of(*generation),
-                key: keys.up.clone(),
-            };
+            let route = Route { address: shard.address, slot: KeySlot::of(*generation), key: keys.up.clone() };
             table.routes.insert(server_id.to_u64(), route);
             table.shards.insert(shard_of(server_id.to_u64()));
-            let down = shard
-                .keys
-                .iter()
-                .map(|(g, k)| (KeySlot::of(*g), k.down.clone()));
+            let down = shard.keys.iter().map(|(g, k)| (KeySlot::of(*g), k.down.clone()));
             table.sources.entry(shard.address).or_default().extend(down);
         }
         table
@@ -305,9 +278,7 @@ impl Routing {
 }
 
 fn derive(welcome: &Welcome, server_id: ServerId) -> Vec<(KeyGeneration, TunnelKeys)> {
-    let keys = |(generation, secret): &(KeyGeneration, RelaySecret)| {
-        (*generation, secret.tunnel_keys(server_id))
-    };
+    let keys = |(generation, secret): &(KeyGeneration, RelaySecret)| (*generation, secret.tunnel_keys(server_id));
     welcome.secrets.iter().map(keys).collect()
 }
 
@@ -376,10 +347,7 @@ mod tests {
             assert_eq!((route.address, &route.key), (address(1), &keys.up));
             assert_eq!(table.source_keys(address(1)).unwrap().len(), 2);
             assert_eq!(table.source_keys(address(1)).unwrap()[0].1, keys.down);
-            assert_eq!(
-                (table.len(), table.version(), table.relay().value()),
-                (3, 1, 65)
-            );
+            assert_eq!((table.len(), table.version(), table.relay().value()), (3, 1, 65));
         }
     }
 
@@ -393,23 +361,14 @@ mod tests {
             removals: vec![shard(0)],
             ..RouteChange::default()
         };
-        assert_eq!(
-            routing.apply(delta(1)),
-            Err(ChangeError::Gap { have: 0, got: 1 })
-        );
+        assert_eq!(routing.apply(delta(1)), Err(ChangeError::Gap { have: 0, got: 1 }));
         routing.apply(full(4, 0..3)).unwrap();
-        assert_eq!(
-            routing.apply(delta(6)),
-            Err(ChangeError::Gap { have: 4, got: 6 })
-        );
+        assert_eq!(routing.apply(delta(6)), Err(ChangeError::Gap { have: 4, got: 6 }));
         assert_eq!(routing.apply(delta(5)), Ok(Outcome::Applied));
         let table = routing.table();
         assert!(table.route(shard(0).to_u64()).is_none());
         assert!(table.route(shard(9).to_u64()).is_some());
-        assert!(
-            routing.apply(full(1, 0..1)).is_ok(),
-            "another router counts anew"
-        );
+        assert!(routing.apply(full(1, 0..1)).is_ok(), "another router counts anew");
     }
 
     #[test]
@@ -417,10 +376,7 @@ mod tests {
         let mut routing = Routing::new();
         routing.welcome(welcome());
         routing.apply(full(1, 0..20)).unwrap();
-        let refused = Ok(Outcome::RemovalsRefused {
-            removals: 20,
-            of: 20,
-        });
+        let refused = Ok(Outcome::RemovalsRefused { removals: 20, of: 20 });
         assert_eq!(routing.apply(full(1, 50..51)), refused);
         assert_eq!(routing.table().len(), 21);
         let removal = |version, count| RouteChange {
@@ -429,17 +385,10 @@ mod tests {
             ..RouteChange::default()
         };
         assert_eq!(routing.apply(removal(2, 2)), Ok(Outcome::Applied));
-        let marked = RouteChange {
-            mass_removal_intended: true,
-            ..full(3, 0..1)
-        };
+        let marked = RouteChange { mass_removal_intended: true, ..full(3, 0..1) };
         assert_eq!(routing.apply(marked), Ok(Outcome::Applied));
         assert_eq!(routing.table().len(), 1);
-        assert_eq!(
-            routing.apply(full(4, 0..0)),
-            Ok(Outcome::Applied),
-            "small tables are not guarded"
-        );
+        assert_eq!(routing.apply(full(4, 0..0)), Ok(Outcome::Applied), "small tables are not guarded");
     }
 
     #[test]
@@ -459,12 +408,8 @@ mod tests {
         let mut routing = Routing::new();
         routing.welcome(welcome());
         let mapped = "[::ffff:127.0.0.1]:1001".parse().unwrap();
-        let change = RouteChange {
-            version: 1,
-            full: true,
-            upserts: vec![(shard(1), mapped)],
-            ..RouteChange::default()
-        };
+        let change =
+            RouteChange { version: 1, full: true, upserts: vec![(shard(1), mapped)], ..RouteChange::default() };
         routing.apply(change).unwrap();
         assert!(routing.table().source_keys(address(1)).is_some());
     }

@@ -82,10 +82,7 @@ impl Train {
     }
 
     fn has_room(&self, len: usize) -> bool {
-        !self.closed
-            && len <= self.segment
-            && self.segments < MAX_SEGMENTS
-            && self.bytes.len() + len <= MAX_BYTES
+        !self.closed && len <= self.segment && self.segments < MAX_SEGMENTS && self.bytes.len() + len <= MAX_BYTES
     }
 
     fn add(&mut self, head: &[u8], body: &[u8]) {
@@ -128,11 +125,7 @@ impl Trains {
     /// Allocates all memory: about 2 MiB, touched as it is used.
     #[must_use]
     pub fn new() -> Self {
-        Self {
-            trains: (0..MAX_TRAINS).map(|_| Train::new()).collect(),
-            used: 0,
-            previous: None,
-        }
+        Self { trains: (0..MAX_TRAINS).map(|_| Train::new()).collect(), used: 0, previous: None }
     }
 
     /// The datagrams that follow are of another sender.
@@ -172,9 +165,7 @@ impl Trains {
     }
 
     fn latest(&self, destination: SocketAddr, ecn: Ecn, len: usize) -> Option<usize> {
-        let index = self.trains[..self.used]
-            .iter()
-            .rposition(|t| t.destination == destination)?;
+        let index = self.trains[..self.used].iter().rposition(|t| t.destination == destination)?;
         let train = &self.trains[index];
         (train.ecn == ecn && train.has_room(len)).then_some(index)
     }
@@ -187,9 +178,7 @@ impl Trains {
         {
             return Some(index);
         }
-        self.trains[..self.used]
-            .iter()
-            .position(|t| t.segment == len && fits(t))
+        self.trains[..self.used].iter().position(|t| t.segment == len && fits(t))
     }
 
     /// Hands out all trains in the order in which they began, and is empty then.
@@ -224,13 +213,7 @@ mod tests {
     fn drained(trains: &mut Trains) -> Vec<(u16, Ecn, usize, usize, usize)> {
         let mut all = Vec::new();
         trains.drain(|t| {
-            all.push((
-                t.destination().port(),
-                t.ecn(),
-                t.segment_size(),
-                t.len(),
-                t.bytes().len(),
-            ));
+            all.push((t.destination().port(), t.ecn(), t.segment_size(), t.len(), t.bytes().len()));
         });
         all
     }
@@ -247,9 +230,7 @@ mod tests {
             (1, Ecn::Ect0, 120),
         ] {
             trains.message();
-            trains
-                .push(to(port), ecn, Join::SameSize, &[0; 32], &vec![0; len])
-                .unwrap();
+            trains.push(to(port), ecn, Join::SameSize, &[0; 32], &vec![0; len]).unwrap();
         }
         let expected = [
             (1, Ecn::Ect0, 192, 2, 384),
@@ -264,16 +245,9 @@ mod tests {
     #[test]
     fn a_message_ends_with_its_shorter_datagram_in_the_same_train() {
         let mut trains = Trains::new();
-        let mut push = |len| {
-            trains
-                .push(to(1), Ecn::NotEct, Join::SameSize, &[], &vec![0; len])
-                .unwrap()
-        };
+        let mut push = |len| trains.push(to(1), Ecn::NotEct, Join::SameSize, &[], &vec![0; len]).unwrap();
         [300, 1200, 1200, 300, 1200].into_iter().for_each(&mut push);
-        let trains: Vec<_> = drained(&mut trains)
-            .iter()
-            .map(|t| (t.2, t.3, t.4))
-            .collect();
+        let trains: Vec<_> = drained(&mut trains).iter().map(|t| (t.2, t.3, t.4)).collect();
         assert_eq!(trains, [(300, 1, 300), (1200, 3, 2700), (1200, 1, 1200)]);
     }
 
@@ -281,14 +255,9 @@ mod tests {
     fn latest_never_lets_a_datagram_overtake() {
         let mut trains = Trains::new();
         for len in [100, 100, 50, 100, 100, 200] {
-            trains
-                .push(to(1), Ecn::NotEct, Join::Latest, &[], &vec![0; len])
-                .unwrap();
+            trains.push(to(1), Ecn::NotEct, Join::Latest, &[], &vec![0; len]).unwrap();
         }
-        let trains: Vec<_> = drained(&mut trains)
-            .iter()
-            .map(|t| (t.2, t.3, t.4))
-            .collect();
+        let trains: Vec<_> = drained(&mut trains).iter().map(|t| (t.2, t.3, t.4)).collect();
         assert_eq!(trains, [(100, 3, 250), (100, 2, 200), (200, 1, 200)]);
     }
 
@@ -296,15 +265,7 @@ mod tests {
     fn long_datagrams_travel_alone() {
         let mut trains = Trains::new();
         for _ in 0..2 {
-            trains
-                .push(
-                    to(1),
-                    Ecn::NotEct,
-                    Join::SameSize,
-                    &[],
-                    &[0; MAX_SEGMENT + 1],
-                )
-                .unwrap();
+            trains.push(to(1), Ecn::NotEct, Join::SameSize, &[], &[0; MAX_SEGMENT + 1]).unwrap();
         }
         assert!(drained(&mut trains).iter().all(|t| t.3 == 1));
     }
@@ -314,20 +275,11 @@ mod tests {
         let mut trains = Trains::new();
         let port = |n: usize| to(u16::try_from(n).unwrap());
         for n in 0..MAX_TRAINS {
-            trains
-                .push(port(n), Ecn::NotEct, Join::Latest, &[], &[0; 10])
-                .unwrap();
+            trains.push(port(n), Ecn::NotEct, Join::Latest, &[], &[0; 10]).unwrap();
         }
-        assert_eq!(
-            trains.push(port(MAX_TRAINS), Ecn::NotEct, Join::Latest, &[], &[0; 10]),
-            Err(Full)
-        );
+        assert_eq!(trains.push(port(MAX_TRAINS), Ecn::NotEct, Join::Latest, &[], &[0; 10]), Err(Full));
         trains.drain(|_| {});
-        assert!(
-            trains
-                .push(port(MAX_TRAINS), Ecn::NotEct, Join::Latest, &[], &[0; 10])
-                .is_ok()
-        );
+        assert!(trains.push(port(MAX_TRAINS), Ecn::NotEct, Join::Latest, &[], &[0; 10]).is_ok());
     }
 
     proptest! {

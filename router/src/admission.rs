@@ -19,7 +19,7 @@ use antiphon_proto::v1;
 use antiphon_runtime::Tasks;
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Semaphore, oneshot},
+    sync::{OwnedMutexGuard, Semaphore, oneshot},
     time::Instant,
 };
 
@@ -78,8 +78,8 @@ struct Attempt<'a> {
     deadline: Instant,
     tried: Vec<Target>,
     findings: Vec<Finding>,
-    /// Who may hold a lease of this session although we got no answer.
-    unsure: Vec<Target>,
+    /// Keeps the next placement of this session waiting until this one and all that it gives back are done.
+    turn: Arc<OwnedMutexGuard<()>>,
 }
 
 impl Admission {
@@ -121,9 +121,7 @@ impl Admission {
             return Err(Failure::Forbidden(text));
         }
         let admitted = self.admit_tenant(&caller.tenant, &create).await?;
-        let session = self
-            .place(caller.tenant.clone(), create, Scope::Fleet)
-            .await?;
+        let session = self.place(caller.tenant.clone(), create, Scope::Fleet).await?;
         admitted.keep();
         Ok(session)
     }
@@ -142,31 +140,16 @@ impl Admission {
         self.place(tenant.to_owned(), create, Scope::Region).await
     }
 
-    async fn place(
-        self: &Arc<Self>,
-        tenant: String,
-        create: Create,
-        scope: Scope,
-    ) -> Result<v1::Session, Failure> {
+    async fn place(self: &Arc<Self>, tenant: String, create: Create, scope: Scope) -> Result<v1::Session, Failure> {
         if let Some(agent) = self.fleet.records().agents.get(&create.agent)
             && !agent.codecs.contains(&create.codec)
         {
-            let problem = format!(
-                "agent {} does not speak {}",
-                create.agent,
-                create.codec_label()
-            );
+            let problem = format!("agent {} does not speak {}", create.agent, create.codec_label());
             return Err(FieldError::new("codec", problem).into());
         }
         let permit = Arc::clone(&self.placements).try_acquire_owned();
-        let permit = permit.map_err(|_| {
-            Failure::refused(
-                Reason::Overloaded,
-                "too many requests at once",
-                1000,
-                vec![],
-            )
-        })?;
+        let permit =
+            permit.map_err(|_| Failure::refused(Reason::Overloaded, "too many requests at once", 1000, vec![]))?;
         let (answer, outcome) = oneshot::channel();
         let this = Arc::clone(self);
         self.tasks.spawn("placement", async move {
@@ -186,8 +169,7 @@ impl Admission {
         mut answer: oneshot::Sender<Result<v1::Session, Failure>>,
     ) {
         let started = Instant::now();
-        let turn = self.turn(create.session);
-        let _turn = turn.lock().await;
+        let turn = self.turn(create.session).lock_owned().await;
         let mut attempt = Attempt {
             tenant,
             create,
@@ -195,36 +177,26 @@ impl Admission {
             deadline: started + PLACEMENT_DEADLINE,
             tried: Vec::new(),
             findings: Vec::new(),
-            unsure: Vec::new(),
+            turn: Arc::new(turn),
         };
         let outcome = self.decide(&mut attempt, &mut answer).await;
-        self.metrics
-            .placement_seconds
-            .observe(started.elapsed().as_secs_f64());
+        self.metrics.placement_seconds.observe(started.elapsed().as_secs_f64());
         match outcome {
             Ok((session, decision)) => {
                 let target = decision.target.clone();
                 let remote = matches!(target, Target::Region { .. });
                 self.decisions.lock().remember(create.session, decision);
                 if answer.send(Ok(session)).is_ok() {
-                    self.metrics.ticket(if remote {
-                        TicketOutcome::Remote
-                    } else {
-                        TicketOutcome::Local
-                    });
+                    self.metrics.ticket(if remote { TicketOutcome::Remote } else { TicketOutcome::Local });
                 } else {
                     self.metrics.ticket(TicketOutcome::Cancelled);
-                    attempt.unsure.push(target);
+                    self.give_back_later(&attempt, target, None);
                 }
             }
             Err(failure) => {
                 // Nobody may be waiting any more; then nobody needs it.
                 let _ = answer.send(Err(failure));
             }
-        }
-        for target in &attempt.unsure {
-            self.give_back(target, create.session, create.epoch.value(), tenant)
-                .await;
         }
     }
 

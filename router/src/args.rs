@@ -13,11 +13,7 @@ pub struct Args {
     #[arg(long, env = "ANTIPHON_ROUTER_PUBLIC", default_value = "127.0.0.1:8443")]
     pub public: SocketAddr,
     /// Where workers, relays, other routers and operators connect: gRPC over mutual TLS.
-    #[arg(
-        long,
-        env = "ANTIPHON_ROUTER_INTERNAL",
-        default_value = "127.0.0.1:8444"
-    )]
+    #[arg(long, env = "ANTIPHON_ROUTER_INTERNAL", default_value = "127.0.0.1:8444")]
     pub internal: SocketAddr,
     /// Liveness, readiness and metrics: plain HTTP.
     #[arg(long, env = "ANTIPHON_ROUTER_ADMIN", default_value = "127.0.0.1:8445")]

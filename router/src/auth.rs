@@ -15,16 +15,12 @@ pub(crate) type Caller = Key;
 
 /// Finds the key of an `authorization` header.
 pub(crate) fn caller(records: &Records, header: Option<&[u8]>) -> Result<Caller, Failure> {
-    let header = header.ok_or(Failure::Unauthenticated(
-        "no API key: send \"authorization: Bearer ak_…\"",
-    ))?;
+    let header = header.ok_or(Failure::Unauthenticated("no API key: send \"authorization: Bearer ak_…\""))?;
     let text = std::str::from_utf8(header).ok();
     let scheme = text.and_then(|t| t.split_once(' '));
     let token = scheme.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
     let key = token.and_then(|(_, token)| ApiKey::parse(token.trim()).ok());
-    let key = key.ok_or(Failure::Unauthenticated(
-        "malformed API key: send \"authorization: Bearer ak_ID_SECRET\"",
-    ))?;
+    let key = key.ok_or(Failure::Unauthenticated("malformed API key: send \"authorization: Bearer ak_ID_SECRET\""))?;
     let record = records.keys.get(key.id());
     // Compared in constant time, and also for an unknown id: the time tells nothing about which ids exist.
     let expected = record.map_or([0; 32], |r| r.sha256);
@@ -36,19 +32,13 @@ pub(crate) fn caller(records: &Records, header: Option<&[u8]>) -> Result<Caller,
 }
 
 /// Checks that a process of the fleet has one of the roles and, if given, is of this region.
-pub(crate) fn peer<T>(
-    request: &Request<T>,
-    role: Role,
-    region: Option<&str>,
-) -> Result<PeerName, Status> {
+pub(crate) fn peer<T>(request: &Request<T>, role: Role, region: Option<&str>) -> Result<PeerName, Status> {
     let peer = tls::peer_of(request).map_err(|e| Status::unauthenticated(e.to_string()))?;
     if peer.role == role && region.is_none_or(|region| peer.region == region) {
         return Ok(peer);
     }
     let expected = region.map_or_else(String::new, |region| format!(" of {region}"));
-    Err(Status::permission_denied(format!(
-        "{peer} may not call this: expected a {role}{expected}"
-    )))
+    Err(Status::permission_denied(format!("{peer} may not call this: expected a {role}{expected}")))
 }
 
 #[cfg(test)]
@@ -59,11 +49,7 @@ mod tests {
     fn only_the_whole_key_opens() {
         let key = ApiKey::from_random(&[3; ApiKey::RANDOM]);
         let other = ApiKey::from_random(&[4; ApiKey::RANDOM]);
-        let record = Key {
-            sha256: key.sha256(),
-            tenant: "acme".into(),
-            agents: vec![],
-        };
+        let record = Key { sha256: key.sha256(), tenant: "acme".into(), agents: vec![] };
         let mut records = Records::default();
         records.keys.insert(key.id().to_owned(), record.clone());
         let ask = |header: &str| caller(&records, Some(header.as_bytes()));
@@ -79,10 +65,7 @@ mod tests {
             format!("Bearer {}", &key.text()[..40]),
         ];
         for header in refused {
-            assert!(
-                matches!(ask(&header), Err(Failure::Unauthenticated(_))),
-                "{header}"
-            );
+            assert!(matches!(ask(&header), Err(Failure::Unauthenticated(_))), "{header}");
         }
         assert!(caller(&records, None).is_err());
         assert!(caller(&records, Some(&[0xff, 0xfe])).is_err());

@@ -31,10 +31,7 @@ pub(crate) struct Create {
 
 impl Create {
     /// Checks every field; `fresh` names the session if the request does not.
-    pub(crate) fn check(
-        request: &v1::CreateSessionRequest,
-        fresh: SessionId,
-    ) -> Result<Self, FieldError> {
+    pub(crate) fn check(request: &v1::CreateSessionRequest, fresh: SessionId) -> Result<Self, FieldError> {
         let constraints = request.constraints.clone().unwrap_or_default();
         let location = records::location(request.location.as_ref())?;
         if constraints.max_rtt_ms > 0 && location.is_none() {
@@ -43,10 +40,7 @@ impl Create {
                 "needs location: without it no round trip can be estimated",
             ));
         }
-        let lists = [
-            ("constraints.regions", &constraints.regions),
-            ("constraints.residency", &constraints.residency),
-        ];
+        let lists = [("constraints.regions", &constraints.regions), ("constraints.residency", &constraints.residency)];
         for (path, names) in lists {
             if names.len() > MAX_NAMES {
                 let problem = format!("has {} names, at most {MAX_NAMES}", names.len());
@@ -71,12 +65,10 @@ impl Create {
             client_key: client_key(&request.client_key)?,
             regions: constraints.regions,
             residency: constraints.residency,
-            max_rtt: (constraints.max_rtt_ms > 0)
-                .then(|| Duration::from_millis(constraints.max_rtt_ms.into())),
+            max_rtt: (constraints.max_rtt_ms > 0).then(|| Duration::from_millis(constraints.max_rtt_ms.into())),
             codec,
             session,
-            epoch: Epoch::new(request.epoch.max(1))
-                .map_err(|e| FieldError::new("epoch", e.to_string()))?,
+            epoch: Epoch::new(request.epoch.max(1)).map_err(|e| FieldError::new("epoch", e.to_string()))?,
             waited: Duration::from_millis(request.waited_ms.into()),
         })
     }
@@ -86,10 +78,7 @@ impl Create {
         let millis = |d: Duration| u32::try_from(d.as_millis()).unwrap_or(u32::MAX);
         v1::CreateSessionRequest {
             agent: self.agent.clone(),
-            location: self.location.map(|l| v1::Location {
-                latitude: l.latitude(),
-                longitude: l.longitude(),
-            }),
+            location: self.location.map(|l| v1::Location { latitude: l.latitude(), longitude: l.longitude() }),
             client_key: self.client_key.to_vec().into(),
             constraints: Some(v1::Constraints {
                 regions: self.regions.clone(),
@@ -119,19 +108,15 @@ fn client_key(bytes: &[u8]) -> Result<[u8; 32], FieldError> {
 
 fn session_bytes(bytes: &[u8]) -> Result<SessionId, FieldError> {
     let found = bytes.len();
-    let bytes = bytes.try_into().map_err(|_| {
-        FieldError::new(
-            "session",
-            format!("has {found} bytes: expected 16 random ones"),
-        )
-    })?;
+    let bytes = bytes
+        .try_into()
+        .map_err(|_| FieldError::new("session", format!("has {found} bytes: expected 16 random ones")))?;
     Ok(SessionId::from_bytes(bytes))
 }
 
 /// A session's name in a path or message.
 pub(crate) fn session_id(text: &str) -> Result<SessionId, FieldError> {
-    text.parse()
-        .map_err(|e: antiphon_core::id::IdError| FieldError::new("session", e.to_string()))
+    text.parse().map_err(|e: antiphon_core::id::IdError| FieldError::new("session", e.to_string()))
 }
 
 /// How many sessions to list; 0 is the default.
@@ -166,15 +151,9 @@ mod tests {
     fn a_short_request_gets_the_documented_defaults() {
         let fresh = SessionId::from_bytes([5; 16]);
         let create = Create::check(&request(), fresh).unwrap();
-        assert_eq!(
-            (create.codec, create.epoch),
-            (v1::Codec::Opus, Epoch::FIRST)
-        );
+        assert_eq!((create.codec, create.epoch), (v1::Codec::Opus, Epoch::FIRST));
         assert_eq!(create.session, fresh);
-        assert_eq!(
-            Create::check(&create.to_proto(), SessionId::from_bytes([6; 16])),
-            Ok(create)
-        );
+        assert_eq!(Create::check(&create.to_proto(), SessionId::from_bytes([6; 16])), Ok(create));
     }
 
     #[test]
@@ -185,29 +164,16 @@ mod tests {
             ("clientKey", |r| r.client_key = vec![0; 31].into()),
             ("session", |r| r.session = vec![0; 15].into()),
             ("codec", |r| r.codec = 99),
-            ("location", |r| {
-                r.location = Some(v1::Location {
-                    latitude: f64::NAN,
-                    longitude: 0.0,
-                })
-            }),
+            ("location", |r| r.location = Some(v1::Location { latitude: f64::NAN, longitude: 0.0 })),
             ("constraints.maxRttMs", |r| {
-                r.constraints = Some(v1::Constraints {
-                    max_rtt_ms: 50,
-                    ..v1::Constraints::default()
-                })
+                r.constraints = Some(v1::Constraints { max_rtt_ms: 50, ..v1::Constraints::default() })
             }),
             ("constraints.regions[1]", |r| {
-                r.constraints = Some(v1::Constraints {
-                    regions: vec!["ok".into(), "No".into()],
-                    ..v1::Constraints::default()
-                })
+                r.constraints =
+                    Some(v1::Constraints { regions: vec!["ok".into(), "No".into()], ..v1::Constraints::default() })
             }),
             ("constraints.residency", |r| {
-                r.constraints = Some(v1::Constraints {
-                    residency: vec!["eu".into(); 65],
-                    ..v1::Constraints::default()
-                })
+                r.constraints = Some(v1::Constraints { residency: vec!["eu".into(); 65], ..v1::Constraints::default() })
             }),
         ];
         for (path, change) in table {

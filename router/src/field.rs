@@ -13,19 +13,12 @@ pub struct FieldError {
 
 impl FieldError {
     pub(crate) fn new(path: impl Into<String>, problem: impl Into<String>) -> Self {
-        Self {
-            path: path.into(),
-            problem: problem.into(),
-        }
+        Self { path: path.into(), problem: problem.into() }
     }
 
     /// The same below another path.
     pub(crate) fn below(self, parent: &str) -> Self {
-        let path = if self.path.is_empty() {
-            parent.to_owned()
-        } else {
-            format!("{parent}.{}", self.path)
-        };
+        let path = if self.path.is_empty() { parent.to_owned() } else { format!("{parent}.{}", self.path) };
         Self { path, ..self }
     }
 
@@ -45,11 +38,7 @@ impl FieldError {
 impl From<FieldError> for tonic::Status {
     fn from(error: FieldError) -> Self {
         let path = error.proto_path();
-        Self::invalid_argument(if path.is_empty() {
-            error.problem
-        } else {
-            format!("{path}: {}", error.problem)
-        })
+        Self::invalid_argument(if path.is_empty() { error.problem } else { format!("{path}: {}", error.problem) })
     }
 }
 
@@ -80,10 +69,7 @@ pub(crate) fn label(path: &str, text: &str) -> Result<String, FieldError> {
 pub(crate) fn agent(path: &str, text: &str) -> Result<String, FieldError> {
     let Some((namespace, name)) = text.split_once('/') else {
         let shown: String = text.chars().take(80).collect();
-        return Err(FieldError::new(
-            path,
-            format!("{shown:?} is not an agent: expected \"namespace/name\""),
-        ));
+        return Err(FieldError::new(path, format!("{shown:?} is not an agent: expected \"namespace/name\"")));
     };
     label(path, namespace)?;
     label(path, name)?;
@@ -96,10 +82,7 @@ pub(crate) fn socket_address(path: &str, text: &str) -> Result<String, FieldErro
         Ok(address) if address.port() != 0 => Ok(text.to_owned()),
         _ => {
             let shown: String = text.chars().take(80).collect();
-            Err(FieldError::new(
-                path,
-                format!("{shown:?} is not an address: expected IP:PORT"),
-            ))
+            Err(FieldError::new(path, format!("{shown:?} is not an address: expected IP:PORT")))
         }
     }
 }

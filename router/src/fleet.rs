@@ -118,10 +118,7 @@ pub(crate) struct NoPlace {
 impl Fleet {
     pub(crate) fn new(identity: Identity, root: FleetRoot, store: Arc<dyn Store>) -> Arc<Self> {
         let records = Arc::clone(&store.watch().borrow());
-        let state = State {
-            records,
-            ..State::default()
-        };
+        let state = State { records, ..State::default() };
         Arc::new(Self {
             region: identity.peer().region.clone(),
             identity,
@@ -223,12 +220,7 @@ impl Fleet {
         });
         let planned = planned.map_err(|refusal| {
             let lines = refusal.candidates(&view.snapshot);
-            let asked = |w: &Worker| w.claims > 0 && w.hello.agent == create.agent;
-            NoPlace {
-                candidates: state.describe(&view, &lines),
-                unsettled: state.workers.values().any(asked),
-                refusal,
-            }
+            NoPlace { candidates: state.describe(&view, &lines), unsettled: state.is_asking(&create.agent), refusal }
         });
         state.view = Some(view);
         let (targets, candidates) = planned?;
@@ -236,11 +228,7 @@ impl Fleet {
             Some(Target::Worker(number, _)) => self.claim_in(&mut state, *number),
             _ => None,
         };
-        Ok(Planned {
-            targets,
-            claim,
-            candidates,
-        })
+        Ok(Planned { targets, claim, candidates })
     }
 
     /// Counts a lease as taken in another region until its next digest.
@@ -271,11 +259,7 @@ impl Fleet {
         });
         let own = state.records.regions.contains_key(&self.region);
         let workers = || state.workers.values().filter(|_| own);
-        let snapshot = FleetSnapshot::new(
-            agents,
-            regions.collect(),
-            workers().map(|w| w.view(&self.region)).collect(),
-        );
+        let snapshot = FleetSnapshot::new(agents, regions.collect(), workers().map(|w| w.view(&self.region)).collect());
         View {
             snapshot: snapshot.expect("records keep names and numbers unique, workers are ours"),
             workers: workers().map(|w| w.number).collect(),
@@ -301,10 +285,7 @@ impl State {
                     Some(Target::Worker(number, worker.hello.name.clone()))
                 }));
             } else if let Some(record) = self.records.regions.get(&region.name) {
-                targets.push(Target::Region {
-                    name: region.name.clone(),
-                    address: record.router_address.clone(),
-                });
+                targets.push(Target::Region { name: region.name.clone(), address: record.router_address.clone() });
             }
         }
         targets
@@ -344,9 +325,7 @@ pub(crate) fn amend(
     verdict: Verdict,
     detail: Option<String>,
 ) {
-    let line = candidates
-        .iter_mut()
-        .find(|c| c.region == region && c.worker == worker);
+    let line = candidates.iter_mut().find(|c| c.region == region && c.worker == worker);
     if let Some(line) = line {
         line.verdict = verdict.label().to_owned();
         line.detail = detail.unwrap_or_else(|| verdict.to_string());

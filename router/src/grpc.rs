@@ -8,15 +8,16 @@ mod sessions;
 use std::{sync::Arc, time::Duration};
 
 use antiphon_proto::v1::{
-    admin_server::AdminServer, fleet_server::FleetServer, peer_server::PeerServer,
-    sessions_server::SessionsServer,
+    admin_server::AdminServer, fleet_server::FleetServer, peer_server::PeerServer, sessions_server::SessionsServer,
 };
 use antiphon_runtime::tls;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Server};
+use tonic::{
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
+};
 
 use crate::admission::Admission;
 
@@ -30,10 +31,7 @@ struct Pace {
 
 impl Pace {
     fn new() -> Self {
-        Self {
-            dirty: false,
-            next: tokio::time::Instant::now(),
-        }
+        Self { dirty: false, next: tokio::time::Instant::now() }
     }
 
     fn mark(&mut self) {
@@ -66,11 +64,9 @@ pub(crate) fn public(admission: &Arc<Admission>) -> anyhow::Result<Routes> {
         .with_service_name("antiphon.v1.Sessions")
         .with_service_name("grpc.health.v1.Health")
         .build_v1()?;
-    let sessions = SessionsServer::new(sessions::Service(Arc::clone(admission)))
-        .max_decoding_message_size(MAX_PUBLIC_MESSAGE);
-    Ok(Routes::new(sessions)
-        .add_service(health_service)
-        .add_service(reflection))
+    let sessions =
+        SessionsServer::new(sessions::Service(Arc::clone(admission))).max_decoding_message_size(MAX_PUBLIC_MESSAGE);
+    Ok(Routes::new(sessions).add_service(health_service).add_service(reflection))
 }
 
 /// Serves the fleet's own processes over mutual TLS until `stopping`.
@@ -84,14 +80,13 @@ pub(crate) async fn serve_internal(
     let admin = admin::Service(Arc::clone(&admission));
     Server::builder()
         .tls_config(tls::grpc_server(&admission.fleet.identity))?
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .max_concurrent_streams(MAX_INTERNAL_STREAMS)
         .add_service(FleetServer::new(fleet))
         .add_service(PeerServer::new(peer).max_encoding_message_size(MAX_INTERNAL_MESSAGE))
         .add_service(AdminServer::new(admin).max_decoding_message_size(MAX_INTERNAL_MESSAGE))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopping.cancelled_owned())
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopping.cancelled_owned())
         .await
         .context("internal port")
 }

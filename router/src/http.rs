@@ -36,9 +36,7 @@ pub(crate) fn router(admission: Arc<Admission>) -> Router {
         .route("/v1/sessions/{session}", delete(remove))
         .route("/v1/sessions/{session}/explain", get(explain))
         .route("/openapi.json", get(openapi))
-        .fallback(async || {
-            Problem::of(StatusCode::NOT_FOUND, "no such resource: see /openapi.json")
-        })
+        .fallback(async || Problem::of(StatusCode::NOT_FOUND, "no such resource: see /openapi.json"))
         .method_not_allowed_fallback(async || {
             let text = "no such method here: see /openapi.json";
             Problem::of(StatusCode::METHOD_NOT_ALLOWED, text)
@@ -48,21 +46,12 @@ pub(crate) fn router(admission: Arc<Admission>) -> Router {
 
 type Answer<T> = Result<T, Problem>;
 
-async fn create(
-    State(admission): State<Arc<Admission>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Answer<Response> {
+async fn create(State(admission): State<Arc<Admission>>, headers: HeaderMap, body: Body) -> Answer<Response> {
     let caller = caller(&admission, &headers)?;
     let request = create_body(&headers, body).await?;
     let session = Session::from(admission.create(&caller, &request).await?);
     let location = format!("/v1/sessions/{}", session.session);
-    Ok((
-        StatusCode::CREATED,
-        [(LOCATION, location)],
-        axum::Json(session),
-    )
-        .into_response())
+    Ok((StatusCode::CREATED, [(LOCATION, location)], axum::Json(session)).into_response())
 }
 
 async fn list(

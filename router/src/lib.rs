@@ -22,9 +22,7 @@ mod records;
 mod refusals;
 mod store;
 
-use std::{
-    net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration,
-};
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use antiphon_core::keys::FleetRoot;
 use antiphon_runtime::{
@@ -65,11 +63,7 @@ impl Ports {
     ///
     /// # Errors
     /// An address is in use or not ours; the error says which.
-    pub async fn bind(
-        public: SocketAddr,
-        internal: SocketAddr,
-        admin: SocketAddr,
-    ) -> anyhow::Result<Self> {
+    pub async fn bind(public: SocketAddr, internal: SocketAddr, admin: SocketAddr) -> anyhow::Result<Self> {
         let bind = async |name: &str, address: SocketAddr| {
             let bound = TcpListener::bind(address).await;
             bound.with_context(|| format!("binding the {name} port {address}"))
@@ -87,15 +81,7 @@ impl Ports {
 /// # Errors
 /// What keeps it from starting, or the first of its tasks that fails.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let Args {
-        region,
-        public,
-        internal,
-        admin,
-        identity,
-        root,
-        log_json,
-    } = args;
+    let Args { region, public, internal, admin, identity, root, log_json } = args;
     telemetry::init(log_json);
     let stop = shutdown::signal().context("signal handlers")?;
     let identity = Identity::load(&identity)?;
@@ -134,46 +120,21 @@ pub fn start(
     let metrics = Metrics::new(&mut registry);
     let fleet = Fleet::new(identity.clone(), root, store);
     let admission = Admission::new(Arc::clone(&fleet), tasks.clone(), metrics.clone());
-    let (http, grpc) = (
-        http::router(Arc::clone(&admission)),
-        grpc::public(&admission)?,
-    );
-    let Ports {
-        public,
-        internal,
-        admin,
-    } = ports;
+    let (http, grpc) = (http::router(Arc::clone(&admission)), grpc::public(&admission)?);
+    let Ports { public, internal, admin } = ports;
     let stopping = tasks.stopping();
-    tasks.service(
-        "admin port",
-        admin::serve(admin, registry, readiness.clone(), stopping.clone()),
-    );
-    tasks.service(
-        "internal port",
-        grpc::serve_internal(admission, internal, stopping),
-    );
+    tasks.service("admin port", admin::serve(admin, registry, readiness.clone(), stopping.clone()));
+    tasks.service("internal port", grpc::serve_internal(admission, internal, stopping));
     let (owner, counted) = (tasks.clone(), metrics.clone());
-    tasks.service("public port", async move {
-        listen::serve(public, &identity, http, grpc, owner, counted).await
-    });
-    tasks.service(
-        "records",
-        follow_records(Arc::clone(&fleet), readiness, tasks.clone()),
-    );
-    tasks.service(
-        "peers",
-        peering::watch_all(Arc::clone(&fleet), tasks.clone()),
-    );
+    tasks.service("public port", async move { listen::serve(public, &identity, http, grpc, owner, counted).await });
+    tasks.service("records", follow_records(Arc::clone(&fleet), readiness, tasks.clone()));
+    tasks.service("peers", peering::watch_all(Arc::clone(&fleet), tasks.clone()));
     tasks.service("gauges", gauge(fleet, metrics, tasks.clone()));
     Ok(())
 }
 
 /// Brings the store's records into effect. Ready once this region has its record.
-async fn follow_records(
-    fleet: Arc<Fleet>,
-    readiness: Readiness,
-    tasks: Tasks,
-) -> anyhow::Result<()> {
+async fn follow_records(fleet: Arc<Fleet>, readiness: Readiness, tasks: Tasks) -> anyhow::Result<()> {
     let mut records = fleet.store.watch();
     let stopping = tasks.stopping();
     loop {
@@ -193,12 +154,8 @@ async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, tasks: Tasks) -> anyhow::Res
     let stopping = tasks.stopping();
     while stopping.run_until_cancelled(tick.tick()).await.is_some() {
         let (workers, relays) = fleet.in_service();
-        metrics
-            .workers
-            .set(i64::try_from(workers).unwrap_or(i64::MAX));
-        metrics
-            .relays
-            .set(i64::try_from(relays).unwrap_or(i64::MAX));
+        metrics.workers.set(i64::try_from(workers).unwrap_or(i64::MAX));
+        metrics.relays.set(i64::try_from(relays).unwrap_or(i64::MAX));
         let age = fleet.oldest_digest().unwrap_or_default();
         metrics.digest_age_seconds.set(age.as_secs_f64());
     }
@@ -226,16 +183,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("root.hex");
         std::fs::write(&path, format!("{}\n", "42".repeat(32))).unwrap();
-        let set =
-            |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let set = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
         set(0o600);
         assert!(load_root(&path).is_ok());
         set(0o640);
         let error = load_root(&path).unwrap_err().to_string();
-        assert!(
-            error.ends_with("has mode 640: others can read it; chmod 600 it"),
-            "{error}"
-        );
+        assert!(error.ends_with("has mode 640: others can read it; chmod 600 it"), "{error}");
         set(0o600);
         std::fs::write(&path, "42").unwrap();
         let error = format!("{:#}", load_root(&path).unwrap_err());

@@ -83,9 +83,7 @@ async fn connection(
     // Latency of small answers matters more than packets.
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
     let accepted = timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)).await;
-    let stream = accepted
-        .map_err(|_| "TLS handshake took too long".to_owned())?
-        .map_err(|e| e.to_string())?;
+    let stream = accepted.map_err(|_| "TLS handshake took too long".to_owned())?.map_err(|e| e.to_string())?;
     let service = service_fn(move |request: Request<Incoming>| {
         let (http, grpc) = (http.clone(), grpc.clone());
         async move {
@@ -98,11 +96,7 @@ async fn connection(
         }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_DEADLINE)
-        .max_headers(MAX_HEADERS);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE).max_headers(MAX_HEADERS);
     builder
         .http2()
         .timer(TokioTimer::new())

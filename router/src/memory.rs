@@ -57,10 +57,7 @@ impl Decisions {
             let Some((serial, session)) = self.order.pop_front() else {
                 break;
             };
-            if self
-                .by_session
-                .get(&session)
-                .is_some_and(|(s, _)| *s == serial)
+            if self.by_session.get(&session).is_some_and(|(s, _)| *s == serial)
                 && let Some((_, old)) = self.by_session.remove(&session)
             {
                 self.candidates -= old.explanation.candidates.len();
@@ -87,8 +84,7 @@ impl Incumbents {
 
     pub(crate) fn remember(&mut self, agent: &str, cell: Cell, region: RegionNumber, now: Millis) {
         if self.chosen.len() >= MAX_INCUMBENTS {
-            self.chosen
-                .retain(|_, (_, at)| now.since(*at) <= INCUMBENCY);
+            self.chosen.retain(|_, (_, at)| now.since(*at) <= INCUMBENCY);
         }
         // Still full: this neighbourhood goes without until others expire.
         if self.chosen.len() < MAX_INCUMBENTS {
@@ -115,10 +111,7 @@ mod tests {
             epoch: Epoch::FIRST,
             client_key: [0; 32],
             codec: v1::Codec::Opus,
-            target: Target::Region {
-                name: "x".into(),
-                address: String::new(),
-            },
+            target: Target::Region { name: "x".into(), address: String::new() },
             explanation: v1::Explanation {
                 candidates: vec![v1::Candidate::default(); candidates],
                 ..v1::Explanation::default()

@@ -68,16 +68,8 @@ impl Metrics {
             digest_age_seconds: Gauge::default(),
             connections: Gauge::default(),
         };
-        registry.register(
-            "tickets",
-            "Requests for a session by outcome",
-            metrics.tickets.clone(),
-        );
-        registry.register(
-            "refusals",
-            "Refused requests for a session by reason",
-            metrics.refusals.clone(),
-        );
+        registry.register("tickets", "Requests for a session by outcome", metrics.tickets.clone());
+        registry.register("refusals", "Refused requests for a session by reason", metrics.refusals.clone());
         registry.register(
             "attempts",
             "Workers and regions asked to take a session, by outcome",
@@ -95,11 +87,7 @@ impl Metrics {
             "Age of the oldest digest of another region",
             metrics.digest_age_seconds.clone(),
         );
-        registry.register(
-            "connections",
-            "Open connections at the public port",
-            metrics.connections.clone(),
-        );
+        registry.register("connections", "Open connections at the public port", metrics.connections.clone());
         metrics
     }
 
@@ -124,9 +112,7 @@ impl Metrics {
     }
 
     pub(crate) fn attempt(&self, outcome: AttemptOutcome) {
-        self.attempts
-            .get_or_create(&AttemptLabels { outcome })
-            .inc();
+        self.attempts.get_or_create(&AttemptLabels { outcome }).inc();
     }
 }
 
@@ -165,6 +151,4 @@ macro_rules! label_value {
 label_value!(TicketOutcome, AttemptOutcome, Reason);
 
 /// From a decision without any network to the longest that a caller waits.
-const SECONDS: [f64; 12] = [
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
-];
+const SECONDS: [f64; 12] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];

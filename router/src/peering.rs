@@ -24,10 +24,7 @@ pub(crate) struct Peers {
 
 impl Peers {
     pub(crate) fn new(identity: &Identity) -> Self {
-        Self {
-            identity: identity.clone(),
-            channels: Mutex::default(),
-        }
+        Self { identity: identity.clone(), channels: Mutex::default() }
     }
 
     /// The channel to a region's routers; its certificate has to name that region.
@@ -99,9 +96,7 @@ async fn watch(fleet: Arc<Fleet>, region: String, address: String) {
 /// Takes updates until the stream breaks; says why it did.
 async fn listen(fleet: &Fleet, region: &str, channel: Channel, failures: &mut u32) -> String {
     let mut peer = PeerClient::new(channel).max_decoding_message_size(MAX_UPDATE_BYTES);
-    let request = WatchRegionRequest {
-        region: region.to_owned(),
-    };
+    let request = WatchRegionRequest { region: region.to_owned() };
     let late = || Status::deadline_exceeded("silent");
     let open = timeout(SILENCE, peer.watch_region(request)).await;
     let mut updates = match open.unwrap_or_else(|_| Err(late())) {

@@ -142,9 +142,7 @@ pub(crate) const fn proto_phase(phase: Phase) -> v1::Phase {
 /// Checks a point; `None` stays `None`.
 pub(crate) fn location(location: Option<&v1::Location>) -> Result<Option<Location>, FieldError> {
     let checked = location.map(|l| Location::new(l.latitude, l.longitude));
-    checked
-        .transpose()
-        .map_err(|e| FieldError::new("location", e.to_string()))
+    checked.transpose().map_err(|e| FieldError::new("location", e.to_string()))
 }
 
 fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
@@ -158,12 +156,8 @@ fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
     }
     Ok(Region {
         name: field::label("name", &record.name)?,
-        number: number.ok_or_else(|| {
-            FieldError::new(
-                "number",
-                format!("{} is out of range 0..=1023", record.number),
-            )
-        })?,
+        number: number
+            .ok_or_else(|| FieldError::new("number", format!("{} is out of range 0..=1023", record.number)))?,
         cloud: record.cloud.clone(),
         location: location(record.location.as_ref())?,
         phase: phase(record.phase),
@@ -178,10 +172,7 @@ fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
     };
     field::agent("behaviour.agent", &behaviour.agent)?;
     if behaviour.engine.is_empty() {
-        return Err(FieldError::new(
-            "behaviour.engine",
-            "is required, such as \"echo\"",
-        ));
+        return Err(FieldError::new("behaviour.engine", "is required, such as \"echo\""));
     }
     let mut regions = Vec::with_capacity(record.regions.len());
     for (index, entry) in record.regions.iter().enumerate() {
@@ -208,12 +199,7 @@ fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
         Ok(codec) if codec_label(codec).is_some() => Ok(codec),
         _ => Err(FieldError::new(format!("codecs[{index}]"), "is no codec")),
     };
-    let mut codecs = record
-        .codecs
-        .iter()
-        .enumerate()
-        .map(codec)
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut codecs = record.codecs.iter().enumerate().map(codec).collect::<Result<Vec<_>, _>>()?;
     if codecs.is_empty() {
         codecs = vec![v1::Codec::Opus, v1::Codec::L1616k, v1::Codec::L1624k];
     }
@@ -244,11 +230,7 @@ fn key(record: &v1::KeyRecord) -> Result<(String, Key), FieldError> {
             None => field::agent(&at, pattern)?,
         };
     }
-    let key = Key {
-        sha256,
-        tenant: field::label("tenant", &record.tenant)?,
-        agents: record.agents.clone(),
-    };
+    let key = Key { sha256, tenant: field::label("tenant", &record.tenant)?, agents: record.agents.clone() };
     Ok((record.id.clone(), key))
 }
 
@@ -261,11 +243,7 @@ mod tests {
     use super::*;
 
     fn region(name: &str, number: u32) -> v1::RegionRecord {
-        v1::RegionRecord {
-            name: name.into(),
-            number,
-            ..v1::RegionRecord::default()
-        }
+        v1::RegionRecord { name: name.into(), number, ..v1::RegionRecord::default() }
     }
 
     fn agent_record() -> v1::AgentRecord {
@@ -293,10 +271,7 @@ mod tests {
             ..v1::ApplyRequest::default()
         };
         let error = records.apply(&bad).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "regions[1].number: 1 is the number of region frankfurt"
-        );
+        assert_eq!(error.to_string(), "regions[1].number: 1 is the number of region frankfurt");
         let gone = v1::ApplyRequest {
             removed_agents: vec!["shop/desk".into(), "never/was".into()],
             ..v1::ApplyRequest::default()
@@ -309,15 +284,9 @@ mod tests {
         let agent = |change: fn(&mut v1::AgentRecord)| {
             let mut record = agent_record();
             change(&mut record);
-            v1::ApplyRequest {
-                agents: vec![record],
-                ..v1::ApplyRequest::default()
-            }
+            v1::ApplyRequest { agents: vec![record], ..v1::ApplyRequest::default() }
         };
-        let region = |record| v1::ApplyRequest {
-            regions: vec![record],
-            ..v1::ApplyRequest::default()
-        };
+        let region = |record| v1::ApplyRequest { regions: vec![record], ..v1::ApplyRequest::default() };
         let key = |id: &str, sha256: &'static [u8], agents: &str| v1::ApplyRequest {
             keys: vec![v1::KeyRecord {
                 id: id.into(),
@@ -327,42 +296,19 @@ mod tests {
             }],
             ..v1::ApplyRequest::default()
         };
-        let nowhere = v1::Location {
-            latitude: 91.0,
-            longitude: 0.0,
-        };
+        let nowhere = v1::Location { latitude: 91.0, longitude: 0.0 };
         let table = [
             (region(self::region("Frankfurt", 1)), "regions[0].name"),
             (region(self::region("f", 1024)), "regions[0].number"),
-            (
-                region(v1::RegionRecord {
-                    location: Some(nowhere),
-                    ..self::region("f", 1)
-                }),
-                "regions[0].location",
-            ),
+            (region(v1::RegionRecord { location: Some(nowhere), ..self::region("f", 1) }), "regions[0].location"),
             (agent(|a| a.behaviour = None), "agents[0].behaviour"),
+            (agent(|a| a.behaviour.as_mut().unwrap().agent = "x".into()), "agents[0].behaviour.agent"),
+            (agent(|a| a.behaviour.as_mut().unwrap().engine.clear()), "agents[0].behaviour.engine"),
             (
-                agent(|a| a.behaviour.as_mut().unwrap().agent = "x".into()),
-                "agents[0].behaviour.agent",
-            ),
-            (
-                agent(|a| a.behaviour.as_mut().unwrap().engine.clear()),
-                "agents[0].behaviour.engine",
-            ),
-            (
-                agent(|a| {
-                    a.regions = vec![v1::AgentRegion {
-                        region: "f".into(),
-                        weight: 0,
-                    }]
-                }),
+                agent(|a| a.regions = vec![v1::AgentRegion { region: "f".into(), weight: 0 }]),
                 "agents[0].regions[0].weight",
             ),
-            (
-                agent(|a| (a.rtt_ceiling_ms, a.rtt_ceiling_max_ms) = (100, 50)),
-                "agents[0].rttCeilingMaxMs",
-            ),
+            (agent(|a| (a.rtt_ceiling_ms, a.rtt_ceiling_max_ms) = (100, 50)), "agents[0].rttCeilingMaxMs"),
             (agent(|a| a.codecs = vec![0]), "agents[0].codecs[0]"),
             (key("short", &[0; 32], "a/b"), "keys[0].id"),
             (key("000000000000", &[0; 31], "a/b"), "keys[0].sha256"),

@@ -74,12 +74,8 @@ impl Failure {
         retry_after_ms: u32,
         candidates: Vec<v1::Candidate>,
     ) -> Self {
-        let refusal = v1::Refusal {
-            reason: reason.label().to_owned(),
-            detail: detail.into(),
-            candidates,
-            retry_after_ms,
-        };
+        let refusal =
+            v1::Refusal { reason: reason.label().to_owned(), detail: detail.into(), candidates, retry_after_ms };
         Self::Refused(Box::new(refusal), reason)
     }
 }

@@ -4,11 +4,7 @@
 //! worker does with a session is not the router's business, and the real one is tested with the router end to end
 //! elsewhere.
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::unwrap_used,
-    clippy::too_many_lines,
-    reason = "helpers and tables of tests"
-)]
+#![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "helpers and tables of tests")]
 
 #[path = "it/fleet.rs"]
 mod fleet;

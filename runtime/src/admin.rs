@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::{
-    Router, extract::State, http::StatusCode, http::header::CONTENT_TYPE, response::IntoResponse,
-    routing::get,
+    Router, extract::State, http::StatusCode, http::header::CONTENT_TYPE, response::IntoResponse, routing::get,
 };
 use parking_lot::RwLock;
 use prometheus_client::{encoding::text, registry::Registry};
@@ -24,11 +23,7 @@ impl Readiness {
     /// Adds conditions that do not hold yet.
     #[must_use]
     pub fn new(conditions: &[&'static str]) -> Self {
-        Self {
-            conditions: Arc::new(RwLock::new(
-                conditions.iter().map(|c| (*c, false)).collect(),
-            )),
-        }
+        Self { conditions: Arc::new(RwLock::new(conditions.iter().map(|c| (*c, false)).collect())) }
     }
 
     /// Says whether a condition holds; an unknown name is added.
@@ -43,12 +38,7 @@ impl Readiness {
     /// Names of the conditions that do not hold.
     #[must_use]
     pub fn missing(&self) -> Vec<&'static str> {
-        self.conditions
-            .read()
-            .iter()
-            .filter(|(_, holds)| !holds)
-            .map(|(name, _)| *name)
-            .collect()
+        self.conditions.read().iter().filter(|(_, holds)| !holds).map(|(name, _)| *name).collect()
     }
 }
 
@@ -71,14 +61,8 @@ pub async fn serve(
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .with_state(Arc::new(Shared {
-            registry,
-            readiness,
-        }));
-    axum::serve(listener, app)
-        .with_graceful_shutdown(stopping.cancelled_owned())
-        .await
-        .context("admin port")
+        .with_state(Arc::new(Shared { registry, readiness }));
+    axum::serve(listener, app).with_graceful_shutdown(stopping.cancelled_owned()).await.context("admin port")
 }
 
 async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
@@ -86,10 +70,7 @@ async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     if missing.is_empty() {
         return (StatusCode::OK, "ok\n".to_owned());
     }
-    (
-        StatusCode::SERVICE_UNAVAILABLE,
-        format!("waiting for: {}\n", missing.join(", ")),
-    )
+    (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", missing.join(", ")))
 }
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
@@ -99,11 +80,9 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             (StatusCode::OK, [(CONTENT_TYPE, kind)], body)
         }
-        Err(error) => (
-            StatusCode::INTERNAL_SERVER_ERROR,
-            [(CONTENT_TYPE, "text/plain")],
-            format!("encoding metrics: {error}\n"),
-        ),
+        Err(error) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, [(CONTENT_TYPE, "text/plain")], format!("encoding metrics: {error}\n"))
+        }
     }
 }
 

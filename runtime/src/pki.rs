@@ -14,8 +14,8 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _};
 
@@ -108,11 +108,7 @@ impl PeerName {
                 return Err(PkiError::BadLabel(label.chars().take(80).collect()));
             }
         }
-        Ok(Self {
-            name: name.to_owned(),
-            role,
-            region: region.to_owned(),
-        })
+        Ok(Self { name: name.to_owned(), role, region: region.to_owned() })
     }
 
     /// The name that only this process holds.
@@ -128,20 +124,12 @@ impl PeerName {
     pub fn of_certificate(der: &[u8]) -> Result<Self, PkiError> {
         use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
         let (_, certificate) = X509Certificate::from_der(der).map_err(|_| PkiError::NotOurs)?;
-        let names = certificate
-            .subject_alternative_name()
-            .map_err(|_| PkiError::NotOurs)?
-            .ok_or(PkiError::NotOurs)?;
+        let names = certificate.subject_alternative_name().map_err(|_| PkiError::NotOurs)?.ok_or(PkiError::NotOurs)?;
         let ours = |name: &GeneralName<'_>| match name {
             GeneralName::DNSName(dns) => dns.parse().ok(),
             _ => None,
         };
-        names
-            .value
-            .general_names
-            .iter()
-            .find_map(ours)
-            .ok_or(PkiError::NotOurs)
+        names.value.general_names.iter().find_map(ours).ok_or(PkiError::NotOurs)
     }
 }
 
@@ -149,20 +137,13 @@ impl FromStr for PeerName {
     type Err = PkiError;
 
     fn from_str(dns: &str) -> Result<Self, PkiError> {
-        let labels = dns
-            .strip_suffix(DOMAIN)
-            .and_then(|s| s.strip_suffix('.'))
-            .ok_or(PkiError::NotOurs)?;
+        let labels = dns.strip_suffix(DOMAIN).and_then(|s| s.strip_suffix('.')).ok_or(PkiError::NotOurs)?;
         let mut parts = labels.split('.');
-        let (Some(name), Some(role), Some(region), None) =
-            (parts.next(), parts.next(), parts.next(), parts.next())
+        let (Some(name), Some(role), Some(region), None) = (parts.next(), parts.next(), parts.next(), parts.next())
         else {
             return Err(PkiError::NotOurs);
         };
-        let role = Role::ALL
-            .into_iter()
-            .find(|r| r.label() == role)
-            .ok_or(PkiError::NotOurs)?;
+        let role = Role::ALL.into_iter().find(|r| r.label() == role).ok_or(PkiError::NotOurs)?;
         Self::new(name, role, region)
     }
 }
@@ -199,23 +180,17 @@ impl FleetCa {
     pub fn from_seed(seed: &[u8; 32]) -> Result<Self, PkiError> {
         let mut pkcs8 = PKCS8_ED25519_PREFIX.to_vec();
         pkcs8.extend_from_slice(seed);
-        let key =
-            KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(pkcs8), &PKCS_ED25519)?;
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(pkcs8), &PKCS_ED25519)?;
         let mut params = CertificateParams::new(Vec::new())?;
         params.distinguished_name = DistinguishedName::new();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "Antiphon fleet");
+        params.distinguished_name.push(DnType::CommonName, "Antiphon fleet");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.serial_number = Some(SerialNumber::from(1_u64));
         params.not_before = rcgen::date_time_ymd(2024, 1, 1);
         params.not_after = rcgen::date_time_ymd(2124, 1, 1);
         let certificate_pem = params.self_signed(&key)?.pem();
-        Ok(Self {
-            certificate_pem,
-            issuer: Issuer::new(params, key),
-        })
+        Ok(Self { certificate_pem, issuer: Issuer::new(params, key) })
     }
 
     /// The trust anchor, PEM.
@@ -228,26 +203,13 @@ impl FleetCa {
     ///
     /// # Errors
     /// The key library refuses.
-    pub fn issue(
-        &self,
-        peer: &PeerName,
-        addresses: &[IpAddr],
-        now: SystemTime,
-    ) -> Result<Identity, PkiError> {
-        let mut params =
-            CertificateParams::new(vec![peer.dns(), shared_dns(peer.role, &peer.region)])?;
-        params
-            .subject_alt_names
-            .extend(addresses.iter().copied().map(SanType::IpAddress));
+    pub fn issue(&self, peer: &PeerName, addresses: &[IpAddr], now: SystemTime) -> Result<Identity, PkiError> {
+        let mut params = CertificateParams::new(vec![peer.dns(), shared_dns(peer.role, &peer.region)])?;
+        params.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
         params.distinguished_name = DistinguishedName::new();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, peer.to_string());
+        params.distinguished_name.push(DnType::CommonName, peer.to_string());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.not_before = (now - CLOCK_SLACK).into();
         params.not_after = (now + LEAF_LIFETIME).into();
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
@@ -273,9 +235,7 @@ pub struct Identity {
 /// Keys never appear in logs.
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Identity")
-            .field("peer", &self.peer)
-            .finish_non_exhaustive()
+        f.debug_struct("Identity").field("peer", &self.peer).finish_non_exhaustive()
     }
 }
 
@@ -289,25 +249,14 @@ impl Identity {
             let path = dir.join(name);
             fs::read_to_string(&path).map_err(|source| PkiError::File { path, source })
         };
-        let (certificate_pem, key_pem, ca_pem) =
-            (read(CERT_FILE)?, read(KEY_FILE)?, read(CA_FILE)?);
-        let pem = |file: &str, what| PkiError::Pem {
-            path: dir.join(file),
-            what,
-        };
-        let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
-            .map_err(|_| pem(CERT_FILE, "certificate"))?;
-        CertificateDer::from_pem_slice(ca_pem.as_bytes())
-            .map_err(|_| pem(CA_FILE, "certificate"))?;
-        PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
-            .map_err(|_| pem(KEY_FILE, "private key"))?;
+        let (certificate_pem, key_pem, ca_pem) = (read(CERT_FILE)?, read(KEY_FILE)?, read(CA_FILE)?);
+        let pem = |file: &str, what| PkiError::Pem { path: dir.join(file), what };
+        let der =
+            CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|_| pem(CERT_FILE, "certificate"))?;
+        CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(|_| pem(CA_FILE, "certificate"))?;
+        PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| pem(KEY_FILE, "private key"))?;
         let peer = PeerName::of_certificate(&der)?;
-        Ok(Self {
-            peer,
-            certificate_pem,
-            key_pem,
-            ca_pem,
-        })
+        Ok(Self { peer, certificate_pem, key_pem, ca_pem })
     }
 
     /// Writes the three files into `dir`, made if absent; the key is readable by its owner only.
@@ -353,22 +302,19 @@ impl Identity {
     /// Certificate, DER.
     #[must_use]
     pub fn certificate(&self) -> CertificateDer<'static> {
-        CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
-            .expect("checked when the identity was made")
+        CertificateDer::from_pem_slice(self.certificate_pem.as_bytes()).expect("checked when the identity was made")
     }
 
     /// Trust anchor, DER.
     #[must_use]
     pub fn ca(&self) -> CertificateDer<'static> {
-        CertificateDer::from_pem_slice(self.ca_pem.as_bytes())
-            .expect("checked when the identity was made")
+        CertificateDer::from_pem_slice(self.ca_pem.as_bytes()).expect("checked when the identity was made")
     }
 
     /// Private key.
     #[must_use]
     pub fn key(&self) -> PrivateKeyDer<'static> {
-        PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes())
-            .expect("checked when the identity was made")
+        PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).expect("checked when the identity was made")
     }
 }
 
@@ -378,21 +324,13 @@ impl Identity {
 /// The file system refuses.
 pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), PkiError> {
     use io::Write as _;
-    let wrap = |source| PkiError::File {
-        path: path.to_owned(),
-        source,
-    };
+    let wrap = |source| PkiError::File { path: path.to_owned(), source };
     // Removed first: an existing file would keep its looser mode.
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(wrap(e)),
         _ => {}
     }
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(wrap)?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(wrap)?;
     file.write_all(bytes).map_err(wrap)
 }
 
@@ -405,9 +343,8 @@ const CERT_FILE: &str = "cert.pem";
 const KEY_FILE: &str = "key.pem";
 const CA_FILE: &str = "ca.pem";
 /// PKCS #8 v1 around a bare Ed25519 seed (RFC 8410, section 7).
-const PKCS8_ED25519_PREFIX: [u8; 16] = [
-    0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
-];
+const PKCS8_ED25519_PREFIX: [u8; 16] =
+    [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
 
 #[cfg(test)]
 mod tests {
@@ -415,15 +352,9 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_trust_anchor() {
-        let (a, b) = (
-            FleetCa::from_seed(&[7; 32]).unwrap(),
-            FleetCa::from_seed(&[7; 32]).unwrap(),
-        );
+        let (a, b) = (FleetCa::from_seed(&[7; 32]).unwrap(), FleetCa::from_seed(&[7; 32]).unwrap());
         assert_eq!(a.certificate_pem(), b.certificate_pem());
-        assert_ne!(
-            a.certificate_pem(),
-            FleetCa::from_seed(&[8; 32]).unwrap().certificate_pem()
-        );
+        assert_ne!(a.certificate_pem(), FleetCa::from_seed(&[8; 32]).unwrap().certificate_pem());
     }
 
     #[test]
@@ -431,36 +362,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let peer = PeerName::new("w-3", Role::Worker, "frankfurt").unwrap();
         let ca = FleetCa::from_seed(&[7; 32]).unwrap();
-        ca.issue(&peer, &[], SystemTime::now())
-            .unwrap()
-            .save(dir.path())
-            .unwrap();
+        ca.issue(&peer, &[], SystemTime::now()).unwrap().save(dir.path()).unwrap();
         let identity = Identity::load(dir.path()).unwrap();
         assert_eq!(identity.peer(), &peer);
         assert_eq!(peer.dns(), "w-3.worker.frankfurt.antiphon.internal");
         use std::os::unix::fs::PermissionsExt as _;
-        let mode = fs::metadata(dir.path().join("key.pem"))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = fs::metadata(dir.path().join("key.pem")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
     fn strangers_names_are_refused() {
-        for bad in [
-            "x.example.com",
-            "a.b.worker.r.antiphon.internal",
-            "a.boss.r.antiphon.internal",
-            "antiphon.internal",
-        ] {
+        for bad in
+            ["x.example.com", "a.b.worker.r.antiphon.internal", "a.boss.r.antiphon.internal", "antiphon.internal"]
+        {
             assert!(bad.parse::<PeerName>().is_err(), "{bad}");
         }
         assert!(PeerName::new("Über", Role::Relay, "r").is_err());
         let missing = Identity::load(Path::new("/nonexistent")).unwrap_err();
-        assert!(
-            missing.to_string().starts_with("/nonexistent/cert.pem: "),
-            "{missing}"
-        );
+        assert!(missing.to_string().starts_with("/nonexistent/cert.pem: "), "{missing}");
     }
 }

@@ -40,15 +40,9 @@ impl Tasks {
     pub fn new() -> Self {
         // One place is enough: the first failure decides.
         let (failed, failures) = mpsc::channel(1);
-        let inner = Inner {
-            tracker: TaskTracker::new(),
-            stop: CancellationToken::new(),
-            failed,
-            failures: failures.into(),
-        };
-        Self {
-            inner: Arc::new(inner),
-        }
+        let inner =
+            Inner { tracker: TaskTracker::new(), stop: CancellationToken::new(), failed, failures: failures.into() };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Fires when the process is asked to stop; long-running tasks select on it.
@@ -73,10 +67,7 @@ impl Tasks {
         self.start(name, task, true);
     }
 
-    #[allow(
-        clippy::disallowed_methods,
-        reason = "the one place that spawns; the tracker owns the task"
-    )]
+    #[allow(clippy::disallowed_methods, reason = "the one place that spawns; the tracker owns the task")]
     fn start<F>(&self, name: &'static str, task: F, lasts: bool)
     where
         F: Future<Output = anyhow::Result<()>> + Send + 'static,
@@ -108,10 +99,7 @@ impl Tasks {
         };
         self.inner.stop.cancel();
         self.inner.tracker.close();
-        if tokio::time::timeout(Self::GRACE, self.inner.tracker.wait())
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(Self::GRACE, self.inner.tracker.wait()).await.is_err() {
             tracing::warn!(left = self.inner.tracker.len(), "tasks did not end in time");
         }
         if outcome.is_ok()

@@ -3,9 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use rustls::{RootCertStore, crypto::CryptoProvider, server::WebPkiClientVerifier};
-use tonic::transport::{
-    Certificate, Channel, ClientTlsConfig, Endpoint, Identity as TonicIdentity, ServerTlsConfig,
-};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity as TonicIdentity, ServerTlsConfig};
 
 use crate::pki::{Identity, PeerName, PkiError, Role, shared_dns};
 
@@ -47,40 +45,26 @@ pub enum Clients {
 ///
 /// # Errors
 /// The identity's material is refused.
-pub fn server_config(
-    identity: &Identity,
-    clients: Clients,
-) -> Result<rustls::ServerConfig, TlsError> {
-    let wrap = |source| TlsError::Identity {
-        peer: identity.peer().clone(),
-        source,
-    };
+pub fn server_config(identity: &Identity, clients: Clients) -> Result<rustls::ServerConfig, TlsError> {
+    let wrap = |source| TlsError::Identity { peer: identity.peer().clone(), source };
     let builder = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(wrap)?;
     let builder = match clients {
         Clients::Anonymous => builder.with_no_client_auth(),
         Clients::Fleet => {
-            let verifier =
-                WebPkiClientVerifier::builder_with_provider(Arc::new(roots(identity)?), provider())
-                    .build()
-                    .map_err(|e| wrap(rustls::Error::General(e.to_string())))?;
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(identity)?), provider())
+                .build()
+                .map_err(|e| wrap(rustls::Error::General(e.to_string())))?;
             builder.with_client_cert_verifier(verifier)
         }
     };
-    builder
-        .with_single_cert(vec![identity.certificate()], identity.key())
-        .map_err(wrap)
+    builder.with_single_cert(vec![identity.certificate()], identity.key()).map_err(wrap)
 }
 
 fn roots(identity: &Identity) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
-    roots
-        .add(identity.ca())
-        .map_err(|source| TlsError::Identity {
-            peer: identity.peer().clone(),
-            source,
-        })?;
+    roots.add(identity.ca()).map_err(|source| TlsError::Identity { peer: identity.peer().clone(), source })?;
     Ok(roots)
 }
 
@@ -88,10 +72,7 @@ fn roots(identity: &Identity) -> Result<RootCertStore, TlsError> {
 #[must_use]
 pub fn grpc_server(identity: &Identity) -> ServerTlsConfig {
     ServerTlsConfig::new()
-        .identity(TonicIdentity::from_pem(
-            identity.certificate_pem(),
-            identity.key_pem(),
-        ))
+        .identity(TonicIdentity::from_pem(identity.certificate_pem(), identity.key_pem()))
         .client_ca_root(Certificate::from_pem(identity.ca_pem()))
 }
 
@@ -99,18 +80,10 @@ pub fn grpc_server(identity: &Identity) -> ServerTlsConfig {
 ///
 /// # Errors
 /// The address is malformed.
-pub fn channel(
-    address: &str,
-    identity: &Identity,
-    role: Role,
-    region: &str,
-) -> Result<Channel, TlsError> {
+pub fn channel(address: &str, identity: &Identity, role: Role, region: &str) -> Result<Channel, TlsError> {
     let tls = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(identity.ca_pem()))
-        .identity(TonicIdentity::from_pem(
-            identity.certificate_pem(),
-            identity.key_pem(),
-        ))
+        .identity(TonicIdentity::from_pem(identity.certificate_pem(), identity.key_pem()))
         .domain_name(shared_dns(role, region));
     Ok(endpoint(address)?.tls_config(tls)?.connect_lazy())
 }
@@ -122,9 +95,7 @@ pub fn channel(
 /// # Errors
 /// The address is malformed.
 pub fn public_channel(address: &str, ca_pem: &str, server_name: &str) -> Result<Channel, TlsError> {
-    let tls = ClientTlsConfig::new()
-        .ca_certificate(Certificate::from_pem(ca_pem))
-        .domain_name(server_name);
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca_pem)).domain_name(server_name);
     Ok(endpoint(address)?.tls_config(tls)?.connect_lazy())
 }
 

@@ -42,12 +42,7 @@ pub struct Args {
     #[arg(long, env = "ANTIPHON_WORKER_CONTROL_ADDRESS")]
     pub control_address: Option<String>,
     /// Routers of the region, IP:PORT or HOST:PORT, in the order to try.
-    #[arg(
-        long,
-        env = "ANTIPHON_WORKER_ROUTER",
-        required = true,
-        value_delimiter = ','
-    )]
+    #[arg(long, env = "ANTIPHON_WORKER_ROUTER", required = true, value_delimiter = ',')]
     pub router: Vec<String>,
     /// Directory with cert.pem, key.pem and ca.pem.
     #[arg(long, env = "ANTIPHON_WORKER_IDENTITY")]
@@ -65,9 +60,7 @@ pub struct Args {
 
 fn agent_name(text: &str) -> Result<String, String> {
     match text.split_once('/') {
-        Some((namespace, name))
-            if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
-        {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
             Ok(text.to_owned())
         }
         _ => Err("expected NAMESPACE/NAME".into()),

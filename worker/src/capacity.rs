@@ -124,19 +124,8 @@ impl Capacity {
     pub(crate) fn new(agent: String, slots: u32, metrics: Metrics) -> Self {
         metrics.slots.set(slots.into());
         let table = LeaseTable::new(slots);
-        let inner = Inner {
-            table,
-            doors: Vec::new(),
-            behaviour: None,
-            draining: false,
-        };
-        Self {
-            started: Instant::now(),
-            agent,
-            inner: Mutex::new(inner),
-            changed: Notify::new(),
-            metrics,
-        }
+        let inner = Inner { table, doors: Vec::new(), behaviour: None, draining: false };
+        Self { started: Instant::now(), agent, inner: Mutex::new(inner), changed: Notify::new(), metrics }
     }
 
     /// Opens the doors once the router has numbered this worker.
@@ -174,11 +163,7 @@ impl Capacity {
         let behaviour = inner.behaviour.clone().ok_or(Refusal::NotReady)?;
         let shard = inner.emptiest_shard().ok_or(Refusal::NotReady)?;
         let door = inner.doors[shard].clone();
-        let wanted = LeaseRequest {
-            session: request.session,
-            epoch: request.epoch,
-            ttl: request.ttl,
-        };
+        let wanted = LeaseRequest { session: request.session, epoch: request.epoch, ttl: request.ttl };
         let lease = inner.table.reserve(now, &wanted, |lease, expires| {
             let expires_at = SystemTime::now() + expires.since(now);
             Arc::new(door.terms(request, shard, lease, expires_at, behaviour))
@@ -194,13 +179,8 @@ impl Capacity {
     /// The lease behind an attempt to connect.
     pub(crate) fn terms(&self, attempt: Attempt) -> Option<Arc<Terms>> {
         let inner = self.inner.lock();
-        let mut leases = inner
-            .table
-            .iter()
-            .filter(|(session, ..)| *session == attempt.session);
-        leases
-            .find(|(_, lease, _)| lease.epoch == attempt.epoch)
-            .map(|(_, lease, _)| lease.attachment.clone())
+        let mut leases = inner.table.iter().filter(|(session, ..)| *session == attempt.session);
+        leases.find(|(_, lease, _)| lease.epoch == attempt.epoch).map(|(_, lease, _)| lease.attachment.clone())
     }
 
     /// The client has proved itself. An older owner of the session on this worker is told to stop.
@@ -227,13 +207,8 @@ impl Capacity {
     /// Ends a session or gives its lease back; says whether there was one. `tenant` empty: whoever's it is.
     pub(crate) fn release(&self, session: SessionId, epoch: Option<Epoch>, tenant: &str) -> bool {
         let inner = &mut *self.inner.lock();
-        let foreign =
-            |lease: &Lease<Arc<Terms>>| !tenant.is_empty() && lease.attachment.tenant != tenant;
-        if inner
-            .table
-            .iter()
-            .any(|(of, lease, _)| of == session && foreign(lease))
-        {
+        let foreign = |lease: &Lease<Arc<Terms>>| !tenant.is_empty() && lease.attachment.tenant != tenant;
+        if inner.table.iter().any(|(of, lease, _)| of == session && foreign(lease)) {
             return false;
         }
         let ended = inner.table.release(session, epoch);
@@ -273,12 +248,7 @@ impl Capacity {
 
     /// Sessions and reservations: terms, and whether active.
     pub(crate) fn sessions(&self) -> Vec<(Arc<Terms>, bool)> {
-        self.inner
-            .lock()
-            .table
-            .iter()
-            .map(|(_, lease, active)| (lease.attachment.clone(), active))
-            .collect()
+        self.inner.lock().table.iter().map(|(_, lease, active)| (lease.attachment.clone(), active)).collect()
     }
 
     /// Completes when the counts may have changed since the last call.
@@ -307,12 +277,7 @@ impl Inner {
     }
 
     fn emptiest_shard(&self) -> Option<usize> {
-        let load = |shard: usize| {
-            self.table
-                .iter()
-                .filter(|(_, lease, _)| lease.attachment.shard == shard)
-                .count()
-        };
+        let load = |shard: usize| self.table.iter().filter(|(_, lease, _)| lease.attachment.shard == shard).count();
         (0..self.doors.len()).min_by_key(|shard| load(*shard))
     }
 
@@ -325,10 +290,7 @@ impl Inner {
     /// The lease's first connection IDs are worth nothing any more.
     fn forget(&self, lease: &Lease<Arc<Terms>>) {
         let terms = &lease.attachment;
-        self.doors[terms.shard]
-            .gate
-            .lock()
-            .forget(terms.attempts.iter().map(|(_, nonce)| *nonce));
+        self.doors[terms.shard].gate.lock().forget(terms.attempts.iter().map(|(_, nonce)| *nonce));
     }
 }
 
@@ -341,22 +303,13 @@ impl Door {
         expires_at: SystemTime,
         behaviour: Arc<AgentBehaviour>,
     ) -> Terms {
-        let expires_s = expires_at
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs() + 1);
+        let expires_s = expires_at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs() + 1);
         let attempts: Vec<_> = {
             let mut minter = self.minter.lock();
-            (0..ATTEMPTS)
-                .map(|_| minter.mint_initial(expires_s))
-                .collect()
+            (0..ATTEMPTS).map(|_| minter.mint_initial(expires_s)).collect()
         };
-        let attempt = Attempt {
-            session: request.session,
-            epoch: request.epoch,
-        };
-        self.gate
-            .lock()
-            .expect(attempts.iter().map(|(_, nonce)| *nonce), attempt);
+        let attempt = Attempt { session: request.session, epoch: request.epoch };
+        self.gate.lock().expect(attempts.iter().map(|(_, nonce)| *nonce), attempt);
         Terms {
             session: request.session,
             epoch: request.epoch,
@@ -416,11 +369,7 @@ mod tests {
         let mut codec = CidCodec::new();
         codec.insert(config, [1; 16]);
         let gate = Gate::new(server_id, codec, 4);
-        Door {
-            server_id,
-            minter: Arc::new(Mutex::new(minter)),
-            gate: Arc::new(Mutex::new(gate)),
-        }
+        Door { server_id, minter: Arc::new(Mutex::new(minter)), gate: Arc::new(Mutex::new(gate)) }
     }
 
     fn capacity(slots: u32) -> Capacity {
@@ -454,10 +403,7 @@ mod tests {
                         let ask = |i: u32| {
                             let mut id = [0; 16];
                             id[..4].copy_from_slice(&(t * 250 + i).to_be_bytes());
-                            capacity.reserve(&Request {
-                                session: SessionId::from_bytes(id),
-                                ..request(0)
-                            })
+                            capacity.reserve(&Request { session: SessionId::from_bytes(id), ..request(0) })
                         };
                         (0..250).filter(|i| ask(*i).is_ok()).count()
                     })
@@ -475,10 +421,7 @@ mod tests {
         let first = capacity.reserve(&request(1)).unwrap();
         let again = capacity.reserve(&request(1)).unwrap();
         assert_eq!(first.attempts, again.attempts);
-        let thief = Request {
-            client_key: [9; 32],
-            ..request(1)
-        };
+        let thief = Request { client_key: [9; 32], ..request(1) };
         assert_eq!(capacity.reserve(&thief).unwrap_err(), Refusal::OtherClient);
     }
 
@@ -493,10 +436,7 @@ mod tests {
         assert!(capacity.release(terms.session, None, "t"));
         assert!(gate.lock().attempt(cid.as_bytes()).is_none());
         assert_eq!(*terms.end.borrow(), Some(EndCode::Released));
-        assert!(
-            !capacity.release(terms.session, None, "t"),
-            "twice is not an error"
-        );
+        assert!(!capacity.release(terms.session, None, "t"), "twice is not an error");
     }
 
     #[test]
@@ -504,10 +444,7 @@ mod tests {
         let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());
         let unready = Capacity::new("default/a".into(), 1, metrics);
         assert_eq!(unready.reserve(&request(1)).unwrap_err(), Refusal::NotReady);
-        let other = Request {
-            agent: "default/b".into(),
-            ..request(1)
-        };
+        let other = Request { agent: "default/b".into(), ..request(1) };
         assert_eq!(unready.reserve(&other).unwrap_err().label(), "wrong_agent");
     }
 }

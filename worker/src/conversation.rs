@@ -16,9 +16,7 @@ use antiphon_media::{
     turn::{TurnEvent, TurnInput, TurnMachine, TurnTaking},
     vad::{self, Vad, VadSettings},
 };
-use antiphon_proto::v1::{
-    Flush, ResponseDone, ResponseStarted, SpeechStarted, SpeechStopped, server_message::Message,
-};
+use antiphon_proto::v1::{Flush, ResponseDone, ResponseStarted, SpeechStarted, SpeechStopped, server_message::Message};
 use bytes::Bytes;
 
 /// Why a conversation cannot begin or go on.
@@ -141,10 +139,7 @@ impl Conversation {
         }
         let decision = self.vad.frame(self.resampler.frame(&self.heard));
         let at = self.position.samples();
-        self.turns.handle(TurnInput::Frame {
-            speech: decision.speech,
-            at,
-        });
+        self.turns.handle(TurnInput::Frame { speech: decision.speech, at });
         self.events.clear();
         while let Some(event) = self.turns.poll_output() {
             self.events.push(event);
@@ -156,26 +151,17 @@ impl Conversation {
     fn on_turn_event(&mut self, event: TurnEvent) {
         match event {
             TurnEvent::SpeechStarted { turn, at } => {
-                self.out
-                    .push_back(Output::Control(Message::SpeechStarted(SpeechStarted {
-                        at,
-                        turn,
-                    })));
+                self.out.push_back(Output::Control(Message::SpeechStarted(SpeechStarted { at, turn })));
             }
             TurnEvent::SpeechStopped { turn, at } => {
                 self.stopped_at = Some(SamplePosition::new(at));
-                self.out
-                    .push_back(Output::Control(Message::SpeechStopped(SpeechStopped {
-                        at,
-                        turn,
-                    })));
+                self.out.push_back(Output::Control(Message::SpeechStopped(SpeechStopped { at, turn })));
                 self.out.push_back(Output::TurnEnded { turn });
             }
             TurnEvent::Interrupted { turn, .. } => {
                 if let Some(generation) = self.engine.interrupt() {
                     self.sender.set_generation(None);
-                    self.out
-                        .push_back(Output::Control(Message::Flush(Flush { generation })));
+                    self.out.push_back(Output::Control(Message::Flush(Flush { generation })));
                     self.out.push_back(Output::Interrupted { turn });
                 }
             }
@@ -195,12 +181,8 @@ impl Conversation {
             self.out.push_back(Output::Datagram(datagram));
         }
         if frame.last {
-            let done = ResponseDone {
-                generation: frame.generation,
-                samples: self.answer_samples,
-            };
-            self.out
-                .push_back(Output::Control(Message::ResponseDone(done)));
+            let done = ResponseDone { generation: frame.generation, samples: self.answer_samples };
+            self.out.push_back(Output::Control(Message::ResponseDone(done)));
             self.sender.set_generation(None);
         }
         Ok(())
@@ -209,18 +191,11 @@ impl Conversation {
     fn begin_answer(&mut self, frame: AnswerFrame) {
         self.answer_samples = 0;
         self.sender.set_generation(Some(frame.generation));
-        let started = ResponseStarted {
-            generation: frame.generation,
-            turn: frame.turn,
-        };
-        self.out
-            .push_back(Output::Control(Message::ResponseStarted(started)));
+        let started = ResponseStarted { generation: frame.generation, turn: frame.turn };
+        self.out.push_back(Output::Control(Message::ResponseStarted(started)));
         if let Some(stopped) = self.stopped_at.take() {
             let delay_samples = self.position - stopped;
-            self.out.push_back(Output::AnswerBegan {
-                turn: frame.turn,
-                delay_samples,
-            });
+            self.out.push_back(Output::AnswerBegan { turn: frame.turn, delay_samples });
         }
     }
 }
@@ -253,11 +228,7 @@ mod tests {
     }
 
     fn origin(seed: u32) -> StreamOrigin {
-        StreamOrigin {
-            ssrc: seed,
-            sequence: 65_530,
-            timestamp: u32::MAX - 5_000,
-        }
+        StreamOrigin { ssrc: seed, sequence: 65_530, timestamp: u32::MAX - 5_000 }
     }
 
     impl Line {
@@ -284,10 +255,7 @@ mod tests {
         }
 
         fn lost(&mut self) -> bool {
-            self.seed = self
-                .seed
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
+            self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (self.seed >> 33) % 100 < self.loss_percent
         }
 
@@ -353,23 +321,12 @@ mod tests {
             .turns
             .iter()
             .zip(&ended)
-            .map(|(turn, ended)| Said {
-                pcm: &turn.pcm,
-                code: turn.code,
-                ended: Some(*ended),
-            })
+            .map(|(turn, ended)| Said { pcm: &turn.pcm, code: turn.code, ended: Some(*ended) })
             .collect();
         let report = verify(&said, &line.recording, format.sample_rate());
-        assert!(
-            report.passed(),
-            "{format:?}: {:?}",
-            report.all_problems().collect::<Vec<_>>()
-        );
+        assert!(report.passed(), "{format:?}: {:?}", report.all_problems().collect::<Vec<_>>());
         assert_eq!(line.saw(|e| matches!(e, Output::TurnEnded { .. })), 2);
-        assert_eq!(
-            line.saw(|e| matches!(e, Output::Control(Message::ResponseDone(_)))),
-            2
-        );
+        assert_eq!(line.saw(|e| matches!(e, Output::Control(Message::ResponseDone(_)))), 2);
     }
 
     #[test]
@@ -401,24 +358,13 @@ mod tests {
             frame.resize(320, 0);
             line.step(&frame, false);
         }
-        let flush = line
-            .events
-            .iter()
-            .position(|e| matches!(e, Output::Control(Message::Flush(_))));
+        let flush = line.events.iter().position(|e| matches!(e, Output::Control(Message::Flush(_))));
         assert!(flush.is_some(), "{:?}", line.events);
         line.listen(1);
         let last = line.recording.len() - 320;
         line.listen(10);
-        assert!(
-            line.recording[last..]
-                .iter()
-                .all(|sample| sample.abs() < 200),
-            "silent after one frame"
-        );
-        assert_eq!(
-            line.saw(|e| matches!(e, Output::Control(Message::ResponseDone(_)))),
-            0
-        );
+        assert!(line.recording[last..].iter().all(|sample| sample.abs() < 200), "silent after one frame");
+        assert_eq!(line.saw(|e| matches!(e, Output::Control(Message::ResponseDone(_)))), 0);
     }
 
     #[test]
@@ -432,29 +378,15 @@ mod tests {
         }
         assert_eq!(line.saw(|e| matches!(e, Output::AnswerBegan { .. })), 0);
         line.listen(400);
-        let said = [Said {
-            pcm: &script.turns[0].pcm,
-            code: script.turns[0].code,
-            ended: Some(ended),
-        }];
+        let said = [Said { pcm: &script.turns[0].pcm, code: script.turns[0].code, ended: Some(ended) }];
         let report = verify(&said, &line.recording, 16_000);
-        assert!(
-            report.passed(),
-            "{:?}",
-            report.all_problems().collect::<Vec<_>>()
-        );
+        assert!(report.passed(), "{:?}", report.all_problems().collect::<Vec<_>>());
     }
 
     #[test]
     fn a_packet_of_another_codec_is_refused_and_changes_nothing() {
         let mut line = Line::new(AudioFormat::Opus, 0);
-        let mut other = Sender::new(
-            AudioFormat::L16At16k,
-            EncoderSettings::default(),
-            0,
-            origin(3),
-        )
-        .unwrap();
+        let mut other = Sender::new(AudioFormat::L16At16k, EncoderSettings::default(), 0, origin(3)).unwrap();
         let datagram = other.push(&[1000; 320]).unwrap().unwrap();
         let (_, packet) = rtp::split_flow(&datagram).unwrap();
         assert!(line.conversation.on_audio(line.now, &packet).is_err());

@@ -85,13 +85,8 @@ impl Gate {
     }
 
     /// A lease was granted: its first connection IDs may come.
-    pub(crate) fn expect(
-        &mut self,
-        nonces: impl IntoIterator<Item = SessionNonce>,
-        attempt: Attempt,
-    ) {
-        self.attempts
-            .extend(nonces.into_iter().map(|nonce| (nonce.value(), attempt)));
+    pub(crate) fn expect(&mut self, nonces: impl IntoIterator<Item = SessionNonce>, attempt: Attempt) {
+        self.attempts.extend(nonces.into_iter().map(|nonce| (nonce.value(), attempt)));
     }
 
     /// The lease or the connection is over: these first connection IDs are worth nothing any more.
@@ -105,10 +100,7 @@ impl Gate {
     #[must_use]
     pub(crate) fn attempt(&self, cid: &[u8]) -> Option<(SessionNonce, Attempt)> {
         let (server_id, nonce) = self.decode(cid)?;
-        let attempt = self
-            .attempts
-            .get(&nonce.value())
-            .filter(|_| server_id == self.server_id)?;
+        let attempt = self.attempts.get(&nonce.value()).filter(|_| server_id == self.server_id)?;
         Some((nonce, *attempt))
     }
 
@@ -119,9 +111,7 @@ impl Gate {
     pub(crate) fn admit(&mut self, now_s: u64, datagram: &[u8]) -> Result<(), GateDrop> {
         let first = *datagram.first().ok_or(GateDrop::Malformed)?;
         if first & LONG_HEADER == 0 {
-            let cid = datagram
-                .get(1..1 + SessionCid::LEN)
-                .ok_or(GateDrop::Malformed)?;
+            let cid = datagram.get(1..1 + SessionCid::LEN).ok_or(GateDrop::Malformed)?;
             return match self.ours(cid)?.kind() {
                 Some(Kind::Connection) => Ok(()),
                 _ => Err(GateDrop::InitialIdMisused),
@@ -135,9 +125,7 @@ impl Gate {
         if datagram.get(5).copied().map(usize::from) != Some(SessionCid::LEN) {
             return Err(GateDrop::Malformed);
         }
-        let cid = datagram
-            .get(6..6 + SessionCid::LEN)
-            .ok_or(GateDrop::Malformed)?;
+        let cid = datagram.get(6..6 + SessionCid::LEN).ok_or(GateDrop::Malformed)?;
         let nonce = self.ours(cid)?;
         // RFC 9000, section 17.2: the packet type is in bits 4 and 5.
         match (first >> 4 & 0b11, nonce.kind()) {
@@ -158,9 +146,7 @@ impl Gate {
                 self.order.push_back((until, nonce));
             }
         }
-        while self.order.front().is_some_and(|(until, _)| *until < now_s)
-            || self.order.len() > self.most_handshakes
-        {
+        while self.order.front().is_some_and(|(until, _)| *until < now_s) || self.order.len() > self.most_handshakes {
             if let Some((_, nonce)) = self.order.pop_front() {
                 self.handshakes.remove(&nonce);
             }
@@ -179,18 +165,12 @@ impl Gate {
     }
 
     fn in_handshake(&self, now_s: u64, nonce: SessionNonce) -> bool {
-        self.handshakes
-            .get(&nonce.value())
-            .is_some_and(|until| *until >= now_s)
+        self.handshakes.get(&nonce.value()).is_some_and(|until| *until >= now_s)
     }
 
     fn ours(&self, cid: &[u8]) -> Result<SessionNonce, GateDrop> {
         let (server_id, nonce) = self.decode(cid).ok_or(GateDrop::ForeignServer)?;
-        if server_id == self.server_id {
-            Ok(nonce)
-        } else {
-            Err(GateDrop::ForeignServer)
-        }
+        if server_id == self.server_id { Ok(nonce) } else { Err(GateDrop::ForeignServer) }
     }
 
     fn decode(&self, cid: &[u8]) -> Option<(u64, SessionNonce)> {
@@ -228,12 +208,7 @@ mod tests {
 
     fn minter(incarnation: u32) -> CidMinter {
         let config = ConfigId::new(0).unwrap();
-        CidMinter::new(
-            server(incarnation),
-            config,
-            KEY,
-            NonceCounter::starting_at(5),
-        )
+        CidMinter::new(server(incarnation), config, KEY, NonceCounter::starting_at(5))
     }
 
     fn gate() -> Gate {
@@ -243,10 +218,7 @@ mod tests {
     }
 
     fn attempt() -> Attempt {
-        Attempt {
-            session: SessionId::from_bytes([1; 16]),
-            epoch: Epoch::FIRST,
-        }
+        Attempt { session: SessionId::from_bytes([1; 16]), epoch: Epoch::FIRST }
     }
 
     fn long(kind: u8, destination: &SessionCid, source: &[u8]) -> Vec<u8> {
@@ -271,11 +243,7 @@ mod tests {
         assert_eq!(gate.admit(0, &packet), Ok(()));
         assert_eq!(gate.attempt(cid.as_bytes()), Some((nonce, attempt())));
         gate.forget([nonce]);
-        assert_eq!(
-            gate.admit(0, &packet),
-            Err(GateDrop::UnknownInitial),
-            "a replay after the end"
-        );
+        assert_eq!(gate.admit(0, &packet), Err(GateDrop::UnknownInitial), "a replay after the end");
     }
 
     #[test]
@@ -287,34 +255,19 @@ mod tests {
         let sent = long(INITIAL, &SessionCid::from_bytes([3; 17]), own.as_bytes());
         gate.on_sent(0, &sent);
         assert_eq!(gate.admit(HANDSHAKE_S, &answer), Ok(()));
-        assert_eq!(
-            gate.admit(HANDSHAKE_S + 1, &answer),
-            Err(GateDrop::UnknownInitial)
-        );
+        assert_eq!(gate.admit(HANDSHAKE_S + 1, &answer), Err(GateDrop::UnknownInitial));
     }
 
     #[test]
     fn what_is_not_for_this_incarnation_stops_here() {
         let (mut gate, mut other, mut own) = (gate(), minter(8), minter(9));
-        assert_eq!(
-            gate.admit(0, &short(&other.mint_connection())),
-            Err(GateDrop::ForeignServer)
-        );
+        assert_eq!(gate.admit(0, &short(&other.mint_connection())), Err(GateDrop::ForeignServer));
         assert_eq!(gate.admit(0, &short(&own.mint_connection())), Ok(()));
         let (initial, _) = own.mint_initial(100);
-        assert_eq!(
-            gate.admit(0, &short(&initial)),
-            Err(GateDrop::InitialIdMisused)
-        );
-        assert_eq!(
-            gate.admit(0, &long(HANDSHAKE, &initial, &[])),
-            Err(GateDrop::InitialIdMisused)
-        );
+        assert_eq!(gate.admit(0, &short(&initial)), Err(GateDrop::InitialIdMisused));
+        assert_eq!(gate.admit(0, &long(HANDSHAKE, &initial, &[])), Err(GateDrop::InitialIdMisused));
         let connection = own.mint_connection();
-        assert_eq!(
-            gate.admit(0, &long(1, &connection, &[])),
-            Err(GateDrop::PacketType)
-        );
+        assert_eq!(gate.admit(0, &long(1, &connection, &[])), Err(GateDrop::PacketType));
         let mut version = long(INITIAL, &connection, &[]);
         version[4] = 2;
         assert_eq!(gate.admit(0, &version), Err(GateDrop::Version));
@@ -326,10 +279,7 @@ mod tests {
         let (mut gate, mut minter) = (gate(), minter(9));
         for _ in 0..10_000 {
             let own = minter.mint_connection();
-            gate.on_sent(
-                0,
-                &long(INITIAL, &SessionCid::from_bytes([3; 17]), own.as_bytes()),
-            );
+            gate.on_sent(0, &long(INITIAL, &SessionCid::from_bytes([3; 17]), own.as_bytes()));
         }
         assert!(gate.handshakes.len() <= 68 && gate.order.len() <= 68);
     }

@@ -33,13 +33,11 @@ use antiphon_runtime::{
 use anyhow::{Context as _, ensure};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 
 pub use args::Args;
 
-use crate::{
-    capacity::Capacity, metrics::Metrics, registration::Registration, service::WorkerService,
-};
+use crate::{capacity::Capacity, metrics::Metrics, registration::Registration, service::WorkerService};
 
 /// Runs a worker until SIGTERM or SIGINT, then drains.
 ///
@@ -59,39 +57,19 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let readiness = Readiness::new(&["registered"]);
-    let capacity = Arc::new(Capacity::new(
-        args.agent.clone(),
-        args.slots,
-        metrics.clone(),
-    ));
+    let capacity = Arc::new(Capacity::new(args.agent.clone(), args.slots, metrics.clone()));
 
-    let admin = TcpListener::bind(args.admin)
-        .await
-        .with_context(|| format!("--admin {}", args.admin))?;
+    let admin = TcpListener::bind(args.admin).await.with_context(|| format!("--admin {}", args.admin))?;
     tracing::info!(admin = %admin.local_addr()?, "admin port");
-    tasks.service(
-        "admin",
-        admin::serve(admin, registry, readiness.clone(), tasks.stopping()),
-    );
+    tasks.service("admin", admin::serve(admin, registry, readiness.clone(), tasks.stopping()));
 
     let sockets = bind_shards(&args)?;
-    let control = TcpListener::bind(args.control)
-        .await
-        .with_context(|| format!("--control {}", args.control))?;
-    let control_address = args
-        .control_address
-        .clone()
-        .map_or_else(|| control.local_addr().map(|a| a.to_string()), Ok)?;
+    let control = TcpListener::bind(args.control).await.with_context(|| format!("--control {}", args.control))?;
+    let control_address =
+        args.control_address.clone().map_or_else(|| control.local_addr().map(|a| a.to_string()), Ok)?;
     serve_control(&tasks, &identity, control, &args, capacity.clone())?;
 
-    let registration = Registration::new(
-        &args,
-        &identity,
-        sockets,
-        control_address,
-        capacity.clone(),
-        metrics,
-    );
+    let registration = Registration::new(&args, &identity, sockets, control_address, capacity.clone(), metrics);
     tasks.service("registration", registration.run(tasks.clone(), readiness));
     let expiring = (capacity.clone(), tasks.stopping());
     tasks.service("lease expiry", async move {
@@ -101,9 +79,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }
         Ok(())
     });
-    tasks
-        .wait(drained(signal, capacity, args.drain_deadline))
-        .await
+    tasks.wait(drained(signal, capacity, args.drain_deadline)).await
 }
 
 /// Completes when the process was asked to stop and its sessions are over, or the deadline is.
@@ -131,25 +107,16 @@ fn bind_shards(args: &Args) -> anyhow::Result<Vec<(std::net::UdpSocket, SocketAd
         "--tunnel {} is no address that relays can reach: give --tunnel-ip",
         args.tunnel
     );
-    (0..args.shards)
-        .map(|shard| bind_shard(args.tunnel, shard, advertised))
-        .collect()
+    (0..args.shards).map(|shard| bind_shard(args.tunnel, shard, advertised)).collect()
 }
 
-fn bind_shard(
-    base: SocketAddr,
-    shard: u8,
-    advertised: IpAddr,
-) -> anyhow::Result<(std::net::UdpSocket, SocketAddr)> {
+fn bind_shard(base: SocketAddr, shard: u8, advertised: IpAddr) -> anyhow::Result<(std::net::UdpSocket, SocketAddr)> {
     let port = match base.port() {
         0 => 0,
-        port => port
-            .checked_add(shard.into())
-            .context("--tunnel: not enough ports for the shards")?,
+        port => port.checked_add(shard.into()).context("--tunnel: not enough ports for the shards")?,
     };
     let address = SocketAddr::new(base.ip(), port);
-    let socket =
-        std::net::UdpSocket::bind(address).with_context(|| format!("--tunnel {address}"))?;
+    let socket = std::net::UdpSocket::bind(address).with_context(|| format!("--tunnel {address}"))?;
     let buffers = socket2::SockRef::from(&socket);
     // The system clamps these to its limits.
     buffers.set_recv_buffer_size(SOCKET_BUFFER)?;
@@ -165,11 +132,7 @@ fn serve_control(
     args: &Args,
     capacity: Arc<Capacity>,
 ) -> anyhow::Result<()> {
-    let service = WorkerService {
-        capacity,
-        region: args.region.clone(),
-        name: args.name.clone(),
-    };
+    let service = WorkerService { capacity, region: args.region.clone(), name: args.name.clone() };
     let server = tonic::transport::Server::builder()
         .tls_config(tls::grpc_server(identity))?
         .timeout(Duration::from_secs(5))
@@ -178,10 +141,8 @@ fn serve_control(
         .add_service(WorkerServer::new(service));
     let stopping = tasks.stopping();
     tasks.service("control", async move {
-        let incoming = TcpListenerStream::new(listener);
-        Ok(server
-            .serve_with_incoming_shutdown(incoming, stopping.cancelled_owned())
-            .await?)
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        Ok(server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?)
     });
     Ok(())
 }

@@ -62,11 +62,7 @@ pub(crate) struct ShardMetrics {
 
 impl ShardMetrics {
     pub(crate) fn dropped(&self, reason: Drop) {
-        self.dropped
-            .get_or_create(&Reason {
-                reason: reason.label(),
-            })
-            .inc();
+        self.dropped.get_or_create(&Reason { reason: reason.label() }).inc();
     }
 }
 
@@ -131,60 +127,20 @@ impl Metrics {
         };
         let m = &metrics;
         let r = registry.sub_registry_with_prefix("antiphon_worker");
-        r.register(
-            "received_frames",
-            "Tunnel frames received",
-            m.shard.received.clone(),
-        );
+        r.register("received_frames", "Tunnel frames received", m.shard.received.clone());
         r.register("sent_frames", "Tunnel frames sent", m.shard.sent.clone());
-        r.register(
-            "dropped_frames",
-            "Frames dropped before QUIC, by reason",
-            m.shard.dropped.clone(),
-        );
+        r.register("dropped_frames", "Frames dropped before QUIC, by reason", m.shard.dropped.clone());
         r.register("slots", "Sessions this worker can hold", m.slots.clone());
-        r.register(
-            "reserved_sessions",
-            "Leases without an owner yet",
-            m.reserved.clone(),
-        );
-        r.register(
-            "active_sessions",
-            "Sessions with an active owner",
-            m.active.clone(),
-        );
+        r.register("reserved_sessions", "Leases without an owner yet", m.reserved.clone());
+        r.register("active_sessions", "Sessions with an active owner", m.active.clone());
         r.register("lease_grants", "Leases granted", m.grants.clone());
-        r.register(
-            "lease_refusals",
-            "Leases refused, by reason",
-            m.refusals.clone(),
-        );
-        r.register(
-            "activations",
-            "Activations, by outcome",
-            m.activations.clone(),
-        );
+        r.register("lease_refusals", "Leases refused, by reason", m.refusals.clone());
+        r.register("activations", "Activations, by outcome", m.activations.clone());
         r.register("turns", "Caller turns heard to their end", m.turns.clone());
-        r.register(
-            "interruptions",
-            "Answers stopped because the caller spoke",
-            m.interruptions.clone(),
-        );
-        r.register(
-            "concealed_frames",
-            "Uplink frames of 20 ms that had to be concealed",
-            m.concealed.clone(),
-        );
-        r.register(
-            "late_ticks",
-            "Frames of 20 ms that the session task came too late for",
-            m.late_ticks.clone(),
-        );
-        r.register(
-            "answer_delay_seconds",
-            "End of the caller's turn to first answer frame",
-            m.answer_delay.clone(),
-        );
+        r.register("interruptions", "Answers stopped because the caller spoke", m.interruptions.clone());
+        r.register("concealed_frames", "Uplink frames of 20 ms that had to be concealed", m.concealed.clone());
+        r.register("late_ticks", "Frames of 20 ms that the session task came too late for", m.late_ticks.clone());
+        r.register("answer_delay_seconds", "End of the caller's turn to first answer frame", m.answer_delay.clone());
         metrics
     }
 
@@ -193,23 +149,12 @@ impl Metrics {
     }
 
     pub(crate) fn refused(&self, refusal: ReserveRefusal) {
-        self.refusals
-            .get_or_create(&Reason {
-                reason: refusal.label(),
-            })
-            .inc();
+        self.refusals.get_or_create(&Reason { reason: refusal.label() }).inc();
     }
 
     pub(crate) fn activation(&self, outcome: ActivationOutcome) {
-        self.activations
-            .get_or_create(&Reason {
-                reason: outcome.label(),
-            })
-            .inc();
+        self.activations.get_or_create(&Reason { reason: outcome.label() }).inc();
     }
 }
 
-const _: () = assert!(
-    SessionCid::LEN == 17,
-    "the gate's packet offsets are for 17-byte connection IDs"
-);
+const _: () = assert!(SessionCid::LEN == 17, "the gate's packet offsets are for 17-byte connection IDs");

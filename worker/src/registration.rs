@@ -11,8 +11,8 @@ use std::{
 
 use antiphon_core::id::{Incarnation, RegionNumber, WorkerNumber};
 use antiphon_proto::v1::{
-    Deregister, Phase, Shard, WorkerDirective, WorkerHello, WorkerMessage, WorkerReport,
-    WorkerWelcome, fleet_client::FleetClient, worker_directive::Directive, worker_message::Message,
+    Deregister, Phase, Shard, WorkerDirective, WorkerHello, WorkerMessage, WorkerReport, WorkerWelcome,
+    fleet_client::FleetClient, worker_directive::Directive, worker_message::Message,
 };
 use antiphon_runtime::{
     Tasks,
@@ -55,10 +55,8 @@ impl Registration {
         capacity: Arc<Capacity>,
         metrics: Metrics,
     ) -> Self {
-        let shards = (0..).zip(&sockets).map(|(number, (_, address))| Shard {
-            number,
-            tunnel_address: address.to_string(),
-        });
+        let shards =
+            (0..).zip(&sockets).map(|(number, (_, address))| Shard { number, tunnel_address: address.to_string() });
         let hello = WorkerHello {
             name: args.name.clone(),
             region: args.region.clone(),
@@ -101,11 +99,7 @@ impl Registration {
                 }
             }
             let pause = backoff(failures);
-            if stopping
-                .run_until_cancelled(tokio::time::sleep(pause))
-                .await
-                .is_none()
-            {
+            if stopping.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return Ok(());
             }
         }
@@ -113,18 +107,11 @@ impl Registration {
     }
 
     /// One registration, from hello to the end of the stream.
-    async fn stand(
-        &mut self,
-        router: &str,
-        tasks: &Tasks,
-        readiness: &Readiness,
-    ) -> anyhow::Result<()> {
+    async fn stand(&mut self, router: &str, tasks: &Tasks, readiness: &Readiness) -> anyhow::Result<()> {
         let stopping = tasks.stopping();
         let channel = tls::channel(router, &self.identity, Role::Router, &self.hello.region)?;
         let (sender, receiver) = mpsc::channel(16);
-        sender
-            .send(message(Message::Hello(self.hello.clone())))
-            .await?;
+        sender.send(message(Message::Hello(self.hello.clone()))).await?;
         let mut fleet = FleetClient::new(channel);
         let opening = fleet.run_worker(ReceiverStream::new(receiver));
         let Some(opened) = stopping.run_until_cancelled(opening).await else {
@@ -162,14 +149,8 @@ impl Registration {
 
     fn report(&self, sender: &mpsc::Sender<WorkerMessage>) -> anyhow::Result<()> {
         let counts = self.capacity.counts();
-        let phase = if counts.draining {
-            Phase::Draining
-        } else {
-            Phase::Active
-        };
-        let unix_ms = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_millis());
+        let phase = if counts.draining { Phase::Draining } else { Phase::Active };
+        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
         let report = WorkerReport {
             phase: phase.into(),
             slots: counts.slots,
@@ -186,29 +167,18 @@ impl Registration {
 
     /// Opens the shards on the first welcome; takes over keys and relays on later ones.
     fn begin(&mut self, welcome: &WorkerWelcome, tasks: &Tasks) -> anyhow::Result<()> {
-        let region = u16::try_from(welcome.region_number)
-            .ok()
-            .and_then(|n| RegionNumber::new(n).ok());
-        let worker = u16::try_from(welcome.worker_number)
-            .ok()
-            .and_then(|n| WorkerNumber::new(n).ok());
-        let numbers = region
-            .zip(worker)
-            .context("router's numbers are out of range")?;
+        let region = u16::try_from(welcome.region_number).ok().and_then(|n| RegionNumber::new(n).ok());
+        let worker = u16::try_from(welcome.worker_number).ok().and_then(|n| WorkerNumber::new(n).ok());
+        let numbers = region.zip(worker).context("router's numbers are out of range")?;
         if let Some(shards) = &self.shards {
             if self.numbers != Some(numbers) {
                 // Connection IDs of live sessions name the old number: only a new process can take a new one.
-                return Err(
-                    Fatal("the router numbered this worker anew while it is running").into(),
-                );
+                return Err(Fatal("the router numbered this worker anew while it is running").into());
             }
             return shards.update(welcome);
         }
         let incarnation = Incarnation::new(self.hello.incarnation)?;
-        let sockets = self
-            .sockets
-            .take()
-            .context("the first registration failed half way")?;
+        let sockets = self.sockets.take().context("the first registration failed half way")?;
         let config = ShardsConfig {
             numbers,
             incarnation,
@@ -219,8 +189,8 @@ impl Registration {
             capacity: self.capacity.clone(),
             metrics: self.metrics.clone(),
         };
-        let shards = Shards::open(config, sockets, welcome, tasks)
-            .map_err(|e| e.context(Fatal("opening the shards")))?;
+        let shards =
+            Shards::open(config, sockets, welcome, tasks).map_err(|e| e.context(Fatal("opening the shards")))?;
         self.shards = Some(shards);
         self.numbers = Some(numbers);
         self.hello.worker_number = Some(welcome.worker_number);
@@ -231,10 +201,7 @@ impl Registration {
     }
 
     fn carry_out(&self, directive: WorkerDirective) -> anyhow::Result<()> {
-        let shards = self
-            .shards
-            .as_ref()
-            .context("directive before the welcome")?;
+        let shards = self.shards.as_ref().context("directive before the welcome")?;
         match directive.directive {
             Some(Directive::Relays(relays)) => shards.set_relays(&relays.relays),
             Some(Directive::Behaviour(behaviour)) => {
@@ -254,14 +221,10 @@ impl Registration {
 #[error("{0}")]
 struct Fatal(&'static str);
 
-async fn first_welcome(
-    directives: &mut Streaming<WorkerDirective>,
-) -> anyhow::Result<WorkerWelcome> {
+async fn first_welcome(directives: &mut Streaming<WorkerDirective>) -> anyhow::Result<WorkerWelcome> {
     let first = tokio::time::timeout(Duration::from_secs(5), directives.next()).await;
     match first.context("router does not answer")? {
-        Some(Ok(WorkerDirective {
-            directive: Some(Directive::Welcome(welcome)),
-        })) => Ok(welcome),
+        Some(Ok(WorkerDirective { directive: Some(Directive::Welcome(welcome)) })) => Ok(welcome),
         Some(Ok(_)) => bail!("router began with something other than a welcome"),
         Some(Err(status)) => bail!("router refused: {}", status.message()),
         None => bail!("router closed the stream"),
@@ -269,9 +232,7 @@ async fn first_welcome(
 }
 
 const fn message(message: Message) -> WorkerMessage {
-    WorkerMessage {
-        message: Some(message),
-    }
+    WorkerMessage { message: Some(message) }
 }
 
 /// 100 ms doubling to 5 s, with jitter so that a fleet does not return in step.

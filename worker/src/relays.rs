@@ -56,24 +56,17 @@ impl RelayTable {
     pub(crate) fn new(relays: &[v1::WorkerRelay], shard: u32) -> Result<Self, RelayError> {
         let mut table = Self::default();
         for relay in relays {
-            let number = u16::try_from(relay.number)
-                .ok()
-                .and_then(|n| RelayNumber::new(n).ok());
+            let number = u16::try_from(relay.number).ok().and_then(|n| RelayNumber::new(n).ok());
             let number = number.ok_or(RelayError::Number(relay.number))?;
-            let address = relay
-                .tunnel_address
-                .parse()
-                .map_err(|_| RelayError::Address {
-                    relay: relay.number,
-                    address: relay.tunnel_address.chars().take(64).collect(),
-                })?;
+            let address = relay.tunnel_address.parse().map_err(|_| RelayError::Address {
+                relay: relay.number,
+                address: relay.tunnel_address.chars().take(64).collect(),
+            })?;
             let mut keys = Vec::new();
             for key in relay.keys.iter().filter(|key| key.shard == shard) {
-                let bytes =
-                    |b: &[u8]| <[u8; 16]>::try_from(b).map_err(|_| RelayError::Key(relay.number));
+                let bytes = |b: &[u8]| <[u8; 16]>::try_from(b).map_err(|_| RelayError::Key(relay.number));
                 keys.push(Keys {
-                    generation: KeyGeneration::new(key.generation)
-                        .map_err(|_| RelayError::Key(relay.number))?,
+                    generation: KeyGeneration::new(key.generation).map_err(|_| RelayError::Key(relay.number))?,
                     up: TunnelKey::from_bytes(bytes(&key.up)?),
                     down: TunnelKey::from_bytes(bytes(&key.down)?),
                 });
@@ -85,26 +78,14 @@ impl RelayTable {
     }
 
     /// Verifies a frame. `None` when its relay or key generation is unknown.
-    pub(crate) fn open<'a>(
-        &self,
-        now_s: u64,
-        frame: &'a [u8],
-    ) -> Option<Result<(Header, &'a [u8]), OpenError>> {
+    pub(crate) fn open<'a>(&self, now_s: u64, frame: &'a [u8]) -> Option<Result<(Header, &'a [u8]), OpenError>> {
         let header = match Header::parse(frame) {
             Ok(header) => header,
             Err(error) => return Some(Err(error)),
         };
         let keys = &self.relays.get(&header.relay)?.keys;
-        let key = keys
-            .iter()
-            .find(|key| KeySlot::of(key.generation) == header.key_slot)?;
-        Some(tunnel::open(
-            frame,
-            &key.up,
-            Direction::Up,
-            now_s,
-            tunnel::MAX_SKEW,
-        ))
+        let key = keys.iter().find(|key| KeySlot::of(key.generation) == header.key_slot)?;
+        Some(tunnel::open(frame, &key.up, Direction::Up, now_s, tunnel::MAX_SKEW))
     }
 
     /// Appends `header || datagram` for a client behind a relay and returns where to send it.
@@ -145,17 +126,8 @@ mod tests {
     use super::*;
 
     fn relay(address: &str, key: Vec<u8>) -> v1::WorkerRelay {
-        let keys = v1::TunnelKeys {
-            shard: 0,
-            generation: 1,
-            up: key.clone().into(),
-            down: key.into(),
-        };
-        v1::WorkerRelay {
-            number: 65,
-            tunnel_address: address.into(),
-            keys: vec![keys],
-        }
+        let keys = v1::TunnelKeys { shard: 0, generation: 1, up: key.clone().into(), down: key.into() };
+        v1::WorkerRelay { number: 65, tunnel_address: address.into(), keys: vec![keys] }
     }
 
     #[test]
@@ -163,14 +135,8 @@ mod tests {
         let good = relay("127.0.0.1:1", vec![1; 16]);
         let bad = relay("localhost", vec![1; 16]);
         let error = RelayTable::new(&[good.clone(), bad], 0).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "relay 65: \"localhost\" is not an IP address and port"
-        );
-        assert_eq!(
-            RelayTable::new(&[relay("127.0.0.1:1", vec![1; 15])], 0).unwrap_err(),
-            RelayError::Key(65)
-        );
+        assert_eq!(error.to_string(), "relay 65: \"localhost\" is not an IP address and port");
+        assert_eq!(RelayTable::new(&[relay("127.0.0.1:1", vec![1; 15])], 0).unwrap_err(), RelayError::Key(65));
         assert_eq!(RelayTable::new(&[good], 0).unwrap().relays.len(), 1);
     }
 
@@ -181,24 +147,9 @@ mod tests {
         let client = ClientAddr::from("127.0.0.1:9".parse::<SocketAddr>().unwrap());
         let number = RelayNumber::new(65).unwrap();
         let ecn = tunnel::Ecn::NotEct;
-        assert!(
-            table
-                .seal(7, number, client, b"hi".chunks(2), ecn, &mut out)
-                .is_some()
-        );
+        assert!(table.seal(7, number, client, b"hi".chunks(2), ecn, &mut out).is_some());
         assert_eq!(table.open(7, &out), Some(Err(OpenError::Direction)));
-        assert!(
-            table
-                .seal(
-                    7,
-                    RelayNumber::new(66).unwrap(),
-                    client,
-                    b"hi".chunks(2),
-                    ecn,
-                    &mut out
-                )
-                .is_none()
-        );
+        assert!(table.seal(7, RelayNumber::new(66).unwrap(), client, b"hi".chunks(2), ecn, &mut out).is_none());
         assert_eq!(table.open(7, &[0x40; 40]), None);
     }
 }

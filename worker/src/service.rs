@@ -4,9 +4,8 @@ use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 
 use antiphon_core::id::{Epoch, SessionId};
 use antiphon_proto::v1::{
-    Codec, ListSessionsRequest, ListSessionsResponse, ReleaseRequest, ReleaseResponse,
-    ReserveGrant, ReserveRefusal, ReserveRequest, ReserveResponse, SessionSummary,
-    reserve_response::Result as Outcome, worker_server::Worker,
+    Codec, ListSessionsRequest, ListSessionsResponse, ReleaseRequest, ReleaseResponse, ReserveGrant, ReserveRefusal,
+    ReserveRequest, ReserveResponse, SessionSummary, reserve_response::Result as Outcome, worker_server::Worker,
 };
 use antiphon_runtime::{pki::Role, tls};
 use tonic::{Request, Response, Status};
@@ -28,10 +27,7 @@ impl WorkerService {
         if peer.role == Role::Router && peer.region == self.region {
             return Ok(());
         }
-        Err(Status::permission_denied(format!(
-            "{peer} asked; only routers of {} may",
-            self.region
-        )))
+        Err(Status::permission_denied(format!("{peer} asked; only routers of {} may", self.region)))
     }
 
     fn summary(&self, terms: &Terms, active: bool) -> SessionSummary {
@@ -53,20 +49,13 @@ impl WorkerService {
 
 #[tonic::async_trait]
 impl Worker for WorkerService {
-    async fn reserve(
-        &self,
-        request: Request<ReserveRequest>,
-    ) -> Result<Response<ReserveResponse>, Status> {
+    async fn reserve(&self, request: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
         self.authorize(&request)?;
         let request = check(&request.into_inner())?;
         let outcome = match self.capacity.reserve(&request) {
             Ok(terms) => Outcome::Grant(ReserveGrant {
                 lease: terms.lease.0,
-                initial_connection_ids: terms
-                    .attempts
-                    .iter()
-                    .map(|(cid, _)| cid.as_bytes().to_vec().into())
-                    .collect(),
+                initial_connection_ids: terms.attempts.iter().map(|(cid, _)| cid.as_bytes().to_vec().into()).collect(),
                 expires_at: Some(terms.expires_at.into()),
                 server_id: terms.server_id.to_u64(),
                 agent_revision: terms.behaviour.revision.clone(),
@@ -78,21 +67,14 @@ impl Worker for WorkerService {
                 free: self.capacity.counts().free,
             }),
         };
-        Ok(Response::new(ReserveResponse {
-            result: Some(outcome),
-        }))
+        Ok(Response::new(ReserveResponse { result: Some(outcome) }))
     }
 
-    async fn release(
-        &self,
-        request: Request<ReleaseRequest>,
-    ) -> Result<Response<ReleaseResponse>, Status> {
+    async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         self.authorize(&request)?;
         let request = request.into_inner();
         let session = session_id(&request.session)?;
-        let epoch = (request.epoch > 0)
-            .then(|| Epoch::new(request.epoch))
-            .transpose();
+        let epoch = (request.epoch > 0).then(|| Epoch::new(request.epoch)).transpose();
         let epoch = epoch.map_err(|e| Status::invalid_argument(e.to_string()))?;
         let released = self.capacity.release(session, epoch, &request.tenant);
         Ok(Response::new(ReleaseResponse { released }))
@@ -109,11 +91,7 @@ impl Worker for WorkerService {
         };
         let mut sessions = self.capacity.sessions();
         sessions.sort_by_key(|(terms, _)| std::cmp::Reverse(terms.since));
-        let sessions = sessions
-            .iter()
-            .take(limit)
-            .map(|(terms, active)| self.summary(terms, *active))
-            .collect();
+        let sessions = sessions.iter().take(limit).map(|(terms, active)| self.summary(terms, *active)).collect();
         Ok(Response::new(ListSessionsResponse { sessions }))
     }
 }
@@ -130,19 +108,13 @@ fn check(request: &ReserveRequest) -> Result<capacity::Request, Status> {
         epoch: epoch.ok_or_else(|| invalid("epoch: starts at 1"))?,
         agent: request.agent.clone(),
         tenant: request.tenant.clone(),
-        client_key: request
-            .client_key
-            .as_ref()
-            .try_into()
-            .map_err(|_| invalid("client_key: 32 bytes"))?,
+        client_key: request.client_key.as_ref().try_into().map_err(|_| invalid("client_key: 32 bytes"))?,
         codec,
         ttl: Duration::from_millis(request.ttl_ms.into()),
     })
 }
 
 fn session_id(bytes: &[u8]) -> Result<SessionId, Status> {
-    let bytes = bytes
-        .try_into()
-        .map_err(|_| Status::invalid_argument("session: 16 bytes"))?;
+    let bytes = bytes.try_into().map_err(|_| Status::invalid_argument("session: 16 bytes"))?;
     Ok(SessionId::from_bytes(bytes))
 }

@@ -18,14 +18,13 @@ use antiphon_media::{
 use antiphon_proto::{
     ticket::{self, TicketError},
     v1::{
-        Activate, Activated, ClientMessage, EndCode, Ended, Heartbeat, MoveRelay, Refused,
-        RefusedCode, ServerMessage, client_message::Message as FromClient,
-        server_message::Message as ToClient,
+        Activate, Activated, ClientMessage, EndCode, Ended, Heartbeat, MoveRelay, Refused, RefusedCode, ServerMessage,
+        client_message::Message as FromClient, server_message::Message as ToClient,
     },
 };
 use antiphon_quic::{
-    ControlError, ControlReader, ControlWriter, Flow, Heartbeats, activation_message, datagram,
-    split_flow, verify_activation,
+    ControlError, ControlReader, ControlWriter, Flow, Heartbeats, activation_message, datagram, split_flow,
+    verify_activation,
 };
 use bytes::Bytes;
 use prost::Message as _;
@@ -90,9 +89,7 @@ async fn attend(
     let connecting = incoming.accept_with(context.server_configs.of(format))?;
     let too_slow = |_| AttendError::TooSlow(SET_UP);
     let connection = timeout(SET_UP, connecting).await.map_err(too_slow)??;
-    let (writer, reader) = timeout(SET_UP, connection.accept_bi())
-        .await
-        .map_err(too_slow)??;
+    let (writer, reader) = timeout(SET_UP, connection.accept_bi()).await.map_err(too_slow)??;
     let (mut writer, mut reader) = (ControlWriter::new(writer), ControlReader::new(reader));
     let first = timeout(SET_UP, reader.read()).await.map_err(too_slow)?;
     let owner = match first.map(|message: Option<ClientMessage>| message.and_then(|m| m.message)) {
@@ -110,26 +107,14 @@ async fn attend(
     let owner = match owner {
         Ok(owner) => owner,
         Err(refusal) => {
-            context
-                .metrics
-                .activation(ActivationOutcome::Refused(refusal.code()));
-            let refused = Refused {
-                code: refusal.code().into(),
-                detail: refusal.to_string(),
-            };
+            context.metrics.activation(ActivationOutcome::Refused(refusal.code()));
+            let refused = Refused { code: refusal.code().into(), detail: refusal.to_string() };
             farewell(&connection, &mut writer, ToClient::Refused(refused)).await;
             return Err(refusal.into());
         }
     };
     context.metrics.activation(ActivationOutcome::Activated);
-    let live = Live::begin(
-        context.clone(),
-        terms.clone(),
-        connection,
-        writer,
-        reader,
-        owner,
-    );
+    let live = Live::begin(context.clone(), terms.clone(), connection, writer, reader, owner);
     live.map_err(AttendError::Setup)?.run(stopping).await;
     Ok(())
 }
@@ -173,20 +158,15 @@ fn admit(
     let session = <[u8; 16]>::try_from(activate.session.as_ref()).map(SessionId::from_bytes);
     let session = session.map_err(|_| Refusal::Malformed("session: 16 bytes expected"))?;
     let epoch = Epoch::new(activate.epoch).map_err(|_| Refusal::Malformed("epoch"))?;
-    let now_s = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
+    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let claims = ticket::verify(&activate.ticket, &context.ticket_keys.load(), now_s)?;
     if (claims.session, claims.epoch) != (session, epoch) {
-        return Err(Refusal::Malformed(
-            "session or epoch differs from the ticket's",
-        ));
+        return Err(Refusal::Malformed("session or epoch differs from the ticket's"));
     }
     if claims.server_id != context.server_id || (session, epoch) != (terms.session, terms.epoch) {
         return Err(Refusal::WrongWorker);
     }
-    let message = activation_message(connection, session, epoch)
-        .map_err(|_| Refusal::Malformed("no TLS exporter"))?;
+    let message = activation_message(connection, session, epoch).map_err(|_| Refusal::Malformed("no TLS exporter"))?;
     let proven = verify_activation(&claims.client_key, &message, &activate.signature);
     if proven.is_err() || claims.client_key != terms.client_key {
         return Err(Refusal::WrongClient);
@@ -196,14 +176,8 @@ fn admit(
 }
 
 /// Sends a last message and closes once it has arrived, or soon.
-async fn farewell(
-    connection: &Connection,
-    writer: &mut ControlWriter<ServerMessage>,
-    last: ToClient,
-) {
-    let message = ServerMessage {
-        message: Some(last),
-    };
+async fn farewell(connection: &Connection, writer: &mut ControlWriter<ServerMessage>, last: ToClient) {
+    let message = ServerMessage { message: Some(last) };
     let goodbye = async {
         if writer.write(&message).await.is_ok() {
             writer.finish();
@@ -257,11 +231,7 @@ impl Live {
         let setup = Setup {
             format,
             flow: Flow::Audio.id().into(),
-            origin: StreamOrigin {
-                ssrc: rand::random(),
-                sequence: rand::random(),
-                timestamp: rand::random(),
-            },
+            origin: StreamOrigin { ssrc: rand::random(), sequence: rand::random(), timestamp: rand::random() },
             turn_taking: turn_taking(&terms),
             engine: engine(&context, &terms, format.sample_rate())?,
         };
@@ -296,10 +266,7 @@ impl Live {
         }
         match end {
             End::Told(code) => {
-                let ended = Ended {
-                    code: code.into(),
-                    detail: String::new(),
-                };
+                let ended = Ended { code: code.into(), detail: String::new() };
                 farewell(&self.connection, &mut self.writer, ToClient::Ended(ended)).await;
             }
             End::Goodbye | End::Lost | End::TakenOver => self.connection.close(0_u32.into(), b""),
@@ -307,8 +274,7 @@ impl Live {
     }
 
     async fn greet(&mut self) -> Result<(), End> {
-        let heartbeat_interval_ms =
-            u32::try_from(Heartbeats::QUIET.as_millis()).unwrap_or(u32::MAX);
+        let heartbeat_interval_ms = u32::try_from(Heartbeats::QUIET.as_millis()).unwrap_or(u32::MAX);
         let activated = Activated {
             codec: self.terms.codec.into(),
             audio_flow: Flow::Audio.id(),
@@ -361,10 +327,7 @@ impl Live {
         match split_flow(datagram) {
             Some((Flow::Audio, payload)) => {
                 let packet = datagram.slice_ref(payload);
-                if let Err(error) = self
-                    .conversation
-                    .on_audio(std::time::Instant::now(), &packet)
-                {
+                if let Err(error) = self.conversation.on_audio(std::time::Instant::now(), &packet) {
                     tracing::trace!(session = %self.terms.session, %error, "audio packet");
                 }
             }
@@ -377,14 +340,9 @@ impl Live {
         }
     }
 
-    fn on_control(
-        &mut self,
-        message: Result<Option<ClientMessage>, ControlError>,
-    ) -> Result<(), End> {
+    fn on_control(&mut self, message: Result<Option<ClientMessage>, ControlError>) -> Result<(), End> {
         match message {
-            Ok(Some(ClientMessage {
-                message: Some(FromClient::PlayoutReport(report)),
-            })) => {
+            Ok(Some(ClientMessage { message: Some(FromClient::PlayoutReport(report)) })) => {
                 self.beats.on_heard(self.now_us());
                 self.conversation.on_playout(PlayoutReport {
                     generation: report.generation,
@@ -394,15 +352,8 @@ impl Live {
                 Ok(())
             }
             // A newer client may say more: what is not understood is not acted on.
-            Ok(Some(ClientMessage {
-                message: Some(FromClient::Activate(_)) | None,
-            })) => Ok(()),
-            Ok(
-                Some(ClientMessage {
-                    message: Some(FromClient::Goodbye(_)),
-                })
-                | None,
-            ) => Err(End::Goodbye),
+            Ok(Some(ClientMessage { message: Some(FromClient::Activate(_)) | None })) => Ok(()),
+            Ok(Some(ClientMessage { message: Some(FromClient::Goodbye(_)) }) | None) => Err(End::Goodbye),
             Err(ControlError::Read(_) | ControlError::Write(_)) => Err(End::Lost),
             Err(error) => {
                 tracing::debug!(session = %self.terms.session, "control stream: {error}");
@@ -425,10 +376,7 @@ impl Live {
         if longest > 0 && self.began.elapsed() > Duration::from_secs(longest.into()) {
             return Err(End::Told(EndCode::LongestSession));
         }
-        if let Err(error) = self
-            .conversation
-            .step(std::time::Instant::now(), silence > PAUSE)
-        {
+        if let Err(error) = self.conversation.step(std::time::Instant::now(), silence > PAUSE) {
             tracing::error!(session = %self.terms.session, "conversation: {error}");
             return Err(End::Told(EndCode::Internal));
         }
@@ -437,10 +385,7 @@ impl Live {
         }
         let jitter = self.conversation.stats().jitter;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        if let Some(beat) = self
-            .beats
-            .poll(now_us, count(jitter.received), count(jitter.lost))
-        {
+        if let Some(beat) = self.beats.poll(now_us, count(jitter.received), count(jitter.lost)) {
             self.send(datagram::heartbeat(&beat));
         }
         self.steps += 1;
@@ -471,10 +416,7 @@ impl Live {
                 metrics.interruptions.inc();
                 tracing::info!(%session, turn, "interrupted");
             }
-            Output::AnswerBegan {
-                turn,
-                delay_samples,
-            } => {
+            Output::AnswerBegan { turn, delay_samples } => {
                 let delay = delay_samples as f64 / 48_000.0;
                 metrics.answer_delay.observe(delay);
                 tracing::debug!(%session, turn, delay, "answer");
@@ -493,9 +435,7 @@ impl Live {
 
     /// Bounded: a client that does not read its control stream ends its own session only.
     async fn tell(&mut self, message: ToClient) -> Result<(), End> {
-        let message = ServerMessage {
-            message: Some(message),
-        };
+        let message = ServerMessage { message: Some(message) };
         match timeout(CONTROL_PATIENCE, self.writer.write(&message)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(End::Lost),
@@ -507,33 +447,21 @@ impl Live {
         let Some(relay) = path_relay(self.connection.remote_address()) else {
             return Ok(());
         };
-        let Some(until) = draining
-            .get(&relay)
-            .filter(|until| **until > Instant::now())
-        else {
+        let Some(until) = draining.get(&relay).filter(|until| **until > Instant::now()) else {
             return Ok(());
         };
         if self.told_to_leave == Some(relay) {
             return Ok(());
         }
         self.told_to_leave = Some(relay);
-        let deadline_ms =
-            u32::try_from(until.duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
-        self.tell(ToClient::MoveRelay(MoveRelay {
-            relay: relay.value().into(),
-            deadline_ms,
-        }))
-        .await
+        let deadline_ms = u32::try_from(until.duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
+        self.tell(ToClient::MoveRelay(MoveRelay { relay: relay.value().into(), deadline_ms })).await
     }
 }
 
 /// Completes when somebody ends the session from outside.
 async fn end_code(end: &mut watch::Receiver<Option<EndCode>>) -> EndCode {
-    end.wait_for(Option::is_some)
-        .await
-        .ok()
-        .and_then(|code| *code)
-        .unwrap_or(EndCode::Internal)
+    end.wait_for(Option::is_some).await.ok().and_then(|code| *code).unwrap_or(EndCode::Internal)
 }
 
 fn turn_taking(terms: &Terms) -> TurnTaking {
@@ -541,11 +469,7 @@ fn turn_taking(terms: &Terms) -> TurnTaking {
         return TurnTaking::default();
     };
     let or = |ms: u32, default: Duration| {
-        if ms == 0 {
-            default
-        } else {
-            Duration::from_millis(ms.into())
-        }
+        if ms == 0 { default } else { Duration::from_millis(ms.into()) }
     };
     let default = TurnTaking::default();
     TurnTaking {

@@ -54,15 +54,9 @@ pub(crate) struct ServerConfigs(Vec<(AudioFormat, Arc<ServerConfig>)>);
 
 impl ServerConfigs {
     fn new(identity: &Identity, slots: u32) -> anyhow::Result<Self> {
-        let crypto = Arc::new(server_crypto(
-            tls::provider(),
-            identity.certificate(),
-            identity.key(),
-        )?);
+        let crypto = Arc::new(server_crypto(tls::provider(), identity.certificate(), identity.key())?);
         let configs = AudioFormat::ALL.map(|format| {
-            let budget = AudioBudget {
-                frame_bytes: format.max_packet_bytes() + 1,
-            };
+            let budget = AudioBudget { frame_bytes: format.max_packet_bytes() + 1 };
             let mut config = ServerConfig::with_crypto(crypto.clone());
             config
                 .transport_config(Arc::new(transport(Side::Worker, budget)))
@@ -119,11 +113,7 @@ impl Shards {
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
         let (codec, minting) = cid_keys(&welcome.cid_configs)?;
-        let reset_key: [u8; 32] = welcome
-            .reset_key
-            .as_ref()
-            .try_into()
-            .context("reset key: 32 bytes expected")?;
+        let reset_key: [u8; 32] = welcome.reset_key.as_ref().try_into().context("reset key: 32 bytes expected")?;
         let server_configs = ServerConfigs::new(config.identity, config.slots)?;
         let ticket_keys = Arc::new(ArcSwap::from_pointee(ticket_keys(welcome)?));
         tracing::info!(region = config.region, worker = %config.numbers.1, shards = sockets.len(), "opening shards");
@@ -131,25 +121,11 @@ impl Shards {
         for (number, (socket, _)) in (0_u8..).zip(sockets) {
             let (region, worker) = config.numbers;
             let shard = ShardNumber::new(number)?;
-            let server_id = ServerId {
-                region,
-                worker,
-                shard,
-                incarnation: config.incarnation,
-            };
-            let gate = Arc::new(Mutex::new(Gate::new(
-                server_id,
-                codec.clone(),
-                config.slots,
-            )));
+            let server_id = ServerId { region, worker, shard, incarnation: config.incarnation };
+            let gate = Arc::new(Mutex::new(Gate::new(server_id, codec.clone(), config.slots)));
             let counter = NonceCounter::starting_at(rand::random());
-            let minter = Arc::new(Mutex::new(CidMinter::new(
-                server_id, minting.0, minting.1, counter,
-            )));
-            let relays = Arc::new(ArcSwap::from_pointee(RelayTable::new(
-                &welcome.relays,
-                number.into(),
-            )?));
+            let minter = Arc::new(Mutex::new(CidMinter::new(server_id, minting.0, minting.1, counter)));
+            let relays = Arc::new(ArcSwap::from_pointee(RelayTable::new(&welcome.relays, number.into())?));
             let (draining, draining_relays) = watch::channel(DrainingRelays::new());
             let context = ShardContext {
                 server_id,
@@ -171,19 +147,11 @@ impl Shards {
                 core: config.pin.then_some(number),
             };
             shard.start(tasks)?;
-            doors.push(Door {
-                server_id,
-                minter,
-                gate,
-            });
+            doors.push(Door { server_id, minter, gate });
             tables.push(relays);
         }
         config.capacity.open(doors.clone());
-        Ok(Self {
-            doors,
-            relays: tables,
-            ticket_keys,
-        })
+        Ok(Self { doors, relays: tables, ticket_keys })
     }
 
     /// Takes over what a later welcome says: keys of connection IDs and tickets, relays.
@@ -199,10 +167,7 @@ impl Shards {
 
     /// Replaces the relays that frames are accepted from, all shards or none.
     pub(crate) fn set_relays(&self, relays: &[WorkerRelay]) -> anyhow::Result<()> {
-        let tables: Result<Vec<_>, _> = (0..)
-            .zip(&self.relays)
-            .map(|(n, _)| RelayTable::new(relays, n))
-            .collect();
+        let tables: Result<Vec<_>, _> = (0..).zip(&self.relays).map(|(n, _)| RelayTable::new(relays, n)).collect();
         for (slot, table) in self.relays.iter().zip(tables?) {
             slot.store(Arc::new(table));
         }
@@ -230,11 +195,7 @@ impl Shard {
             // Nobody to tell: then the process is ending anyway.
             let _ = done.send(self.run(stopping));
         })?;
-        tasks.service("shard", async move {
-            outcome
-                .await
-                .unwrap_or_else(|_| Err(anyhow!("thread panicked")))
-        });
+        tasks.service("shard", async move { outcome.await.unwrap_or_else(|_| Err(anyhow!("thread panicked"))) });
         Ok(())
     }
 
@@ -242,9 +203,7 @@ impl Shard {
         if let Some(core) = self.core {
             pin_to(core);
         }
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(self.serve(stopping))
     }
 
@@ -252,40 +211,17 @@ impl Shard {
         let (notices, told) = mpsc::channel(64);
         let context = self.context;
         let metrics = context.metrics.shard.clone();
-        let socket = TunnelSocket::new(
-            self.socket,
-            context.gate.clone(),
-            self.relays,
-            notices,
-            metrics,
-        )?;
-        let reset_key = Arc::new(ring::hmac::Key::new(
-            ring::hmac::HMAC_SHA256,
-            &self.reset_key,
-        ));
+        let socket = TunnelSocket::new(self.socket, context.gate.clone(), self.relays, notices, metrics)?;
+        let reset_key = Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &self.reset_key));
         let mut config = EndpointConfig::new(reset_key);
         let cids = ShardCids(self.minter);
-        config
-            .cid_generator(move || Box::new(cids.clone()))
-            .max_udp_payload_size(LARGEST_DATAGRAM)?;
-        let server = context
-            .server_configs
-            .of(AudioFormat::Opus)
-            .as_ref()
-            .clone();
+        config.cid_generator(move || Box::new(cids.clone())).max_udp_payload_size(LARGEST_DATAGRAM)?;
+        let server = context.server_configs.of(AudioFormat::Opus).as_ref().clone();
         let socket = Arc::new(socket);
-        let endpoint = Endpoint::new_with_abstract_socket(
-            config,
-            Some(server),
-            socket,
-            Arc::new(TokioRuntime),
-        )?;
+        let endpoint = Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(TokioRuntime))?;
         let tasks = Tasks::new();
         tasks.service("accept", accept(endpoint.clone(), context, tasks.clone()));
-        tasks.service(
-            "relay notices",
-            note_draining(told, self.draining, tasks.stopping()),
-        );
+        tasks.service("relay notices", note_draining(told, self.draining, tasks.stopping()));
         let outcome = tasks.wait(stopping.cancelled()).await;
         endpoint.close(0_u32.into(), b"worker stopped");
         // Bounded: a peer that does not answer must not keep the process.
@@ -294,18 +230,11 @@ impl Shard {
     }
 }
 
-async fn accept(
-    endpoint: Endpoint,
-    context: Arc<ShardContext>,
-    tasks: Tasks,
-) -> anyhow::Result<()> {
+async fn accept(endpoint: Endpoint, context: Arc<ShardContext>, tasks: Tasks) -> anyhow::Result<()> {
     let stopping = tasks.stopping();
     while let Some(incoming) = stopping.run_until_cancelled(endpoint.accept()).await {
         let incoming = incoming.context("QUIC endpoint closed")?;
-        tasks.spawn(
-            "session",
-            session::serve(context.clone(), incoming, tasks.stopping()),
-        );
+        tasks.spawn("session", session::serve(context.clone(), incoming, tasks.stopping()));
     }
     Ok(())
 }
@@ -316,9 +245,7 @@ async fn note_draining(
     draining: watch::Sender<DrainingRelays>,
     stopping: CancellationToken,
 ) -> anyhow::Result<()> {
-    while let Some(Some(RelayNotice { relay, notice })) =
-        stopping.run_until_cancelled(told.recv()).await
-    {
+    while let Some(Some(RelayNotice { relay, notice })) = stopping.run_until_cancelled(told.recv()).await {
         let Notice::Draining { deadline_ms } = notice;
         let now = Instant::now();
         let until = now + Duration::from_millis(deadline_ms.into());
@@ -335,23 +262,13 @@ fn cid_keys(configs: &[CidConfig]) -> anyhow::Result<(CidCodec, (ConfigId, [u8; 
     let (mut codec, mut minting) = (CidCodec::new(), None);
     for config in configs {
         let id = ConfigId::new(u8::try_from(config.config_id).unwrap_or(u8::MAX))?;
-        let key: [u8; 16] = config
-            .key
-            .as_ref()
-            .try_into()
-            .context("connection-ID key: 16 bytes expected")?;
+        let key: [u8; 16] = config.key.as_ref().try_into().context("connection-ID key: 16 bytes expected")?;
         codec.insert(id, key);
         if config.minting {
-            ensure!(
-                minting.replace((id, key)).is_none(),
-                "two connection-ID configurations are for minting"
-            );
+            ensure!(minting.replace((id, key)).is_none(), "two connection-ID configurations are for minting");
         }
     }
-    Ok((
-        codec,
-        minting.context("no connection-ID configuration is for minting")?,
-    ))
+    Ok((codec, minting.context("no connection-ID configuration is for minting")?))
 }
 
 fn ticket_keys(welcome: &WorkerWelcome) -> anyhow::Result<Vec<[u8; 32]>> {

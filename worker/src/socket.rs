@@ -43,12 +43,7 @@ pub(crate) struct RelayNotice {
 
 /// The path's address as QUIC sees it.
 pub(crate) fn path_address(client: ClientAddr, relay: RelayNumber) -> SocketAddr {
-    SocketAddr::V6(SocketAddrV6::new(
-        client.ip,
-        client.port,
-        relay.value().into(),
-        0,
-    ))
+    SocketAddr::V6(SocketAddrV6::new(client.ip, client.port, relay.value().into(), 0))
 }
 
 /// The ingress relay of a path.
@@ -56,9 +51,7 @@ pub(crate) fn path_relay(address: SocketAddr) -> Option<RelayNumber> {
     let SocketAddr::V6(address) = address else {
         return None;
     };
-    u16::try_from(address.flowinfo())
-        .ok()
-        .and_then(|n| RelayNumber::new(n).ok())
+    u16::try_from(address.flowinfo()).ok().and_then(|n| RelayNumber::new(n).ok())
 }
 
 /// One shard's end of all its tunnels.
@@ -104,30 +97,16 @@ impl TunnelSocket {
         socket.set_nonblocking(true)?;
         let state = UdpSocketState::new((&socket).into())?;
         let buffers = (0..BATCH_SIZE).map(|_| vec![0; LARGEST_TRAIN]).collect();
-        let rx = Mutex::new(Received {
-            buffers,
-            pending: VecDeque::new(),
-        });
-        Ok(Self {
-            io: tokio::net::UdpSocket::from_std(socket)?,
-            state,
-            rx,
-            gate,
-            relays,
-            notices,
-            metrics,
-        })
+        let rx = Mutex::new(Received { buffers, pending: VecDeque::new() });
+        Ok(Self { io: tokio::net::UdpSocket::from_std(socket)?, state, rx, gate, relays, notices, metrics })
     }
 
     /// Reads one batch off the system and keeps what may go on to QUIC.
     fn receive(&self, rx: &mut Received) -> io::Result<()> {
         let mut meta = [RecvMeta::default(); BATCH_SIZE];
         let count = {
-            let mut slices: Vec<IoSliceMut<'_>> =
-                rx.buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
-            self.io.try_io(Interest::READABLE, || {
-                self.state.recv((&self.io).into(), &mut slices, &mut meta)
-            })?
+            let mut slices: Vec<IoSliceMut<'_>> = rx.buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
+            self.io.try_io(Interest::READABLE, || self.state.recv((&self.io).into(), &mut slices, &mut meta))?
         };
         let now_s = unix_seconds();
         let relays = self.relays.load();
@@ -142,13 +121,7 @@ impl TunnelSocket {
                     // The client's own mark travels in the header; the tunnel leg may have added congestion.
                     let ecn = meta.ecn.filter(|e| *e == EcnCodepoint::Ce).or(from.1);
                     let (start, from) = (start + HEADER_LEN, from.0);
-                    rx.pending.push_back(Pending {
-                        buffer: index,
-                        start,
-                        end,
-                        from,
-                        ecn,
-                    });
+                    rx.pending.push_back(Pending { buffer: index, start, end, from, ecn });
                 }
                 start = end;
             }
@@ -173,20 +146,14 @@ impl TunnelSocket {
         if header.client == ClientAddr::RELAY {
             if let Some(notice) = Notice::from_bytes(datagram) {
                 // Full: the same notice is on its way already, and the relay repeats it.
-                let _ = self.notices.try_send(RelayNotice {
-                    relay: header.relay,
-                    notice,
-                });
+                let _ = self.notices.try_send(RelayNotice { relay: header.relay, notice });
             }
             return None;
         }
         if let Err(reason) = gate.admit(now_s, datagram) {
             return self.drop(Drop::Gate(reason));
         }
-        Some((
-            path_address(header.client, header.relay),
-            EcnCodepoint::from_bits(header.ecn.bits()),
-        ))
+        Some((path_address(header.client, header.relay), EcnCodepoint::from_bits(header.ecn.bits())))
     }
 
     fn drop<T>(&self, reason: Drop) -> Option<T> {
@@ -197,60 +164,33 @@ impl TunnelSocket {
 
 impl AsyncUdpSocket for TunnelSocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Box::pin(Writable {
-            socket: self,
-            waiting: None,
-        })
+        Box::pin(Writable { socket: self, waiting: None })
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let (SocketAddr::V6(client), Some(relay)) =
-            (transmit.destination, path_relay(transmit.destination))
-        else {
+        let (SocketAddr::V6(client), Some(relay)) = (transmit.destination, path_relay(transmit.destination)) else {
             return Ok(());
         };
         let now_s = unix_seconds();
-        let segment = transmit
-            .segment_size
-            .unwrap_or(transmit.contents.len())
-            .max(1);
+        let segment = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
         if transmit.contents.first().is_some_and(|b| b & 0x80 != 0) {
             let mut gate = self.gate.lock();
-            transmit
-                .contents
-                .chunks(segment)
-                .for_each(|datagram| gate.on_sent(now_s, datagram));
+            transmit.contents.chunks(segment).for_each(|datagram| gate.on_sent(now_s, datagram));
         }
         let count = transmit.contents.len().div_ceil(segment);
         let mut frames = Vec::with_capacity(transmit.contents.len() + count * HEADER_LEN);
-        let client = ClientAddr {
-            ip: *client.ip(),
-            port: client.port(),
-        };
-        let ecn = transmit
-            .ecn
-            .map_or(Ecn::NotEct, |e| Ecn::from_bits(e as u8));
+        let client = ClientAddr { ip: *client.ip(), port: client.port() };
+        let ecn = transmit.ecn.map_or(Ecn::NotEct, |e| Ecn::from_bits(e as u8));
         let datagrams = transmit.contents.chunks(segment);
-        let sealed = self
-            .relays
-            .load()
-            .seal(now_s, relay, client, datagrams, ecn, &mut frames);
+        let sealed = self.relays.load().seal(now_s, relay, client, datagrams, ecn, &mut frames);
         let Some(destination) = sealed else {
             self.metrics.dropped(Drop::UnknownRelay);
             return Ok(());
         };
         self.metrics.sent.inc_by(count as u64);
         let segment_size = transmit.segment_size.map(|size| size + HEADER_LEN);
-        let outer = Transmit {
-            destination,
-            ecn: transmit.ecn,
-            contents: &frames,
-            segment_size,
-            src_ip: None,
-        };
-        self.io.try_io(Interest::WRITABLE, || {
-            self.state.send((&self.io).into(), &outer)
-        })
+        let outer = Transmit { destination, ecn: transmit.ecn, contents: &frames, segment_size, src_ip: None };
+        self.io.try_io(Interest::WRITABLE, || self.state.send((&self.io).into(), &outer))
     }
 
     fn poll_recv(
@@ -273,13 +213,7 @@ impl AsyncUdpSocket for TunnelSocket {
                 };
                 out.copy_from_slice(datagram);
                 let len = datagram.len();
-                meta[count] = RecvMeta {
-                    addr: next.from,
-                    len,
-                    stride: len,
-                    ecn: next.ecn,
-                    dst_ip: None,
-                };
+                meta[count] = RecvMeta { addr: next.from, len, stride: len, ecn: next.ecn, dst_ip: None };
                 count += 1;
             }
             if count > 0 {
@@ -288,9 +222,7 @@ impl AsyncUdpSocket for TunnelSocket {
             ready!(self.io.poll_recv_ready(cx))?;
             match self.receive(rx) {
                 // An error here would end the endpoint: what one datagram causes must not end every call.
-                Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
-                    self.metrics.dropped(Drop::System)
-                }
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => self.metrics.dropped(Drop::System),
                 _ => {}
             }
         }
@@ -299,12 +231,7 @@ impl AsyncUdpSocket for TunnelSocket {
     fn local_addr(&self) -> io::Result<SocketAddr> {
         // QUIC compares families only; every path is shown as IPv6.
         let port = self.io.local_addr()?.port();
-        Ok(SocketAddr::V6(SocketAddrV6::new(
-            std::net::Ipv6Addr::UNSPECIFIED,
-            port,
-            0,
-            0,
-        )))
+        Ok(SocketAddr::V6(SocketAddrV6::new(std::net::Ipv6Addr::UNSPECIFIED, port, 0, 0)))
     }
 
     fn max_transmit_segments(&self) -> usize {
@@ -322,18 +249,14 @@ impl AsyncUdpSocket for TunnelSocket {
 
 const fn drop_reason(error: OpenError) -> Drop {
     match error {
-        OpenError::TooShort | OpenError::Version | OpenError::Direction | OpenError::HopLimit => {
-            Drop::Frame
-        }
+        OpenError::TooShort | OpenError::Version | OpenError::Direction | OpenError::HopLimit => Drop::Frame,
         OpenError::Tag => Drop::Tag,
         OpenError::Stale => Drop::Stale,
     }
 }
 
 fn unix_seconds() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Waits until the system takes datagrams again.
@@ -351,9 +274,7 @@ impl fmt::Debug for Writable {
 impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let socket = self.socket.clone();
-        let waiting = self
-            .waiting
-            .get_or_insert_with(|| Box::pin(async move { socket.io.writable().await }));
+        let waiting = self.waiting.get_or_insert_with(|| Box::pin(async move { socket.io.writable().await }));
         let outcome = ready!(waiting.as_mut().poll(cx));
         self.waiting = None;
         Poll::Ready(outcome)

@@ -29,22 +29,13 @@ pub(crate) fn list() {
 
 /// Runs the named steps, or all, and stops at the first that fails.
 pub(crate) fn run(workspace: &Workspace, names: &[String]) -> Result<()> {
-    if let Some(unknown) = names
-        .iter()
-        .find(|name| STEPS.iter().all(|step| step.name != **name))
-    {
+    if let Some(unknown) = names.iter().find(|name| STEPS.iter().all(|step| step.name != **name)) {
         let known: Vec<&str> = STEPS.iter().map(|step| step.name).collect();
-        bail!(
-            "no step is called {unknown}; the steps are {}",
-            known.join(", ")
-        );
+        bail!("no step is called {unknown}; the steps are {}", known.join(", "));
     }
     let begin = Instant::now();
     let mut times = Vec::new();
-    for step in STEPS
-        .iter()
-        .filter(|step| names.is_empty() || names.iter().any(|name| name == step.name))
-    {
+    for step in STEPS.iter().filter(|step| names.is_empty() || names.iter().any(|name| name == step.name)) {
         println!("\n== {}: {}", step.name, step.about);
         let begin = Instant::now();
         let result = (step.run)(workspace);
@@ -80,20 +71,13 @@ fn seconds(time: Duration) -> String {
 fn wasm(workspace: &Workspace) -> Result<()> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let mut command = workspace.command(rustc);
-    let output = command
-        .args(["--print", "target-libdir", "--target", WASM])
-        .output()?;
+    let output = command.args(["--print", "target-libdir", "--target", WASM]).output()?;
     let directory = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
     if !directory.is_dir() {
         let mut rustup = workspace.command("rustup");
-        let added = rustup
-            .args(["target", "add", WASM])
-            .stdout(Stdio::null())
-            .status();
+        let added = rustup.args(["target", "add", WASM]).stdout(Stdio::null()).status();
         if !added.is_ok_and(|status| status.success()) {
-            println!(
-                "{WASM} is neither installed nor to be had: only the dependency rules of tidy were checked"
-            );
+            println!("{WASM} is neither installed nor to be had: only the dependency rules of tidy were checked");
             return Ok(());
         }
     }
@@ -102,12 +86,7 @@ fn wasm(workspace: &Workspace) -> Result<()> {
 
 fn documentation(workspace: &Workspace) -> Result<()> {
     let mut command = workspace.command(cargo());
-    command.args([
-        "doc",
-        "--no-deps",
-        "--workspace",
-        "--document-private-items",
-    ]);
+    command.args(["doc", "--no-deps", "--workspace", "--document-private-items"]);
     workspace.run(command.env("RUSTDOCFLAGS", "-D warnings"))
 }
 
@@ -115,50 +94,25 @@ fn deny(workspace: &Workspace) -> Result<()> {
     let directory = tools()?.join(format!("cargo-deny-{CARGO_DENY}"));
     let binary = directory.join("bin/cargo-deny");
     if !binary.is_file() {
-        println!(
-            "installing cargo-deny {CARGO_DENY} into {} (once)",
-            directory.display()
-        );
+        println!("installing cargo-deny {CARGO_DENY} into {} (once)", directory.display());
         fs::create_dir_all(&directory)?;
         let mut command = workspace.command(cargo());
-        command.args([
-            "install",
-            "cargo-deny",
-            "--locked",
-            "--debug",
-            "--version",
-            CARGO_DENY,
-        ]);
+        command.args(["install", "cargo-deny", "--locked", "--debug", "--version", CARGO_DENY]);
         // Not into the clone, whatever the caller's target directory is.
-        command
-            .arg("--root")
-            .arg(&directory)
-            .arg("--target-dir")
-            .arg(directory.join("target"));
+        command.arg("--root").arg(&directory).arg("--target-dir").arg(directory.join("target"));
         workspace.run(command.env("CARGO_PROFILE_DEV_DEBUG", "false"))?;
         fs::remove_dir_all(directory.join("target"))?;
     }
     // Advisories need a clone of the database, so they are a task of their own for machines that may fetch it.
     let mut command = workspace.command(binary);
-    workspace.run(command.args([
-        "--log-level",
-        "error",
-        "check",
-        "bans",
-        "licenses",
-        "sources",
-    ]))
+    workspace.run(command.args(["--log-level", "error", "check", "bans", "licenses", "sources"]))
 }
 
 /// Where tools are kept between runs and clones.
 fn tools() -> Result<PathBuf> {
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute());
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let cache = cache
-        .or_else(home)
-        .context("neither XDG_CACHE_HOME nor HOME is set")?;
+    let cache = cache.or_else(home).context("neither XDG_CACHE_HOME nor HOME is set")?;
     Ok(cache.join("antiphon/tools"))
 }
 
@@ -172,48 +126,19 @@ const STEPS: [Step; 8] = [
         about: "the code is formatted",
         run: |workspace| workspace.cargo(&["fmt", "--all", "--check"]),
     },
-    Step {
-        name: "tidy",
-        about: "the project's conventions hold",
-        run: tidy::run,
-    },
+    Step { name: "tidy", about: "the project's conventions hold", run: tidy::run },
     Step {
         name: "clippy",
         about: "no lint has anything to say",
-        run: |workspace| {
-            workspace.cargo(&[
-                "clippy",
-                "--workspace",
-                "--all-targets",
-                "--",
-                "-D",
-                "warnings",
-            ])
-        },
+        run: |workspace| workspace.cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
     },
     Step {
         name: "build",
         about: "all binaries build",
         run: |workspace| workspace.cargo(&["build", "--workspace", "--bins"]),
     },
-    Step {
-        name: "wasm",
-        about: "the core builds without an operating system",
-        run: wasm,
-    },
-    Step {
-        name: "test",
-        about: "all tests pass",
-        run: |workspace| workspace.cargo(&["test", "--workspace"]),
-    },
-    Step {
-        name: "doc",
-        about: "the documentation has no broken links",
-        run: documentation,
-    },
-    Step {
-        name: "deny",
-        about: "dependencies keep to licences, sources and bans",
-        run: deny,
-    },
+    Step { name: "wasm", about: "the core builds without an operating system", run: wasm },
+    Step { name: "test", about: "all tests pass", run: |workspace| workspace.cargo(&["test", "--workspace"]) },
+    Step { name: "doc", about: "the documentation has no broken links", run: documentation },
+    Step { name: "deny", about: "dependencies keep to licences, sources and bans", run: deny },
 ];

@@ -57,14 +57,6 @@ fn run(task: Task) -> Result<()> {
         }
         Task::Test { steps, list: false } => gate::run(&workspace, &steps),
         Task::Tidy => tidy::run(&workspace),
-        Task::Crds => workspace.cargo(&[
-            "run",
-            "--package",
-            "antiphon-crds",
-            "--example",
-            "crdgen",
-            "--",
-            "crds/yaml",
-        ]),
+        Task::Crds => workspace.cargo(&["run", "--package", "antiphon-crds", "--example", "crdgen", "--", "crds/yaml"]),
     }
 }

@@ -49,11 +49,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let architecture = Path::new("ARCHITECTURE.md");
     match fs::read_to_string(workspace.root.join(architecture)) {
         Ok(text) => violations.extend(architecture::check(architecture, &text, &tree.tests)),
-        Err(error) => violations.push(Violation::new(
-            architecture,
-            0,
-            format!("cannot be read: {error}"),
-        )),
+        Err(error) => violations.push(Violation::new(architecture, 0, format!("cannot be read: {error}"))),
     }
     for violation in &violations {
         println!("{violation}");
@@ -83,10 +79,7 @@ fn collect(root: &Path, directory: &Path, sources: &mut Vec<Source>) -> Result<(
                 collect(root, &file, sources)?;
             }
         } else if file.extension().is_some_and(|extension| extension == "rs") {
-            sources.push(Source {
-                text: fs::read_to_string(path)?,
-                file,
-            });
+            sources.push(Source { text: fs::read_to_string(path)?, file });
         }
     }
     Ok(())
@@ -94,11 +87,7 @@ fn collect(root: &Path, directory: &Path, sources: &mut Vec<Source>) -> Result<(
 
 impl Violation {
     fn new(file: &Path, line: usize, text: impl Into<String>) -> Self {
-        Self {
-            file: file.to_owned(),
-            line,
-            text: text.into(),
-        }
+        Self { file: file.to_owned(), line, text: text.into() }
     }
 }
 

@@ -21,10 +21,7 @@ impl Workspace {
     /// The workspace that this program was built from.
     pub(crate) fn find() -> Result<Self> {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let root = here
-            .parent()
-            .context("xtask lies in a workspace")?
-            .to_owned();
+        let root = here.parent().context("xtask lies in a workspace")?.to_owned();
         Ok(Self { root })
     }
 
@@ -38,18 +35,14 @@ impl Workspace {
         let mut command = Command::new(program);
         command.current_dir(&self.root);
         // Set by the cargo that runs this program, for this program alone.
-        command
-            .env_remove("CARGO_MANIFEST_DIR")
-            .env_remove("CARGO_MANIFEST_PATH");
+        command.env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_MANIFEST_PATH");
         command
     }
 
     /// Runs a command; its failure is an error.
     pub(crate) fn run(&self, command: &mut Command) -> Result<()> {
         let line = shown(command);
-        let status = command
-            .status()
-            .with_context(|| format!("{line}: cannot be started"))?;
+        let status = command.status().with_context(|| format!("{line}: cannot be started"))?;
         if !status.success() {
             bail!("{line}: {status}");
         }
@@ -59,12 +52,8 @@ impl Workspace {
     /// What `cargo metadata` says: packages, targets and the resolved dependencies.
     pub(crate) fn metadata(&self) -> Result<Value> {
         let mut command = self.command(cargo());
-        command
-            .args(["metadata", "--format-version", "1"])
-            .stderr(Stdio::inherit());
-        let output = command
-            .output()
-            .context("cargo metadata cannot be started")?;
+        command.args(["metadata", "--format-version", "1"]).stderr(Stdio::inherit());
+        let output = command.output().context("cargo metadata cannot be started")?;
         if !output.status.success() {
             bail!("cargo metadata: {}", output.status);
         }
@@ -78,12 +67,7 @@ pub(crate) fn cargo() -> PathBuf {
 }
 
 fn shown(command: &Command) -> String {
-    let program = Path::new(command.get_program())
-        .file_name()
-        .unwrap_or_default();
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
     let words = std::iter::once(program).chain(command.get_args());
-    words
-        .map(OsStr::to_string_lossy)
-        .collect::<Vec<_>>()
-        .join(" ")
+    words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
 }

@@ -126,7 +126,9 @@ impl Incident {
                 calls.flat_map(|call| call.report.rebinds.iter().map(|rebind| rebind.gap)).collect()
             }
             IncidentKind::RelayDrained(ip) => calls.flat_map(|c| left(c, ip, &[SwitchReason::Draining])).collect(),
-            IncidentKind::RelayKilled(ip) => calls.flat_map(|c| left(c, ip, &[SwitchReason::Silent, SwitchReason::Refused])).collect(),
+            IncidentKind::RelayKilled(ip) => {
+                calls.flat_map(|c| left(c, ip, &[SwitchReason::Silent, SwitchReason::Refused])).collect()
+            }
         };
         Effect {
             callers: gaps.len(),
@@ -148,7 +150,12 @@ impl Incident {
 /// A caller's last change away from a relay for one of these reasons.
 fn left(call: &Placed, ip: &str, reasons: &[SwitchReason]) -> Option<Option<Duration>> {
     let from = |index: usize| call.relays.get(index).and_then(|address| address.rsplit_once(':')).map(|(ip, _)| ip);
-    let switch = call.report.switches.iter().rev().find(|s| reasons.contains(&s.switch.reason) && from(s.switch.from) == Some(ip));
+    let switch = call
+        .report
+        .switches
+        .iter()
+        .rev()
+        .find(|s| reasons.contains(&s.switch.reason) && from(s.switch.from) == Some(ip));
     // A switch to a relay that is silent too is followed by another one: what counts is that packets came again.
     switch.map(|switch| {
         let later = call.report.switches.iter().filter(|s| s.at >= switch.at).find_map(|s| s.gap);

@@ -20,7 +20,10 @@ pub(super) fn print(outcome: &Outcome) {
     let complete = outcome.verdicts.iter().filter(|verdict| verdict.passed()).count();
     let answers: usize = outcome.verdicts.iter().map(|verdict| verdict.answers).sum();
     let turns: usize = outcome.verdicts.iter().map(|verdict| verdict.turns).sum();
-    println!("{complete} of {calls} calls complete, {answers} of {turns} answers were the caller's own words with the right receipt; {}", duration(outcome.took));
+    println!(
+        "{complete} of {calls} calls complete, {answers} of {turns} answers were the caller's own words with the right receipt; {}",
+        duration(outcome.took)
+    );
 }
 
 fn placements(outcome: &Outcome) {

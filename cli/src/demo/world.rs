@@ -10,7 +10,12 @@ pub(super) struct Place {
 
 /// The first `count` callers, spread over the world; cities repeat after the last.
 pub(super) fn callers(count: u32) -> Vec<Place> {
-    CITIES.iter().cycle().take(count as usize).map(|&(city, latitude, longitude)| Place { city, latitude, longitude }).collect()
+    CITIES
+        .iter()
+        .cycle()
+        .take(count as usize)
+        .map(|&(city, latitude, longitude)| Place { city, latitude, longitude })
+        .collect()
 }
 
 const CITIES: [(&str, f64, f64); 40] = [

@@ -55,7 +55,9 @@ impl Context {
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let dir = dir.display();
-                anyhow::bail!("no fleet in {dir}: start one with `antiphon up FILE…`, or name its directory with --dir");
+                anyhow::bail!(
+                    "no fleet in {dir}: start one with `antiphon up FILE…`, or name its directory with --dir"
+                );
             }
             read => read.with_context(|| path.display().to_string())?,
         };

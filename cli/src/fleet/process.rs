@@ -187,13 +187,25 @@ impl Process {
     /// # Errors
     /// The process ends first, or is not ready in time; with the last lines of its log.
     pub(super) async fn wait_ready(&mut self, deadline: Duration) -> anyhow::Result<()> {
+        self.wait_for("/readyz", deadline).await
+    }
+
+    /// Waits until `/livez` answers: it serves, but may still lack something.
+    ///
+    /// # Errors
+    /// As [`Self::wait_ready`].
+    pub(super) async fn wait_live(&mut self, deadline: Duration) -> anyhow::Result<()> {
+        self.wait_for("/livez", deadline).await
+    }
+
+    async fn wait_for(&mut self, path: &str, deadline: Duration) -> anyhow::Result<()> {
         let until = Instant::now() + deadline;
         let mut last = String::from("does not answer");
         while Instant::now() < until {
             if let Some(status) = self.child.try_wait()? {
                 bail!("{} ended ({status}); {}", self.spec.title(), self.log_tail());
             }
-            match http_get(&format!("{}:{ADMIN}", self.spec.ip), "/readyz").await {
+            match http_get(&format!("{}:{ADMIN}", self.spec.ip), path).await {
                 Ok((200, _)) => return Ok(()),
                 Ok((_, body)) => last = body.trim().to_owned(),
                 // Not listening yet.

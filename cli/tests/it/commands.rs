@@ -81,7 +81,8 @@ async fn up_call_sessions_explain_keys_and_a_clean_end() {
     let with_key = run(dir, &["sessions", "--json", "--api-key", &key]);
     assert!(json(&with_key).is_array());
     let keys = json(&run(dir, &["keys", "list", "--json"]));
-    let id = keys.as_array().unwrap().iter().find(|k| k["tenant"] == "acme").unwrap()["id"].as_str().unwrap().to_owned();
+    let id =
+        keys.as_array().unwrap().iter().find(|k| k["tenant"] == "acme").unwrap()["id"].as_str().unwrap().to_owned();
     assert!(run(dir, &["keys", "revoke", &id]).status.success());
     let revoked = run(dir, &["sessions", "--api-key", &key]);
     assert!(!revoked.status.success());

@@ -27,10 +27,8 @@ async fn a_killed_worker_gets_no_more_calls_and_its_caller_is_told() {
 
     let victim = worker_index(&session.worker);
     fleet.fleet.process(Kind::Worker, "north", victim).unwrap().kill().unwrap();
-    eventually("the dead worker is out of placement", async || {
-        !placeable(&fleet).await.contains(&session.worker)
-    })
-    .await;
+    eventually("the dead worker is out of placement", async || !placeable(&fleet).await.contains(&session.worker))
+        .await;
     for _ in 0..5 {
         let (other, _) = fleet.ticket(Codec::Opus).await;
         assert_ne!(other.worker, session.worker);

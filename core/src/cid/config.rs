@@ -60,13 +60,7 @@ impl Config {
             Some(cipher) if body == BLOCK_LEN => Form::SinglePass(cipher),
             Some(cipher) => Form::FourPass(cipher),
         };
-        Ok(Self {
-            id,
-            server_id_len,
-            nonce_len,
-            encode_length,
-            form,
-        })
+        Ok(Self { id, server_id_len, nonce_len, encode_length, form })
     }
 
     /// Its codepoint.
@@ -99,16 +93,10 @@ impl Config {
     /// [`CidError::ServerIdMismatch`] or [`CidError::NonceMismatch`] for other lengths than the configuration's.
     pub fn encode(&self, server_id: &[u8], nonce: &[u8], random: u8) -> Result<Cid, CidError> {
         if server_id.len() != self.server_id_len {
-            return Err(CidError::ServerIdMismatch {
-                expected: self.server_id_len,
-                actual: server_id.len(),
-            });
+            return Err(CidError::ServerIdMismatch { expected: self.server_id_len, actual: server_id.len() });
         }
         if nonce.len() != self.nonce_len {
-            return Err(CidError::NonceMismatch {
-                expected: self.nonce_len,
-                actual: nonce.len(),
-            });
+            return Err(CidError::NonceMismatch { expected: self.nonce_len, actual: nonce.len() });
         }
         let mut buffer = [0; MAX_BODY_LEN];
         let body = &mut buffer[..self.server_id_len + self.nonce_len];
@@ -119,11 +107,7 @@ impl Config {
             Form::SinglePass(cipher) => with_block(body, |block| cipher.encrypt_block(block)),
             Form::FourPass(cipher) => feistel::encrypt(cipher, body),
         }
-        let low_bits = if self.encode_length {
-            body.len() as u8
-        } else {
-            random
-        };
+        let low_bits = if self.encode_length { body.len() as u8 } else { random };
         Ok(Cid::assemble(self.id.value(), body, low_bits))
     }
 
@@ -164,25 +148,16 @@ impl Config {
 
     fn body(&self, cid: &[u8]) -> Result<[u8; MAX_BODY_LEN], CidError> {
         let needed = self.cid_len();
-        let too_short = CidError::TooShort {
-            needed,
-            actual: cid.len(),
-        };
+        let too_short = CidError::TooShort { needed, actual: cid.len() };
         let first = *cid.first().ok_or(too_short)?;
         let actual = ConfigId::of_first_octet(first)?;
         if actual != self.id {
-            return Err(CidError::OtherConfig {
-                expected: self.id,
-                actual,
-            });
+            return Err(CidError::OtherConfig { expected: self.id, actual });
         }
         let body = cid.get(1..needed).ok_or(too_short)?;
         let encoded = usize::from(first & LENGTH_MASK);
         if self.encode_length && !(body.len()..=MAX_BODY_LEN).contains(&encoded) {
-            return Err(CidError::EncodedLength {
-                encoded,
-                needed: body.len(),
-            });
+            return Err(CidError::EncodedLength { encoded, needed: body.len() });
         }
         let mut text = [0; MAX_BODY_LEN];
         text[..body.len()].copy_from_slice(body);
@@ -190,12 +165,7 @@ impl Config {
     }
 
     fn decoded(&self, text: [u8; MAX_BODY_LEN], nonce_len: usize) -> Decoded {
-        Decoded {
-            config: self.id,
-            text,
-            server_id_len: self.server_id_len,
-            nonce_len,
-        }
+        Decoded { config: self.id, text, server_id_len: self.server_id_len, nonce_len }
     }
 }
 
@@ -283,20 +253,8 @@ mod tests {
         for (config, sid, nonce, key_text, cid) in [
             (0, "c4605e", "4504cc4f", "", "07c4605e4504cc4f"),
             (0, "ed793a", "ee080dbf", b2, "0720b1d07b359d3c"),
-            (
-                2,
-                "ed793a51d49b8f5f",
-                "ee080dbf48c0d1e5",
-                b2,
-                "504dd2d05a7b0de9b2b9907afb5ecf8cc3",
-            ),
-            (
-                0,
-                "ed793a51d49b8f5fab",
-                "ee080dbf48c0d1e55d",
-                b2,
-                "125779c9cc86beb3a3a4a3ca96fce4bfe0cdbc",
-            ),
+            (2, "ed793a51d49b8f5f", "ee080dbf48c0d1e5", b2, "504dd2d05a7b0de9b2b9907afb5ecf8cc3"),
+            (0, "ed793a51d49b8f5fab", "ee080dbf48c0d1e55d", b2, "125779c9cc86beb3a3a4a3ca96fce4bfe0cdbc"),
             (0, "31441a", "9c69c275", example, "0767947d29be054a"),
         ] {
             let (sid, nonce) = (hex::decode(sid).unwrap(), hex::decode(nonce).unwrap());
@@ -305,10 +263,7 @@ mod tests {
             let encoded = config.encode(&sid, &nonce, 0xff).unwrap();
             assert_eq!(encoded.to_string(), cid);
             let decoded = config.decode(&encoded).unwrap();
-            assert_eq!(
-                (decoded.server_id(), decoded.nonce()),
-                (&sid[..], &nonce[..])
-            );
+            assert_eq!((decoded.server_id(), decoded.nonce()), (&sid[..], &nonce[..]));
             let server = config.decode_server_id(&encoded).unwrap();
             assert_eq!((server.server_id(), server.nonce()), (&sid[..], &[][..]));
         }
@@ -341,20 +296,8 @@ mod tests {
             config.decode(&other)
         };
         assert_eq!(with_first(0xe7), Err(CidError::Unroutable));
-        assert_eq!(
-            with_first(0x67),
-            Err(CidError::OtherConfig {
-                expected: id(2),
-                actual: id(3)
-            })
-        );
-        assert_eq!(
-            with_first(0x46),
-            Err(CidError::EncodedLength {
-                encoded: 6,
-                needed: 7
-            })
-        );
+        assert_eq!(with_first(0x67), Err(CidError::OtherConfig { expected: id(2), actual: id(3) }));
+        assert_eq!(with_first(0x46), Err(CidError::EncodedLength { encoded: 6, needed: 7 }));
         assert!(with_first(0x49).is_ok(), "two octets of the server's own");
         assert!(config.encode(&[1], &[4, 5, 6, 7], 0).is_err());
         assert!(config.encode(&[1, 2, 3], &[4], 0).is_err());

@@ -27,12 +27,7 @@ impl Halves {
         let (mut left, mut right) = ([0; MAX_HALF_LEN], [0; MAX_HALF_LEN]);
         left[..half].copy_from_slice(&text[..half]);
         right[..half].copy_from_slice(&text[len - half..]);
-        let mut halves = Self {
-            left,
-            right,
-            half,
-            len,
-        };
+        let mut halves = Self { left, right, half, len };
         halves.clear_foreign_nibbles();
         halves
     }
@@ -46,11 +41,8 @@ impl Halves {
 
     /// One round: odd passes change the right half, even ones the left.
     fn pass(&mut self, cipher: &Aes128, pass: u8) {
-        let (source, target) = if pass % 2 == 1 {
-            (&self.left, &mut self.right)
-        } else {
-            (&self.right, &mut self.left)
-        };
+        let (source, target) =
+            if pass % 2 == 1 { (&self.left, &mut self.right) } else { (&self.right, &mut self.left) };
         let mut block = Block::<Aes128>::default();
         block[..self.half].copy_from_slice(&source[..self.half]);
         block[14] = self.len as u8;
@@ -103,27 +95,16 @@ mod tests {
     /// Draft, section 5.4.2.4, pass by pass.
     #[test]
     fn every_pass_of_the_published_example_is_reproduced() {
-        let key: [u8; 16] = hex::decode("fdf726a9893ec05c0632d3956680baf0")
-            .unwrap()
-            .try_into()
-            .unwrap();
+        let key: [u8; 16] = hex::decode("fdf726a9893ec05c0632d3956680baf0").unwrap().try_into().unwrap();
         let cipher = Aes128::new(&key.into());
         let mut halves = Halves::split(&hex::decode("31441a9c69c275").unwrap());
         let shown = |h: &Halves| (hex::encode(&h.left[..4]), hex::encode(&h.right[..4]));
-        let expected = [
-            ("31441a90", "0e3c1ff9"),
-            ("d4a04850", "0e3c1ff9"),
-            ("d4a04850", "09be054a"),
-            ("67947d20", "09be054a"),
-        ];
+        let expected =
+            [("31441a90", "0e3c1ff9"), ("d4a04850", "0e3c1ff9"), ("d4a04850", "09be054a"), ("67947d20", "09be054a")];
         assert_eq!(shown(&halves), ("31441a90".into(), "0c69c275".into()));
         for (pass, (left, right)) in (1..).zip(expected) {
             halves.pass(&cipher, pass);
-            assert_eq!(
-                shown(&halves),
-                (left.into(), right.into()),
-                "after pass {pass}"
-            );
+            assert_eq!(shown(&halves), (left.into(), right.into()), "after pass {pass}");
         }
     }
 }

@@ -205,11 +205,7 @@ impl CidMinter {
     /// Mints for `server_id` under the configuration `id` with this key. Nobody else may mint for that server ID.
     #[must_use]
     pub fn new(server_id: ServerId, id: ConfigId, key: [u8; 16], counter: NonceCounter) -> Self {
-        Self {
-            server_id,
-            config: session_config(id, key),
-            counter,
-        }
+        Self { server_id, config: session_config(id, key), counter }
     }
 
     /// Whom the connection IDs name.
@@ -268,8 +264,7 @@ impl NonceCounter {
 }
 
 fn session_config(id: ConfigId, key: [u8; 16]) -> Config {
-    Config::new(id, ServerId::LEN, SessionNonce::LEN, Some(key), true)
-        .expect("8 and 8 octets are legal lengths")
+    Config::new(id, ServerId::LEN, SessionNonce::LEN, Some(key), true).expect("8 and 8 octets are legal lengths")
 }
 
 fn split(decoded: &Decoded) -> (u64, u64) {
@@ -308,12 +303,7 @@ mod tests {
     }
 
     fn minter(start: u64) -> CidMinter {
-        CidMinter::new(
-            server_id(),
-            config(2),
-            [0x11; 16],
-            NonceCounter::starting_at(start),
-        )
+        CidMinter::new(server_id(), config(2), [0x11; 16], NonceCounter::starting_at(start))
     }
 
     /// Frozen: the layout is on the wire. The blocks were computed with an independent AES.

@@ -44,14 +44,9 @@ impl ConfigSet {
     /// # Errors
     /// [`CidError::UnknownConfig`], and those of [`Config::decode`].
     pub fn decode(&self, cid: &[u8]) -> Result<Decoded, CidError> {
-        let first = *cid.first().ok_or(CidError::TooShort {
-            needed: 1,
-            actual: 0,
-        })?;
+        let first = *cid.first().ok_or(CidError::TooShort { needed: 1, actual: 0 })?;
         let id = ConfigId::of_first_octet(first)?;
-        self.config(id)
-            .ok_or(CidError::UnknownConfig(id))?
-            .decode(cid)
+        self.config(id).ok_or(CidError::UnknownConfig(id))?.decode(cid)
     }
 }
 

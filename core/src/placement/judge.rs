@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Assessed, Assessment, CAPACITY_RETRY, FleetSnapshot, INCUMBENT_MARGIN, LOAD_COST, Refusal,
-    RefusalReason, Request, Verdict, WORKER_CHOICES, insert_bounded, rtt_ceiling,
+    Assessed, Assessment, CAPACITY_RETRY, FleetSnapshot, INCUMBENT_MARGIN, LOAD_COST, Refusal, RefusalReason, Request,
+    Verdict, WORKER_CHOICES, insert_bounded, rtt_ceiling,
     snapshot::{Agent, Served},
 };
 use crate::{clock::Millis, geo};
@@ -14,7 +14,6 @@ pub(super) struct Judge<'a> {
     snapshot: &'a FleetSnapshot,
     agent: &'a Agent,
     request: &'a Request<'a>,
-    ceiling: Duration,
     now: Millis,
 }
 
@@ -22,20 +21,25 @@ pub(super) struct Judge<'a> {
 pub(super) type Shortlist = Vec<(u64, usize)>;
 
 impl<'a> Judge<'a> {
-    pub(super) fn new(
-        snapshot: &'a FleetSnapshot,
-        agent: &'a Agent,
-        request: &'a Request<'a>,
-        now: Millis,
-    ) -> Self {
-        let own = rtt_ceiling(&agent.policy, request.waited);
-        Self {
-            snapshot,
-            agent,
-            request,
-            ceiling: request.max_rtt.map_or(own, |max| max.min(own)),
-            now,
-        }
+    pub(super) fn new(snapshot: &'a FleetSnapshot, agent: &'a Agent, request: &'a Request<'a>, now: Millis) -> Self {
+        Self { snapshot, agent, request, now }
+    }
+
+    /// Above which round trip a region is too far.
+    ///
+    /// The agent's ceiling, relaxed by waiting; but the nearest region that could serve the caller is never too far
+    /// unless it is beyond a hard ceiling: waiting brings no region nearer, only room in a near one.
+    pub(super) fn ceiling(&self, regions: &[Assessed]) -> Duration {
+        let hard = self.hard_ceiling();
+        let could_serve = |assessed: &&Assessed| assessed.objection.is_none_or(|v| v == Verdict::Full);
+        let nearest = regions.iter().filter(could_serve).filter_map(|r| r.rtt).min();
+        let relaxed = rtt_ceiling(&self.agent.policy, self.request.waited);
+        relaxed.max(nearest.unwrap_or_default()).min(hard)
+    }
+
+    fn hard_ceiling(&self) -> Duration {
+        let own = rtt_ceiling(&self.agent.policy, Duration::MAX);
+        self.request.max_rtt.map_or(own, |max| max.min(own))
     }
 
     /// The verdict on one region and, where its workers are listed, whom to ask there.
@@ -50,13 +54,7 @@ impl<'a> Judge<'a> {
         };
         let mut workers = Shortlist::new();
         if assessed.objection.is_none() {
-            assessed.objection = match rtt {
-                Some(rtt) if rtt > self.ceiling => Some(Verdict::TooFar {
-                    rtt,
-                    ceiling: self.ceiling,
-                }),
-                _ => self.out_of_service(region, served, &mut assessed.free, &mut workers),
-            };
+            assessed.objection = self.out_of_service(region, served, &mut assessed.free, &mut workers);
         }
         if assessed.objection.is_none() {
             assessed.cost = self.cost(region, served, &assessed);
@@ -107,12 +105,7 @@ impl<'a> Judge<'a> {
 
     /// The workers with the greatest free share; ties by a hash of the seed, so that routers do not all ask the same
     /// one.
-    fn shortlist(
-        &self,
-        served: &Served,
-        free: &mut u32,
-        workers: &mut Shortlist,
-    ) -> Option<Verdict> {
+    fn shortlist(&self, served: &Served, free: &mut u32, workers: &mut Shortlist) -> Option<Verdict> {
         let (mut objection, mut room) = (Verdict::NoWorkers, 0_u32);
         for index in &served.workers {
             let worker = &self.snapshot.workers()[*index];
@@ -126,9 +119,7 @@ impl<'a> Judge<'a> {
                     room = room.saturating_add(worker.free);
                     // Most workers of a great region end here.
                     if workers.len() == WORKER_CHOICES
-                        && workers
-                            .last()
-                            .is_some_and(|w| w.0 >> 32 > worker.free_share.into())
+                        && workers.last().is_some_and(|w| w.0 >> 32 > worker.free_share.into())
                     {
                         continue;
                     }
@@ -165,36 +156,32 @@ impl<'a> Judge<'a> {
     pub(super) fn refusal(&self, assessment: Assessment) -> Refusal {
         let objections = || assessment.regions.iter().filter_map(|r| r.objection);
         let (reason, retry_after) = if objections().any(Verdict::is_about_capacity) {
-            (RefusalReason::NoCapacity, Some(CAPACITY_RETRY))
+            let relaxed = self.relaxes_in(&assessment).unwrap_or(CAPACITY_RETRY);
+            (RefusalReason::NoCapacity, Some(relaxed.min(CAPACITY_RETRY)))
         } else if objections().any(|v| matches!(v, Verdict::TooFar { .. })) {
-            (RefusalReason::TooFar, self.relaxes_in(&assessment))
+            // Beyond the hard ceiling, or a nearer region would have set it.
+            (RefusalReason::TooFar, None)
         } else {
             (RefusalReason::NoRegionMatches, None)
         };
-        Refusal {
-            reason,
-            retry_after,
-            assessment,
-        }
+        Refusal { reason, retry_after, assessment }
     }
 
-    /// When the ceiling reaches the nearest region that is too far now.
+    /// When the ceiling reaches the nearest region with room that is too far now.
     fn relaxes_in(&self, assessment: &Assessment) -> Option<Duration> {
         let rtts = assessment.regions.iter().filter_map(|r| match r.objection {
-            Some(Verdict::TooFar { rtt, .. }) => Some(rtt),
+            Some(Verdict::TooFar { rtt, .. }) if r.free > 0 => Some(rtt),
             _ => None,
         });
         let nearest = rtts.min()?;
         let policy = &self.agent.policy;
-        let hard = rtt_ceiling(policy, Duration::MAX);
-        if nearest > self.request.max_rtt.map_or(hard, |max| max.min(hard)) {
+        if nearest > self.hard_ceiling() {
             return None;
         }
+        let hard = rtt_ceiling(policy, Duration::MAX);
         let missing = nearest.saturating_sub(policy.rtt_ceiling).as_secs_f64();
         let spread = hard.saturating_sub(policy.rtt_ceiling).as_secs_f64();
-        let at = policy
-            .relax_over
-            .mul_f64((missing / spread.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0));
+        let at = policy.relax_over.mul_f64((missing / spread.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0));
         // One step more: both ends are rounded.
         Some((at + Duration::from_millis(1)).saturating_sub(self.request.waited))
     }

@@ -269,10 +269,7 @@ impl FleetSnapshot {
             let region = by_region.get(&view.region).copied();
             let listed = region.filter(|region| snapshot.regions[*region].view.lists_workers());
             let Some(region) = listed else {
-                return Err(SnapshotError::NoSuchRegion {
-                    worker: index,
-                    region: view.region,
-                });
+                return Err(SnapshotError::NoSuchRegion { worker: index, region: view.region });
             };
             snapshot.add_worker(index, region, &view);
         }
@@ -288,11 +285,7 @@ impl FleetSnapshot {
             let named = regions.iter().find(|(name, _)| name == region);
             named.map_or(0, |(_, weight)| (*weight).max(1))
         };
-        let weights: Vec<u32> = self
-            .regions
-            .iter()
-            .map(|r| weight_of(&r.view.name))
-            .collect();
+        let weights: Vec<u32> = self.regions.iter().map(|r| weight_of(&r.view.name)).collect();
         let greatest = f64::from(weights.iter().copied().max().unwrap_or(1).max(1));
         let serve = |(region, weight): (&Region, u32)| {
             let mut served = Served {

@@ -21,13 +21,7 @@ fn number(n: u16) -> RegionNumber {
 }
 
 fn pool(free: u32) -> PoolView {
-    PoolView {
-        agent: AGENT.into(),
-        gpu_class: "l4".into(),
-        workers: 2,
-        slots: 10,
-        free,
-    }
+    PoolView { agent: AGENT.into(), gpu_class: "l4".into(), workers: 2, slots: 10, free }
 }
 
 fn region(name: &str, n: u16, place: (f64, f64), free: u32) -> RegionView {
@@ -37,10 +31,7 @@ fn region(name: &str, n: u16, place: (f64, f64), free: u32) -> RegionView {
         location: Some(at(place)),
         phase: Phase::Active,
         residency: vec![],
-        freshness: Freshness::Reported {
-            at: NOW,
-            lease: LEASE,
-        },
+        freshness: Freshness::Reported { at: NOW, lease: LEASE },
         pools: vec![pool(free)],
     }
 }
@@ -51,21 +42,14 @@ fn worker(free: u32) -> WorkerView {
         agent: AGENT.into(),
         gpu_class: "l4".into(),
         phase: Phase::Active,
-        freshness: Freshness::Reported {
-            at: NOW,
-            lease: LEASE,
-        },
+        freshness: Freshness::Reported { at: NOW, lease: LEASE },
         slots: 10,
         free,
     }
 }
 
 fn fleet() -> Vec<RegionView> {
-    vec![
-        region("frankfurt", 1, FRANKFURT, 5),
-        region("virginia", 2, VIRGINIA, 5),
-        region("singapore", 3, SINGAPORE, 5),
-    ]
+    vec![region("frankfurt", 1, FRANKFURT, 5), region("virginia", 2, VIRGINIA, 5), region("singapore", 3, SINGAPORE, 5)]
 }
 
 fn policy() -> AgentPolicy {
@@ -89,19 +73,13 @@ fn local(workers: Vec<WorkerView>) -> FleetSnapshot {
 }
 
 fn from(place: (f64, f64)) -> Request<'static> {
-    Request {
-        agent: AGENT,
-        location: Some(at(place).unit_vector()),
-        ..Request::default()
-    }
+    Request { agent: AGENT, location: Some(at(place).unit_vector()), ..Request::default() }
 }
 
 /// Verdict labels by region name, of the regions as a whole.
 fn labels(snapshot: &FleetSnapshot, candidates: &[Candidate]) -> Vec<(String, &'static str)> {
     let whole = candidates.iter().filter(|c| c.worker.is_none());
-    let mut labels: Vec<_> = whole
-        .map(|c| (snapshot.region(c.region).name.clone(), c.verdict.label()))
-        .collect();
+    let mut labels: Vec<_> = whole.map(|c| (snapshot.region(c.region).name.clone(), c.verdict.label())).collect();
     labels.sort();
     labels
 }
@@ -128,10 +106,7 @@ fn the_near_region_wins_and_far_ones_say_so() {
     let candidates = placement.candidates(&snapshot);
     assert_eq!(candidates[0].verdict, Verdict::Eligible { rank: 1 });
     let far = candidates.iter().find(|c| c.region == 1).unwrap();
-    assert_eq!(
-        far.verdict.to_string(),
-        "round trip of 96 ms is above the ceiling of 60 ms"
-    );
+    assert_eq!(far.verdict.to_string(), "round trip of 96 ms is above the ceiling of 60 ms");
     assert_eq!(far.cost, None);
 }
 
@@ -141,28 +116,14 @@ fn each_objection_has_its_verdict() {
     assert_eq!(verdict_of_first(|_| ()), Verdict::Eligible { rank: 1 });
     assert_eq!(verdict_of_first(|r| r.pools[0].free = 0), Verdict::Full);
     assert_eq!(verdict_of_first(|r| r.pools.clear()), Verdict::NoWorkers);
-    assert_eq!(
-        verdict_of_first(|r| r.pools[0].gpu_class = "h100".into()),
-        Verdict::WrongGpuClass
-    );
-    assert_eq!(
-        verdict_of_first(|r| r.phase = Phase::Cordoned),
-        Verdict::Cordoned
-    );
-    assert_eq!(
-        verdict_of_first(|r| r.phase = Phase::Draining),
-        Verdict::Draining
-    );
-    assert_eq!(
-        verdict_of_first(|r| r.freshness = Freshness::Never),
-        Verdict::Stale { age: None }
-    );
+    assert_eq!(verdict_of_first(|r| r.pools[0].gpu_class = "h100".into()), Verdict::WrongGpuClass);
+    assert_eq!(verdict_of_first(|r| r.phase = Phase::Cordoned), Verdict::Cordoned);
+    assert_eq!(verdict_of_first(|r| r.phase = Phase::Draining), Verdict::Draining);
+    assert_eq!(verdict_of_first(|r| r.freshness = Freshness::Never), Verdict::Stale { age: None });
     let at = Millis(NOW.0 - 3001);
     assert_eq!(
         verdict_of_first(|r| r.freshness = Freshness::Reported { at, lease: LEASE }),
-        Verdict::Stale {
-            age: Some(ms(3001))
-        }
+        Verdict::Stale { age: Some(ms(3001)) }
     );
     // Exactly its lease old is still good.
     let at = Millis(NOW.0 - 3000);
@@ -178,30 +139,18 @@ fn constraints_leave_only_what_they_name() {
     regions[0].residency = vec!["eu".into()];
     let snapshot = snapshot(AgentPolicy::default(), regions);
     let (eu, named) = (["eu".to_owned()], ["virginia".to_owned()]);
-    let request = Request {
-        residency: &eu,
-        ..from(SINGAPORE)
-    };
+    let request = Request { residency: &eu, ..from(SINGAPORE) };
     let placement = plan(&snapshot, &request, NOW).unwrap();
     let expected = [
         ("frankfurt".to_owned(), "eligible"),
         ("singapore".to_owned(), "residency"),
         ("virginia".to_owned(), "residency"),
     ];
-    assert_eq!(
-        labels(&snapshot, &placement.candidates(&snapshot)),
-        expected
-    );
-    let request = Request {
-        regions: &named,
-        ..from(SINGAPORE)
-    };
+    assert_eq!(labels(&snapshot, &placement.candidates(&snapshot)), expected);
+    let request = Request { regions: &named, ..from(SINGAPORE) };
     let placement = plan(&snapshot, &request, NOW).unwrap();
     assert_eq!(placement.choices[0].region, 1);
-    let both = Request {
-        residency: &eu,
-        ..request
-    };
+    let both = Request { residency: &eu, ..request };
     let refusal = plan(&snapshot, &both, NOW).unwrap_err();
     assert_eq!(refusal.reason, RefusalReason::NoRegionMatches);
     assert_eq!(refusal.retry_after, None);
@@ -214,25 +163,13 @@ fn an_agent_runs_only_in_its_regions_and_weights_count() {
         ..AgentPolicy::default()
     };
     let snapshot = snapshot(policy, fleet());
-    let placement = plan(
-        &snapshot,
-        &Request {
-            location: None,
-            ..from(FRANKFURT)
-        },
-        NOW,
-    )
-    .unwrap();
+    let placement = plan(&snapshot, &Request { location: None, ..from(FRANKFURT) }, NOW).unwrap();
     let order: Vec<usize> = placement.choices.iter().map(|c| c.region).collect();
     assert_eq!(order, [1, 2]);
     let difference = placement.choices[1].cost - placement.choices[0].cost;
     assert!((difference - 2.0 * WEIGHT_COST).abs() < 1e-9);
     let candidates = placement.candidates(&snapshot);
-    assert!(
-        candidates
-            .iter()
-            .any(|c| c.region == 0 && c.verdict == Verdict::NotServed)
-    );
+    assert!(candidates.iter().any(|c| c.region == 0 && c.verdict == Verdict::NotServed));
 }
 
 #[test]
@@ -245,45 +182,41 @@ fn the_ceiling_relaxes_in_a_straight_line() {
 }
 
 #[test]
-fn a_refusal_for_distance_says_how_long_to_wait() {
+fn the_nearest_region_is_not_too_far_unless_beyond_the_hard_ceiling() {
     let snapshot = snapshot(policy(), fleet());
-    let from_dubai = Request {
-        location: Some(at((25.2, 55.3)).unit_vector()),
-        ..from(FRANKFURT)
-    };
+    let from_dubai = from((25.2, 55.3));
+    let placement = plan(&snapshot, &from_dubai, NOW).unwrap();
+    assert_eq!(placement.choices.len(), 1, "the others are too far as yet");
+    assert!(placement.choices[0].rtt.unwrap() > policy().rtt_ceiling);
+    // The caller's own ceiling is hard.
+    let hard = Request { max_rtt: Some(Duration::from_millis(20)), ..from_dubai };
+    let refusal = plan(&snapshot, &hard, NOW).unwrap_err();
+    assert_eq!((refusal.reason, refusal.retry_after), (RefusalReason::TooFar, None));
+}
+
+#[test]
+fn a_full_near_region_is_worth_a_wait_before_a_far_one_is_taken() {
+    let mut regions = fleet();
+    regions[0].pools[0].free = 0;
+    let snapshot = snapshot(policy(), regions);
+    let from_dubai = from((25.2, 55.3));
     let refusal = plan(&snapshot, &from_dubai, NOW).unwrap_err();
-    assert_eq!(refusal.reason, RefusalReason::TooFar);
+    assert_eq!(refusal.reason, RefusalReason::NoCapacity);
     let wait = refusal.retry_after.unwrap();
-    assert!(wait > Duration::ZERO && wait < RELAX_OVER, "{wait:?}");
-    let again = Request {
-        waited: wait,
-        ..from_dubai
-    };
-    assert!(plan(&snapshot, &again, NOW).is_ok());
-    let just_before = Request {
-        waited: wait - Duration::from_millis(2),
-        ..from_dubai
-    };
-    assert!(plan(&snapshot, &just_before, NOW).is_err());
-    // The caller's own ceiling does not relax.
-    let hard = Request {
-        max_rtt: Some(Duration::from_millis(20)),
-        ..from_dubai
-    };
-    assert_eq!(plan(&snapshot, &hard, NOW).unwrap_err().retry_after, None);
+    assert!(wait > Duration::ZERO && wait <= CAPACITY_RETRY, "{wait:?}");
+    let patient = Request { waited: RELAX_OVER, ..from_dubai };
+    assert_ne!(
+        plan(&snapshot, &patient, NOW).unwrap().choices[0].region,
+        0,
+        "after a while a far region is better than none"
+    );
 }
 
 #[test]
 fn a_measured_round_trip_overrides_the_estimate() {
     let snapshot = snapshot(policy(), fleet());
-    let measured = [
-        (number(1), Duration::from_millis(200)),
-        (number(3), Duration::from_millis(7)),
-    ];
-    let request = Request {
-        measured: &measured,
-        ..from(FRANKFURT)
-    };
+    let measured = [(number(1), Duration::from_millis(200)), (number(3), Duration::from_millis(7))];
+    let request = Request { measured: &measured, ..from(FRANKFURT) };
     let placement = plan(&snapshot, &request, NOW).unwrap();
     assert_eq!(placement.choices[0].region, 2);
     assert_eq!(placement.choices[0].rtt, Some(Duration::from_millis(7)));
@@ -294,10 +227,7 @@ fn near_equal_regions_do_not_flap() {
     let mut regions = fleet();
     regions[1] = region("mainz", 2, (50.0, 8.27), 5);
     let choose = |regions: &[RegionView], incumbent| {
-        let request = Request {
-            incumbent,
-            ..from(FRANKFURT)
-        };
+        let request = Request { incumbent, ..from(FRANKFURT) };
         let snapshot = snapshot(policy(), regions.to_vec());
         plan(&snapshot, &request, NOW).unwrap().choices[0].region
     };
@@ -314,10 +244,7 @@ fn near_equal_regions_do_not_flap() {
 #[test]
 fn workers_with_the_greatest_free_share_come_first() {
     let mut stale = worker(10);
-    stale.freshness = Freshness::Reported {
-        at: Millis(NOW.0 - 3001),
-        lease: LEASE,
-    };
+    stale.freshness = Freshness::Reported { at: Millis(NOW.0 - 3001), lease: LEASE };
     let mut gone = worker(10);
     gone.freshness = Freshness::Disconnected;
     let mut cordoned = worker(10);
@@ -328,27 +255,14 @@ fn workers_with_the_greatest_free_share_come_first() {
     other_gpu.gpu_class = "t4".into();
     let mut small = worker(3);
     small.slots = 3;
-    let workers = vec![
-        worker(2),
-        stale,
-        small,
-        cordoned,
-        worker(0),
-        other_agent,
-        gone,
-        worker(7),
-        other_gpu,
-    ];
+    let workers = vec![worker(2), stale, small, cordoned, worker(0), other_agent, gone, worker(7), other_gpu];
     let snapshot = local(workers);
     let placement = plan(&snapshot, &from(FRANKFURT), NOW).unwrap();
     assert_eq!(placement.choices[0].workers, [2, 7, 0]);
     let candidates = placement.candidates(&snapshot);
     let region = candidates.iter().find(|c| c.region == 0).unwrap();
     assert_eq!(region.free, 12);
-    let workers: BTreeSet<_> = candidates
-        .iter()
-        .filter_map(|c| Some((c.worker?, c.verdict.label())))
-        .collect();
+    let workers: BTreeSet<_> = candidates.iter().filter_map(|c| Some((c.worker?, c.verdict.label()))).collect();
     let expected = [
         (0, "eligible"),
         (1, "stale"),
@@ -366,16 +280,10 @@ fn workers_with_the_greatest_free_share_come_first() {
 fn a_listed_region_is_full_when_its_workers_are() {
     let mut snapshot = local(vec![worker(1), worker(0)]);
     let only = ["frankfurt".to_owned()];
-    let request = Request {
-        regions: &only,
-        ..from(FRANKFURT)
-    };
+    let request = Request { regions: &only, ..from(FRANKFURT) };
     let placement = plan(&snapshot, &request, NOW).unwrap();
     assert_eq!(placement.choices[0].workers, [0]);
-    let freshness = Freshness::Reported {
-        at: NOW,
-        lease: LEASE,
-    };
+    let freshness = Freshness::Reported { at: NOW, lease: LEASE };
     snapshot.update_worker(0, Phase::Active, freshness, 0);
     let refusal = plan(&snapshot, &request, NOW).unwrap_err();
     assert_eq!(refusal.reason, RefusalReason::NoCapacity);
@@ -388,10 +296,7 @@ fn a_listed_region_is_full_when_its_workers_are() {
 
 #[test]
 fn an_agent_without_regions_runs_nowhere() {
-    let policy = AgentPolicy {
-        regions: Some(vec![]),
-        ..policy()
-    };
+    let policy = AgentPolicy { regions: Some(vec![]), ..policy() };
     let refusal = plan(&snapshot(policy, fleet()), &from(FRANKFURT), NOW).unwrap_err();
     assert_eq!(refusal.reason, RefusalReason::NoRegionMatches);
 }
@@ -412,10 +317,7 @@ fn ties_between_workers_spread_with_the_seed() {
     let snapshot = local((0..20).map(|_| worker(10)).collect());
     let first: BTreeSet<usize> = (0..100)
         .map(|seed| {
-            let request = Request {
-                seed,
-                ..from(FRANKFURT)
-            };
+            let request = Request { seed, ..from(FRANKFURT) };
             let placement = plan(&snapshot, &request, NOW).unwrap();
             assert_eq!(placement.choices[0].workers.len(), WORKER_CHOICES);
             placement.choices[0].workers[0]
@@ -427,19 +329,13 @@ fn ties_between_workers_spread_with_the_seed() {
 #[test]
 fn an_unknown_agent_and_an_impossible_fleet_are_refused() {
     let known = snapshot(policy(), fleet());
-    let request = Request {
-        agent: "shop/nobody",
-        ..from(FRANKFURT)
-    };
+    let request = Request { agent: "shop/nobody", ..from(FRANKFURT) };
     let refusal = plan(&known, &request, NOW).unwrap_err();
     assert_eq!(refusal.reason, RefusalReason::NoSuchAgent);
     assert!(refusal.candidates(&known).is_empty());
     let mut twice = fleet();
     twice[2].number = number(1);
-    assert_eq!(
-        FleetSnapshot::new([], twice, vec![]).unwrap_err(),
-        SnapshotError::DuplicateRegion("singapore".into())
-    );
+    assert_eq!(FleetSnapshot::new([], twice, vec![]).unwrap_err(), SnapshotError::DuplicateRegion("singapore".into()));
     assert!(FleetSnapshot::new([], fleet(), vec![worker(1)]).is_err());
 }
 
@@ -465,28 +361,14 @@ fn any_fleet() -> impl Strategy<Value = Vec<RegionView>> {
         view.pools.clear();
         view
     });
-    (
-        first,
-        any_region(1),
-        any_region(2),
-        any_region(3),
-        any_region(4),
-        any_region(5),
-    )
+    (first, any_region(1), any_region(2), any_region(3), any_region(4), any_region(5))
         .prop_map(|(a, b, c, d, e, f)| vec![a, b, c, d, e, f])
 }
 
 fn any_workers() -> impl Strategy<Value = Vec<WorkerView>> {
     let one = (0_u32..4, any::<bool>(), 0_u64..6000).prop_map(|(free, active, age)| WorkerView {
-        phase: if active {
-            Phase::Active
-        } else {
-            Phase::Draining
-        },
-        freshness: Freshness::Reported {
-            at: Millis(NOW.0 - age),
-            lease: LEASE,
-        },
+        phase: if active { Phase::Active } else { Phase::Draining },
+        freshness: Freshness::Reported { at: Millis(NOW.0 - age), lease: LEASE },
         ..worker(free)
     });
     proptest::collection::vec(one, 0..12)
@@ -520,7 +402,12 @@ proptest! {
             let view = &regions[choice.region];
             prop_assert_eq!(view.phase, Phase::Active);
             prop_assert!(!eu || view.residency.contains(&"eu".to_owned()));
-            prop_assert!(choice.rtt.unwrap() <= rtt_ceiling(&policy(), request.waited));
+            let nearest = choice.rtt.unwrap() <= candidates.iter()
+                .filter(|c| c.worker.is_none() && c.cost.is_some())
+                .filter_map(|c| c.rtt).min().unwrap();
+            let ceiling = rtt_ceiling(&policy(), request.waited);
+            prop_assert!(nearest || choice.rtt.unwrap() <= ceiling);
+            prop_assert!(choice.rtt.unwrap() <= policy().rtt_ceiling_max);
             if choice.region == 0 {
                 prop_assert!(!choice.workers.is_empty());
                 for index in &choice.workers {

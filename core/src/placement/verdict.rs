@@ -102,12 +102,9 @@ impl fmt::Display for Verdict {
             Self::NotAllowed => f.write_str("not among the regions that the request names"),
             Self::Residency => f.write_str("in none of the residency zones that the request names"),
             Self::WrongGpuClass => f.write_str("its GPUs are not of the agent's class"),
-            Self::TooFar { rtt, ceiling } => write!(
-                f,
-                "round trip of {} ms is above the ceiling of {} ms",
-                rtt.as_millis(),
-                ceiling.as_millis()
-            ),
+            Self::TooFar { rtt, ceiling } => {
+                write!(f, "round trip of {} ms is above the ceiling of {} ms", rtt.as_millis(), ceiling.as_millis())
+            }
             Self::Cordoned => f.write_str("cordoned: gets nothing new"),
             Self::Draining => f.write_str("draining: is being emptied"),
             Self::Stale { age: Some(age) } => {
@@ -155,12 +152,7 @@ pub enum RefusalReason {
 
 impl RefusalReason {
     /// All reasons.
-    pub const ALL: [Self; 4] = [
-        Self::NoSuchAgent,
-        Self::NoCapacity,
-        Self::TooFar,
-        Self::NoRegionMatches,
-    ];
+    pub const ALL: [Self; 4] = [Self::NoSuchAgent, Self::NoCapacity, Self::TooFar, Self::NoRegionMatches];
 
     /// The closed word for metrics and machines.
     #[must_use]

@@ -47,14 +47,8 @@ impl Node {
             Kind::Scalar(value) => value.clone(),
             Kind::List(items) => Value::Array(items.iter().map(Self::to_json).collect()),
             Kind::Map(entries) => {
-                let fields = entries
-                    .iter()
-                    .map(|entry| (entry.key.clone(), entry.value.to_json()));
-                Value::Object(
-                    fields
-                        .filter(|(_, value)| !value.is_null())
-                        .collect::<Map<_, _>>(),
-                )
+                let fields = entries.iter().map(|entry| (entry.key.clone(), entry.value.to_json()));
+                Value::Object(fields.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
             }
         }
     }
@@ -84,10 +78,7 @@ impl Node {
 impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<Kind>::deserialize(deserializer)?;
-        Ok(Self {
-            line: spanned.referenced.line(),
-            kind: spanned.value,
-        })
+        Ok(Self { line: spanned.referenced.line(), kind: spanned.value })
     }
 }
 
@@ -133,9 +124,7 @@ impl<'de> Visitor<'de> for KindVisitor {
     fn visit_f64<E: Error>(self, value: f64) -> Result<Kind, E> {
         // JSON has no infinities; as a string it is rejected where a number is needed, and shown as written.
         let number = serde_json::Number::from_f64(value).map(Value::Number);
-        Ok(Kind::Scalar(
-            number.unwrap_or_else(|| Value::String(value.to_string())),
-        ))
+        Ok(Kind::Scalar(number.unwrap_or_else(|| Value::String(value.to_string()))))
     }
 
     fn visit_str<E: Error>(self, value: &str) -> Result<Kind, E> {
@@ -153,11 +142,7 @@ impl<'de> Visitor<'de> for KindVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Kind, A::Error> {
         let mut map = Vec::new();
         while let Some((key, value)) = entries.next_entry::<Spanned<String>, Node>()? {
-            map.push(Entry {
-                key: key.value,
-                line: key.referenced.line(),
-                value,
-            });
+            map.push(Entry { key: key.value, line: key.referenced.line(), value });
         }
         Ok(Kind::Map(map))
     }

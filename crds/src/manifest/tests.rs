@@ -46,10 +46,7 @@ fn documents_become_resources_with_defaults() {
     assert_eq!(agent.qualified_name(), "default/frontdesk");
     assert_eq!(agent.spec.turn_taking.end_silence.to_string(), "600ms");
     assert_eq!(agent.spec.codecs.len(), 3);
-    assert_eq!(
-        (region.spec.relay.replicas, region.spec.capacity_percent),
-        (2, 100)
-    );
+    assert_eq!((region.spec.relay.replicas, region.spec.capacity_percent), (2, 100));
 }
 
 #[test]
@@ -140,11 +137,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "",
         "fleet.yaml:5: VoiceAgent default/frontdesk: spec.engine: is missing: The speech engine that listens and answers",
     ),
-    (
-        "spec:",
-        "spce:",
-        "fleet.yaml:5: VoiceAgent default/frontdesk: spce: is not a known field: did you mean spec?",
-    ),
+    ("spec:", "spce:", "fleet.yaml:5: VoiceAgent default/frontdesk: spce: is not a known field: did you mean spec?"),
     (
         "    type: Echo\n",
         "    type: Echo\n  workload: Translation\n",
@@ -164,18 +157,11 @@ const MISTAKES: &[(&str, &str, &str)] = &[
 
 #[test]
 fn all_errors_of_all_documents_are_reported() {
-    let agent = AGENT
-        .replace("Echo", "Parrot")
-        .replace("minReplicas: 2", "minReplicas: -1");
-    let region = REGION
-        .replace("50.1", "90.5")
-        .replace("cluster: eu-1", "cluster: EU");
+    let agent = AGENT.replace("Echo", "Parrot").replace("minReplicas: 2", "minReplicas: -1");
+    let region = REGION.replace("50.1", "90.5").replace("cluster: eu-1", "cluster: EU");
     let found = errors(&format!("{agent}---\n{region}"));
     assert_eq!(found.len(), 4, "{found:#?}");
-    assert!(
-        found[2].starts_with("fleet.yaml:18: VoiceRegion frankfurt: spec.cluster: \"EU\""),
-        "{found:#?}"
-    );
+    assert!(found[2].starts_with("fleet.yaml:18: VoiceRegion frankfurt: spec.cluster: \"EU\""), "{found:#?}");
 }
 
 #[test]
@@ -185,11 +171,7 @@ fn duplicates_are_found_across_files() {
         twice.to_string(),
         "b.yaml:4: VoiceRegion frankfurt: metadata.name: \"frankfurt\" names a VoiceRegion that is declared twice: rename or remove one of them"
     );
-    let numbered = |name| {
-        REGION
-            .replace("frankfurt", name)
-            .replace("  cluster", "  number: 7\n  cluster")
-    };
+    let numbered = |name| REGION.replace("frankfurt", name).replace("  cluster", "  number: 7\n  cluster");
     let same_number = parse(&[("a.yaml", &numbered("a")), ("b.yaml", &numbered("b"))]).unwrap_err();
     assert_eq!(
         same_number.to_string(),
@@ -212,23 +194,14 @@ fn broken_yaml_is_an_error_with_its_line() {
     assert!(found[0].contains("is not valid YAML"), "{found:?}");
     let twice = AGENT.replace("    type: Echo\n", "    type: Echo\n    type: Echo\n");
     let found = errors(&twice);
-    assert!(
-        found[0].starts_with("fleet.yaml:8: is not valid YAML"),
-        "{found:?}"
-    );
+    assert!(found[0].starts_with("fleet.yaml:8: is not valid YAML"), "{found:?}");
 }
 
 #[test]
 fn what_is_no_resource_is_an_error() {
-    for text in [
-        "just text\n",
-        "- a\n- list\n",
-        "42\n",
-        "a: 1\n",
-        "",
-        "---\n# nothing\n",
-        "spec: {}\nkind: VoiceAgent\n",
-    ] {
+    for text in
+        ["just text\n", "- a\n- list\n", "42\n", "a: 1\n", "", "---\n# nothing\n", "spec: {}\nkind: VoiceAgent\n"]
+    {
         assert_eq!(errors(text).len(), 1, "{text:?}");
     }
 }
@@ -243,10 +216,7 @@ fn hostile_yaml_is_refused_without_effort() {
     }
     assert_eq!(errors(&bomb).len(), 1);
     assert_eq!(errors(&"[".repeat(100_000)).len(), 1);
-    assert_eq!(
-        errors(&format!("kind: {}\n", "V".repeat(1_000_000))).len(),
-        1
-    );
+    assert_eq!(errors(&format!("kind: {}\n", "V".repeat(1_000_000))).len(), 1);
 }
 
 #[test]
@@ -266,13 +236,8 @@ fn perturbed_manifests_never_panic() {
 
 #[test]
 fn files_that_cannot_be_read_are_errors() {
-    let error = read(&[PathBuf::from("/nonexistent/fleet.yaml")])
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.starts_with("/nonexistent/fleet.yaml: cannot be read: "),
-        "{error}"
-    );
+    let error = read(&[PathBuf::from("/nonexistent/fleet.yaml")]).unwrap_err().to_string();
+    assert!(error.starts_with("/nonexistent/fleet.yaml: cannot be read: "), "{error}");
     assert!(error.ends_with(": check the path"), "{error}");
 }
 
@@ -293,17 +258,13 @@ fn documented() -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/manifests.md");
     let text = fs::read_to_string(path).unwrap();
     let blocks = text.split("```yaml\n").skip(1);
-    blocks
-        .map(|block| block.split("```").next().unwrap().to_owned())
-        .collect()
+    blocks.map(|block| block.split("```").next().unwrap().to_owned()).collect()
 }
 
 #[test]
 fn documentation_shows_valid_fleets() {
     let blocks = documented();
-    let [agent, region, shortest] = &blocks[..] else {
-        panic!("{} blocks", blocks.len())
-    };
+    let [agent, region, shortest] = &blocks[..] else { panic!("{} blocks", blocks.len()) };
     let full = parse(&[("agent", agent), ("region", region)]).unwrap();
     crate::compile::compile(&full).unwrap();
     crate::compile::compile(&parse(&[("shortest", shortest)]).unwrap()).unwrap();
@@ -311,9 +272,7 @@ fn documentation_shows_valid_fleets() {
 
 #[test]
 fn documentation_shows_every_field() {
-    use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-        JSONSchemaProps, JSONSchemaPropsOrArray,
-    };
+    use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{JSONSchemaProps, JSONSchemaPropsOrArray};
 
     fn absent(path: &str, schema: &JSONSchemaProps, shown: &Value) -> Vec<String> {
         if shown.is_null() {
@@ -323,16 +282,11 @@ fn documentation_shows_every_field() {
             return absent(&format!("{path}[0]"), items, &shown[0]);
         }
         let properties = schema.properties.iter().flatten();
-        properties
-            .flat_map(|(name, property)| absent(&format!("{path}.{name}"), property, &shown[name]))
-            .collect()
+        properties.flat_map(|(name, property)| absent(&format!("{path}.{name}"), property, &shown[name])).collect()
     }
 
     let blocks = documented();
-    for (block, schema) in [
-        (&blocks[0], VoiceAgent::spec_schema()),
-        (&blocks[1], VoiceRegion::spec_schema()),
-    ] {
+    for (block, schema) in [(&blocks[0], VoiceAgent::spec_schema()), (&blocks[1], VoiceRegion::spec_schema())] {
         let shown: Value = serde_saphyr::from_str(block).unwrap();
         assert_eq!(absent("spec", schema, &shown["spec"]), [""; 0]);
     }

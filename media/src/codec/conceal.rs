@@ -48,10 +48,7 @@ impl Repeater {
 
     /// Makes up a frame.
     pub(super) fn conceal(&mut self, frame: &mut [i16]) {
-        let mut repeating = self.repeating.unwrap_or_else(|| Repeating {
-            period: self.period(),
-            position: 0,
-        });
+        let mut repeating = self.repeating.unwrap_or_else(|| Repeating { period: self.period(), position: 0 });
         for (i, sample) in frame.iter_mut().enumerate() {
             *sample = self.sample(repeating, repeating.position + i) as i16;
         }
@@ -82,9 +79,7 @@ impl Repeater {
             product / energy.sqrt()
         };
         let scored = self.periods.clone().map(|lag| (score(lag), lag));
-        scored
-            .max_by(|a, b| a.0.total_cmp(&b.0))
-            .map_or(*self.periods.end(), |(_, lag)| lag)
+        scored.max_by(|a, b| a.0.total_cmp(&b.0)).map_or(*self.periods.end(), |(_, lag)| lag)
     }
 }
 
@@ -101,25 +96,15 @@ mod tests {
     #[test]
     fn a_tone_goes_on_and_fades() {
         let step = std::f32::consts::TAU * 440.0 / 16_000.0;
-        let tone: Vec<i16> = (0..320 * 8)
-            .map(|i| ((i as f32 * step).sin() * 8000.0) as i16)
-            .collect();
+        let tone: Vec<i16> = (0..320 * 8).map(|i| ((i as f32 * step).sin() * 8000.0) as i16).collect();
         let mut repeater = Repeater::new(16_000);
         for frame in tone[..320 * 4].chunks(320) {
             repeater.heard(&mut frame.to_vec());
         }
         let mut frame = vec![0; 320];
         repeater.conceal(&mut frame);
-        let error: Vec<i16> = frame
-            .iter()
-            .zip(&tone[320 * 4..])
-            .map(|(a, b)| a - b)
-            .collect();
-        assert!(
-            levels::rms(&error) < 0.1 * levels::rms(&tone),
-            "{}",
-            levels::rms(&error)
-        );
+        let error: Vec<i16> = frame.iter().zip(&tone[320 * 4..]).map(|(a, b)| a - b).collect();
+        assert!(levels::rms(&error) < 0.1 * levels::rms(&tone), "{}", levels::rms(&error));
         for _ in 0..5 {
             repeater.conceal(&mut frame);
         }

@@ -33,11 +33,7 @@ impl OpusPacket {
             2 => two_frames(rest)?,
             _ => many_frames(rest, frame_us)?,
         };
-        Ok(Self {
-            frames,
-            frame_us,
-            stereo,
-        })
+        Ok(Self { frames, frame_us, stereo })
     }
 
     /// Of the whole packet, 2,500..=120,000 microseconds.
@@ -70,15 +66,8 @@ fn many_frames(rest: &[u8], frame_us: u32) -> Result<u8, OpusPacketError> {
     if frames == 0 || u32::from(frames) * frame_us > 120_000 {
         return Err(broken(5, "1 to 48 frames and at most 120 ms"));
     }
-    let padding = if head & 0x40 == 0 {
-        0
-    } else {
-        padding(&mut rest).ok_or(broken(6, "padding fits the packet"))?
-    };
-    let mut left = rest
-        .len()
-        .checked_sub(padding)
-        .ok_or(broken(6, "padding fits the packet"))?;
+    let padding = if head & 0x40 == 0 { 0 } else { padding(&mut rest).ok_or(broken(6, "padding fits the packet"))? };
+    let mut left = rest.len().checked_sub(padding).ok_or(broken(6, "padding fits the packet"))?;
     if head & 0x80 == 0 {
         if !left.is_multiple_of(usize::from(frames)) {
             return Err(broken(6, "equal frames divide the packet"));
@@ -88,9 +77,7 @@ fn many_frames(rest: &[u8], frame_us: u32) -> Result<u8, OpusPacketError> {
     let wrong = broken(7, "frames of variable length fit the packet");
     for _ in 1..frames {
         let (length, after) = frame_length(rest).ok_or(wrong)?;
-        left = left
-            .checked_sub(rest.len() - after.len() + length)
-            .ok_or(wrong)?;
+        left = left.checked_sub(rest.len() - after.len() + length).ok_or(wrong)?;
         rest = after;
     }
     bounded(left).map(|()| frames)
@@ -100,9 +87,7 @@ fn many_frames(rest: &[u8], frame_us: u32) -> Result<u8, OpusPacketError> {
 fn frame_length(bytes: &[u8]) -> Option<(usize, &[u8])> {
     match *bytes {
         [first @ 0..=251, ref rest @ ..] => Some((first.into(), rest)),
-        [first, second, ref rest @ ..] => {
-            Some((usize::from(second) * 4 + usize::from(first), rest))
-        }
+        [first, second, ref rest @ ..] => Some((usize::from(second) * 4 + usize::from(first), rest)),
         _ => None,
     }
 }
@@ -121,11 +106,7 @@ fn padding(rest: &mut &[u8]) -> Option<usize> {
 }
 
 fn bounded(length: usize) -> Result<(), OpusPacketError> {
-    if length > 1275 {
-        Err(broken(2, "a frame has at most 1275 bytes"))
-    } else {
-        Ok(())
-    }
+    if length > 1275 { Err(broken(2, "a frame has at most 1275 bytes")) } else { Ok(()) }
 }
 
 /// Table 2.

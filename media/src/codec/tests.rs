@@ -10,26 +10,15 @@ fn encoder(format: AudioFormat) -> Encoder {
 fn opus_payloads() -> Vec<Vec<u8>> {
     let mut encoder = encoder(AudioFormat::Opus);
     let pcm = Utterance::ALL[0].pcm();
-    pcm.chunks_exact(320)
-        .map(|frame| encoder.encode(frame).unwrap().unwrap())
-        .collect()
+    pcm.chunks_exact(320).map(|frame| encoder.encode(frame).unwrap().unwrap()).collect()
 }
 
 #[test]
 fn settings_out_of_range_are_named() {
-    let settings = EncoderSettings {
-        complexity: 11,
-        ..EncoderSettings::default()
-    };
+    let settings = EncoderSettings { complexity: 11, ..EncoderSettings::default() };
     let error = Encoder::new(AudioFormat::Opus, settings).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "complexity of 11 is not between 0 and 10"
-    );
-    assert!(matches!(
-        encoder(AudioFormat::Opus).encode(&[0; 10]),
-        Err(EncodeError::FrameLength { found: 10, .. })
-    ));
+    assert_eq!(error.to_string(), "complexity of 11 is not between 0 and 10");
+    assert!(matches!(encoder(AudioFormat::Opus).encode(&[0; 10]), Err(EncodeError::FrameLength { found: 10, .. })));
 }
 
 #[test]
@@ -46,17 +35,12 @@ fn opus_packets_of_ours_are_well_formed_and_near_their_bitrate() {
 #[test]
 fn linear_pcm_round_trips_exactly() {
     for format in [AudioFormat::L16At16k, AudioFormat::L16At24k] {
-        let pcm: Vec<i16> = (0..format.frame_samples())
-            .map(|i| i as i16 * 61 - 9000)
-            .collect();
+        let pcm: Vec<i16> = (0..format.frame_samples()).map(|i| i as i16 * 61 - 9000).collect();
         let payload = encoder(format).encode(&pcm).unwrap().unwrap();
         assert_eq!(payload[..2], pcm[0].to_be_bytes());
         let mut decoder = Decoder::new(format);
         assert_eq!(decoder.decode(&payload).unwrap(), pcm);
-        assert!(matches!(
-            decoder.decode(&payload[1..]),
-            Err(DecodeError::Length { .. })
-        ));
+        assert!(matches!(decoder.decode(&payload[1..]), Err(DecodeError::Length { .. })));
     }
 }
 
@@ -65,38 +49,24 @@ fn silence_is_sent_for_200_ms_and_then_no_more() {
     for format in AudioFormat::ALL {
         let mut encoder = encoder(format);
         let silence = vec![3; format.frame_samples()];
-        let sent = (0..50)
-            .filter(|_| encoder.encode(&silence).unwrap().is_some())
-            .count();
+        let sent = (0..50).filter(|_| encoder.encode(&silence).unwrap().is_some()).count();
         assert_eq!(sent, 10, "{format:?}");
         let sound = vec![900; format.frame_samples()];
         assert!(encoder.encode(&sound).unwrap().is_some());
     }
-    let settings = EncoderSettings {
-        dtx: false,
-        ..EncoderSettings::default()
-    };
+    let settings = EncoderSettings { dtx: false, ..EncoderSettings::default() };
     let mut always = Encoder::new(AudioFormat::Opus, settings).unwrap();
     assert!((0..50).all(|_| always.encode(&[0; 320]).unwrap().is_some()));
 }
 
 #[test]
 fn forward_error_correction_is_closer_to_the_truth_than_concealment() {
-    let settings = EncoderSettings {
-        fec_loss_percent: 20,
-        ..EncoderSettings::default()
-    };
+    let settings = EncoderSettings { fec_loss_percent: 20, ..EncoderSettings::default() };
     let mut encoder = Encoder::new(AudioFormat::Opus, settings).unwrap();
     let pcm = Utterance::ALL[3].pcm();
-    let payloads: Vec<_> = pcm
-        .chunks_exact(320)
-        .map(|frame| encoder.encode(frame).unwrap().unwrap())
-        .collect();
+    let payloads: Vec<_> = pcm.chunks_exact(320).map(|frame| encoder.encode(frame).unwrap().unwrap()).collect();
     let error = |fec: bool| {
-        let (mut truth, mut decoder) = (
-            Decoder::new(AudioFormat::Opus),
-            Decoder::new(AudioFormat::Opus),
-        );
+        let (mut truth, mut decoder) = (Decoder::new(AudioFormat::Opus), Decoder::new(AudioFormat::Opus));
         let mut sum = 0.0;
         for (index, payload) in payloads.iter().enumerate() {
             let whole = truth.decode(payload).unwrap().to_vec();
@@ -106,11 +76,7 @@ fn forward_error_correction_is_closer_to_the_truth_than_concealment() {
                 None => decoder.decode(payload).unwrap(),
             };
             if index % 8 == 5 {
-                sum += whole
-                    .iter()
-                    .zip(heard)
-                    .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2))
-                    .sum::<f64>();
+                sum += whole.iter().zip(heard).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>();
             }
         }
         sum
@@ -122,14 +88,8 @@ fn forward_error_correction_is_closer_to_the_truth_than_concealment() {
 #[test]
 fn packets_of_another_duration_are_refused() {
     // SILK, wideband, 60 ms.
-    assert!(matches!(
-        Decoder::new(AudioFormat::Opus).decode(&[11 << 3, 0, 0]),
-        Err(DecodeError::Duration(60_000))
-    ));
-    assert!(matches!(
-        Decoder::new(AudioFormat::Opus).decode(&[]),
-        Err(DecodeError::Malformed(_))
-    ));
+    assert!(matches!(Decoder::new(AudioFormat::Opus).decode(&[11 << 3, 0, 0]), Err(DecodeError::Duration(60_000))));
+    assert!(matches!(Decoder::new(AudioFormat::Opus).decode(&[]), Err(DecodeError::Malformed(_))));
 }
 
 proptest! {

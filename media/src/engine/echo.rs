@@ -25,12 +25,7 @@ pub struct EchoSettings {
 impl EchoSettings {
     /// With turns of up to a minute.
     pub fn new(rate: u32, nonce: u16, epoch: u32) -> Self {
-        Self {
-            rate,
-            nonce,
-            epoch,
-            longest_turn: Duration::from_secs(60),
-        }
+        Self { rate, nonce, epoch, longest_turn: Duration::from_secs(60) }
     }
 }
 
@@ -89,9 +84,7 @@ impl EchoEngine {
     pub fn new(settings: EchoSettings) -> Self {
         Self {
             settings,
-            recent: VecDeque::with_capacity(
-                settings.samples(RECENT) + settings.samples(RECENT) / 4,
-            ),
+            recent: VecDeque::with_capacity(settings.samples(RECENT) + settings.samples(RECENT) / 4),
             turn: None,
             responses: VecDeque::new(),
             generation: 0,
@@ -107,10 +100,7 @@ impl EchoEngine {
 
     fn keep_recent(&mut self, frame: &[i16]) {
         self.recent.extend(frame);
-        let excess = self
-            .recent
-            .len()
-            .saturating_sub(self.settings.samples(RECENT));
+        let excess = self.recent.len().saturating_sub(self.settings.samples(RECENT));
         self.recent.drain(..excess);
     }
 
@@ -118,17 +108,9 @@ impl EchoEngine {
     fn begin_turn(&mut self, began: u64, end: u64) {
         let wanted = end.saturating_sub(began) + self.settings.positions(PRE_ROLL);
         let wanted = self.settings.samples_between(wanted).min(self.recent.len());
-        let words: Vec<i16> = self
-            .recent
-            .range(self.recent.len() - wanted..)
-            .copied()
-            .collect();
+        let words: Vec<i16> = self.recent.range(self.recent.len() - wanted..).copied().collect();
         let begin = end.saturating_sub(self.settings.positions_of(wanted));
-        self.turn = Some(Turn {
-            begin,
-            words,
-            dropped: 0,
-        });
+        self.turn = Some(Turn { begin, words, dropped: 0 });
     }
 
     fn end_turn(&mut self, number: u32, ended: u64) {
@@ -158,12 +140,7 @@ impl EchoEngine {
             // Never the one being said.
             self.responses.remove(1);
         }
-        self.responses.push_back(Response {
-            generation: self.generation,
-            turn: number,
-            pcm,
-            said: 0,
-        });
+        self.responses.push_back(Response { generation: self.generation, turn: number, pcm, said: 0 });
     }
 
     fn answer(&self, turn: u32, words: &[i16]) -> Vec<i16> {
@@ -176,8 +153,7 @@ impl EchoEngine {
         };
         let words = &words[leading_silence(words, rate)..];
         let pause = self.settings.samples(PAUSE);
-        let mut pcm =
-            Vec::with_capacity(self.settings.samples(receipt::DURATION) + pause + words.len());
+        let mut pcm = Vec::with_capacity(self.settings.samples(receipt::DURATION) + pause + words.len());
         for digit in receipt.digits() {
             dtmf::generate(digit, receipt::DIGIT, rate, &mut pcm);
         }
@@ -191,19 +167,14 @@ impl Engine for EchoEngine {
     fn hear(&mut self, frame: &[i16], at: u64, events: &[TurnEvent]) {
         self.keep_recent(frame);
         if let Some(turn) = &mut self.turn {
-            let room = self
-                .settings
-                .samples(self.settings.longest_turn)
-                .saturating_sub(turn.words.len());
+            let room = self.settings.samples(self.settings.longest_turn).saturating_sub(turn.words.len());
             let kept = room.min(frame.len());
             turn.words.extend_from_slice(&frame[..kept]);
             turn.dropped += (frame.len() - kept) as u64;
         }
         for event in events {
             match *event {
-                TurnEvent::SpeechStarted { at: began, .. } => {
-                    self.begin_turn(began, at + FRAME_POSITIONS)
-                }
+                TurnEvent::SpeechStarted { at: began, .. } => self.begin_turn(began, at + FRAME_POSITIONS),
                 TurnEvent::SpeechStopped { turn, at } => self.end_turn(turn, at),
                 TurnEvent::Interrupted { .. } => self.responses.clear(),
             }
@@ -219,12 +190,7 @@ impl Engine for EchoEngine {
         frame[length..].fill(0);
         response.said += length;
         let last = response.said == response.pcm.len();
-        let answer = AnswerFrame {
-            generation: response.generation,
-            turn: response.turn,
-            first,
-            last,
-        };
+        let answer = AnswerFrame { generation: response.generation, turn: response.turn, first, last };
         if last {
             self.responses.pop_front();
         }
@@ -241,11 +207,7 @@ impl Engine for EchoEngine {
     }
 
     fn played(&mut self, report: PlayoutReport) {
-        if let Some(turn) = self
-            .memory
-            .iter_mut()
-            .find(|turn| turn.generation == report.generation)
-        {
+        if let Some(turn) = self.memory.iter_mut().find(|turn| turn.generation == report.generation) {
             turn.heard = Some(report);
         }
     }
@@ -322,9 +284,7 @@ pub fn opening_code(words: &[i16], rate: u32) -> u16 {
 
 /// Samples before the first audible 10 ms, less 20 ms.
 fn leading_silence(words: &[i16], rate: u32) -> usize {
-    levels::audible_range(words, rate)
-        .start
-        .saturating_sub((rate / 50) as usize)
+    levels::audible_range(words, rate).start.saturating_sub((rate / 50) as usize)
 }
 
 /// Sound that is kept from before speech was noticed.

@@ -73,8 +73,7 @@ impl TargetDelay {
     }
 
     pub(super) fn is_jump(&self, transit: i64) -> bool {
-        self.fastest
-            .is_some_and(|fastest| (transit - fastest).abs() > JUMP)
+        self.fastest.is_some_and(|fastest| (transit - fastest).abs() > JUMP)
     }
 
     /// How much later than the fastest.
@@ -83,11 +82,7 @@ impl TargetDelay {
     }
 
     pub(super) fn observe(&mut self, transit: i64) {
-        self.slow_run = if self.relative(transit) > MOST {
-            self.slow_run + 1
-        } else {
-            0
-        };
+        self.slow_run = if self.relative(transit) > MOST { self.slow_run + 1 } else { 0 };
         if self.slow_run >= SLOW_RUN {
             self.begin_anew();
         }
@@ -118,11 +113,7 @@ impl TargetDelay {
             Some(forgotten)
         };
         let fastest = self.fastest.map_or(transit, |fastest| fastest.min(transit));
-        self.fastest = if forgotten == Some(fastest) {
-            self.transits.iter().min().copied()
-        } else {
-            Some(fastest)
-        };
+        self.fastest = if forgotten == Some(fastest) { self.transits.iter().min().copied() } else { Some(fastest) };
     }
 
     fn look(&mut self) {
@@ -130,9 +121,7 @@ impl TargetDelay {
         self.scratch.extend_from_slice(&self.transits);
         let rank = (self.scratch.len() * QUANTILE / 100).min(self.scratch.len() - 1);
         let (_, &mut quantile, _) = self.scratch.select_nth_unstable(rank);
-        let needed = (self.relative(quantile) + MARGIN)
-            .unsigned_abs()
-            .next_multiple_of(FRAME as u64);
+        let needed = (self.relative(quantile) + MARGIN).unsigned_abs().next_multiple_of(FRAME as u64);
         let mut needed = (needed as i64).clamp(LEAST, MOST);
         if self.transits.len() < WARM_UP {
             needed = needed.max(self.target);

@@ -48,10 +48,7 @@ fn packet(index: u32, frame: u32) -> RtpPacket {
         ssrc: 7,
         generation: None,
     };
-    RtpPacket {
-        header,
-        payload: index.to_be_bytes().to_vec().into(),
-    }
+    RtpPacket { header, payload: index.to_be_bytes().to_vec().into() }
 }
 
 fn index_of(payload: &Bytes) -> u32 {
@@ -82,11 +79,7 @@ fn deliver(arrivals: Vec<(u64, RtpPacket)>, frames: u32) -> Outcome {
     let epoch = Instant::now();
     let mut buffer = JitterBuffer::new(AudioFormat::Opus);
     let mut arrivals = arrivals.into_iter().peekable();
-    let mut outcome = Outcome {
-        played: Vec::new(),
-        frames: Vec::new(),
-        stats: JitterStats::default(),
-    };
+    let mut outcome = Outcome { played: Vec::new(), frames: Vec::new(), stats: JitterStats::default() };
     for tick in 0..frames + 30 {
         let now = u64::from(tick) * 20_000 + 7_000;
         while let Some((at, packet)) = arrivals.next_if(|arrival| arrival.0 <= now) {
@@ -107,69 +100,35 @@ fn always(_: u32) -> bool {
     true
 }
 
-const CLEAN: Network = Network {
-    seed: 1,
-    loss_percent: 0,
-    jitter_ms: 0,
-    duplicate_percent: 0,
-};
+const CLEAN: Network = Network { seed: 1, loss_percent: 0, jitter_ms: 0, duplicate_percent: 0 };
 
 #[test]
 fn a_clean_network_costs_40_ms_then_20_and_loses_nothing() {
     let outcome = run(CLEAN, 500, always);
     assert_eq!(outcome.played, (0..500).collect::<Vec<_>>());
     let stats = outcome.stats;
-    assert_eq!(
-        (stats.received, stats.lost, stats.late, stats.duplicated),
-        (500, 0, 0, 0)
-    );
+    assert_eq!((stats.received, stats.lost, stats.late, stats.duplicated), (500, 0, 0, 0));
     assert_eq!(stats.jitter, Duration::ZERO);
     assert_eq!(stats.target, Duration::from_millis(20));
     // Sent at 30 ms, due 40 ms later: silent until then.
-    assert_eq!(
-        outcome
-            .frames
-            .iter()
-            .position(|frame| *frame != Frame::Silence),
-        Some(3)
-    );
+    assert_eq!(outcome.frames.iter().position(|frame| *frame != Frame::Silence), Some(3));
 }
 
 #[test]
 fn five_percent_loss_and_60_ms_jitter_are_concealed() {
-    let network = Network {
-        seed: 42,
-        loss_percent: 5,
-        jitter_ms: 60,
-        duplicate_percent: 2,
-    };
+    let network = Network { seed: 42, loss_percent: 5, jitter_ms: 60, duplicate_percent: 2 };
     let outcome = run(network, 3000, always);
     let stats = outcome.stats;
     assert!((100..200).contains(&stats.lost), "{stats:?}");
     assert!(stats.late < 60, "{stats:?}");
     assert!(stats.played + stats.late >= stats.received - 2, "{stats:?}");
-    assert!(
-        stats.concealed >= stats.lost * 9 / 10 && stats.concealed < stats.lost + stats.late + 30,
-        "{stats:?}"
-    );
+    assert!(stats.concealed >= stats.lost * 9 / 10 && stats.concealed < stats.lost + stats.late + 30, "{stats:?}");
     assert!(stats.duplicated > 20, "{stats:?}");
-    assert!(
-        (40..=100).contains(&(stats.target.as_millis() as u64)),
-        "{stats:?}"
-    );
-    let silent = outcome.frames[10..2990]
-        .iter()
-        .filter(|frame| **frame == Frame::Silence)
-        .count();
+    assert!((40..=100).contains(&(stats.target.as_millis() as u64)), "{stats:?}");
+    let silent = outcome.frames[10..2990].iter().filter(|frame| **frame == Frame::Silence).count();
     assert_eq!(silent, 0, "nobody paused");
-    let corrected = outcome
-        .frames
-        .iter()
-        .filter(|frame| matches!(frame, Frame::Conceal { fec_from: Some(_) }));
-    assert!(
-        corrected.count() as u64 > stats.concealed / 2,
-        "successors are there to correct from"
-    );
+    let corrected = outcome.frames.iter().filter(|frame| matches!(frame, Frame::Conceal { fec_from: Some(_) }));
+    assert!(corrected.count() as u64 > stats.concealed / 2, "successors are there to correct from");
 }
 
 #[test]
@@ -177,16 +136,8 @@ fn pauses_of_the_sender_are_silence_and_not_loss() {
     let outcome = run(CLEAN, 600, |frame| frame % 100 < 60);
     assert_eq!(outcome.played, (0..360).collect::<Vec<_>>());
     let stats = outcome.stats;
-    assert_eq!(
-        (stats.lost, stats.late, stats.concealed),
-        (0, 0, 0),
-        "{stats:?}"
-    );
-    let silent = outcome
-        .frames
-        .iter()
-        .filter(|frame| **frame == Frame::Silence)
-        .count();
+    assert_eq!((stats.lost, stats.late, stats.concealed), (0, 0, 0), "{stats:?}");
+    let silent = outcome.frames.iter().filter(|frame| **frame == Frame::Silence).count();
     assert!(silent >= 200, "{silent}");
 }
 
@@ -199,16 +150,8 @@ fn after_three_concealed_frames_there_is_silence() {
         buffer.insert(at(index.into()), packet(index, index));
     }
     let frames: Vec<_> = (2..12).map(|tick| buffer.pull(at(tick))).collect();
-    assert!(
-        frames[..5]
-            .iter()
-            .all(|frame| matches!(frame, Frame::Packet { .. })),
-        "{frames:?}"
-    );
-    assert_eq!(
-        frames[5..8],
-        [(); 3].map(|()| Frame::Conceal { fec_from: None })
-    );
+    assert!(frames[..5].iter().all(|frame| matches!(frame, Frame::Packet { .. })), "{frames:?}");
+    assert_eq!(frames[5..8], [(); 3].map(|()| Frame::Conceal { fec_from: None }));
     assert_eq!(frames[8..], [Frame::Silence, Frame::Silence]);
 }
 
@@ -216,12 +159,7 @@ fn after_three_concealed_frames_there_is_silence() {
 fn a_slower_path_delays_and_loses_no_word() {
     // From frame 200 on everything takes 80 ms longer.
     let arrivals = (0..600)
-        .map(|index| {
-            (
-                u64::from(index) * 20_000 + if index < 200 { 30_000 } else { 110_000 },
-                packet(index, index),
-            )
-        })
+        .map(|index| (u64::from(index) * 20_000 + if index < 200 { 30_000 } else { 110_000 }, packet(index, index)))
         .collect();
     let outcome = deliver(arrivals, 600);
     assert_eq!(outcome.played, (0..600).collect::<Vec<_>>());
@@ -231,12 +169,7 @@ fn a_slower_path_delays_and_loses_no_word() {
 #[test]
 fn a_much_slower_path_is_followed_within_a_fifth_of_a_second() {
     let arrivals = (0..600)
-        .map(|index| {
-            (
-                u64::from(index) * 20_000 + if index < 200 { 30_000 } else { 530_000 },
-                packet(index, index),
-            )
-        })
+        .map(|index| (u64::from(index) * 20_000 + if index < 200 { 30_000 } else { 530_000 }, packet(index, index)))
         .collect();
     let outcome = deliver(arrivals, 600);
     assert!(outcome.played.len() >= 590 - 25, "{:?}", outcome.stats);
@@ -248,14 +181,7 @@ fn a_stall_drops_the_oldest_audio_and_ends_with_little_delay() {
     let arrivals = (0..400)
         .map(|index| {
             let sent = u64::from(index) * 20_000 + 30_000;
-            (
-                if (100..150).contains(&index) {
-                    150 * 20_000 + 30_000
-                } else {
-                    sent
-                },
-                packet(index, index),
-            )
+            (if (100..150).contains(&index) { 150 * 20_000 + 30_000 } else { sent }, packet(index, index))
         })
         .collect();
     let outcome = deliver(arrivals, 400);
@@ -267,9 +193,7 @@ fn a_stall_drops_the_oldest_audio_and_ends_with_little_delay() {
 
 #[test]
 fn a_restarted_sender_is_heard_again() {
-    let mut arrivals: Vec<_> = (0..100)
-        .map(|index| (u64::from(index) * 20_000, packet(index, index)))
-        .collect();
+    let mut arrivals: Vec<_> = (0..100).map(|index| (u64::from(index) * 20_000, packet(index, index))).collect();
     arrivals.extend((100..200).map(|index| {
         let mut packet = packet(index, index);
         packet.header.sequence = packet.header.sequence.wrapping_add(30_000);
@@ -303,30 +227,12 @@ fn a_flush_drops_what_waits_and_what_still_comes_of_the_response() {
     }
     buffer.flush(1);
     assert_eq!(buffer.insert(epoch, of(4, 1)), Inserted::Flushed);
-    assert_eq!(
-        buffer.pull(epoch + Duration::from_millis(100)),
-        Frame::Silence
-    );
-    assert_eq!(
-        buffer.insert(epoch + Duration::from_millis(100), of(5, 2)),
-        Inserted::Kept
-    );
+    assert_eq!(buffer.pull(epoch + Duration::from_millis(100)), Frame::Silence);
+    assert_eq!(buffer.insert(epoch + Duration::from_millis(100), of(5, 2)), Inserted::Kept);
     let next = buffer.pull(epoch + Duration::from_millis(160));
-    assert!(
-        matches!(
-            next,
-            Frame::Packet {
-                generation: Some(2),
-                ..
-            }
-        ),
-        "{next:?}"
-    );
+    assert!(matches!(next, Frame::Packet { generation: Some(2), .. }), "{next:?}");
     assert_eq!(buffer.stats().flushed, 5);
-    assert!(
-        is_at_most(65_535, 3) && !is_at_most(4, 3),
-        "generations wrap"
-    );
+    assert!(is_at_most(65_535, 3) && !is_at_most(4, 3), "generations wrap");
 }
 
 #[test]
@@ -354,11 +260,7 @@ fn delay_shrinks_in_quiet_frames() {
         highest = highest.max(buffer.stats().delay);
     }
     assert!(highest >= Duration::from_millis(100), "{highest:?}");
-    assert!(
-        buffer.stats().delay <= Duration::from_millis(40),
-        "{:?}",
-        buffer.stats()
-    );
+    assert!(buffer.stats().delay <= Duration::from_millis(40), "{:?}", buffer.stats());
 }
 
 proptest! {

@@ -100,13 +100,7 @@ impl SequenceTracker {
     fn begin(&mut self, sequence: u16) -> u64 {
         // One cycle in hand, so that numbers before the first can be extended too.
         let first = (self.cycle + 1) << 16 | u64::from(sequence);
-        self.stream = Some(Stream {
-            first,
-            highest: first,
-            received: 1,
-            seen: 1,
-            suspect_next: None,
-        });
+        self.stream = Some(Stream { first, highest: first, received: 1, seen: 1, suspect_next: None });
         first
     }
 }
@@ -123,10 +117,7 @@ impl InterarrivalJitter {
     /// Takes a packet's transit, arrival less timestamp, in any one unit and from any origin.
     pub fn update(&mut self, transit: i64) {
         if let Some(last) = self.last_transit.replace(transit) {
-            let difference = transit
-                .saturating_sub(last)
-                .saturating_abs()
-                .min(i64::MAX / 32);
+            let difference = transit.saturating_sub(last).saturating_abs().min(i64::MAX / 32);
             self.estimate += difference - ((self.estimate + 8) >> 4);
         }
     }
@@ -158,26 +149,10 @@ mod tests {
         assert_eq!(tracker.track(1), Sequence::New(base + 65537));
         assert_eq!(tracker.track(65535), Sequence::New(base + 65535));
         assert_eq!(tracker.track(65535), Sequence::Duplicate);
-        assert_eq!(
-            tracker.track(65533),
-            Sequence::New(base + 65533),
-            "before the first"
-        );
-        assert_eq!(
-            tracker.report(),
-            ReceptionReport {
-                received: 4,
-                lost: 1
-            }
-        );
+        assert_eq!(tracker.track(65533), Sequence::New(base + 65533), "before the first");
+        assert_eq!(tracker.report(), ReceptionReport { received: 4, lost: 1 });
         assert_eq!(tracker.track(0), Sequence::New(base + 65536));
-        assert_eq!(
-            tracker.report(),
-            ReceptionReport {
-                received: 5,
-                lost: 0
-            }
-        );
+        assert_eq!(tracker.report(), ReceptionReport { received: 5, lost: 0 });
     }
 
     #[test]
@@ -186,23 +161,10 @@ mod tests {
         tracker.track(100);
         assert_eq!(tracker.track(40_000), Sequence::Suspect);
         assert_eq!(tracker.track(101), Sequence::New((1 << 16) + 101));
-        assert_eq!(
-            tracker.track(40_001),
-            Sequence::Suspect,
-            "the suspicion ended"
-        );
-        assert_eq!(
-            tracker.track(40_002),
-            Sequence::Restarted((3 << 16) + 40_002)
-        );
+        assert_eq!(tracker.track(40_001), Sequence::Suspect, "the suspicion ended");
+        assert_eq!(tracker.track(40_002), Sequence::Restarted((3 << 16) + 40_002));
         assert_eq!(tracker.track(40_003), Sequence::New((3 << 16) + 40_003));
-        assert_eq!(
-            tracker.report(),
-            ReceptionReport {
-                received: 5,
-                lost: 0
-            }
-        );
+        assert_eq!(tracker.report(), ReceptionReport { received: 5, lost: 0 });
     }
 
     #[test]
@@ -211,11 +173,7 @@ mod tests {
         for i in 0..200 {
             jitter.update(1_000_000 + if i % 2 == 0 { 0 } else { 800 });
         }
-        assert!(
-            (780..=800).contains(&jitter.estimate()),
-            "{}",
-            jitter.estimate()
-        );
+        assert!((780..=800).contains(&jitter.estimate()), "{}", jitter.estimate());
     }
 
     proptest! {

@@ -1,20 +1,14 @@
 use super::*;
 use std::time::Duration;
 
-const ORIGIN: StreamOrigin = StreamOrigin {
-    ssrc: 9,
-    sequence: 65_535,
-    timestamp: 5,
-};
+const ORIGIN: StreamOrigin = StreamOrigin { ssrc: 9, sequence: 65_535, timestamp: 5 };
 
 fn sender(format: AudioFormat) -> Sender {
     Sender::new(format, EncoderSettings::default(), 300, ORIGIN).unwrap()
 }
 
 fn tone(format: AudioFormat) -> Vec<i16> {
-    (0..format.frame_samples())
-        .map(|i| ((i as f32 * 0.3).sin() * 6000.0) as i16)
-        .collect()
+    (0..format.frame_samples()).map(|i| ((i as f32 * 0.3).sin() * 6000.0) as i16).collect()
 }
 
 fn parse(datagram: &Bytes) -> RtpPacket {
@@ -35,29 +29,21 @@ fn headers_count_on_and_mark_the_first_packet_after_a_silence() {
         assert_eq!((first.header.marker, second.header.marker), (true, false));
         assert_eq!(first.header.generation, Some(2));
         let silence = vec![0; format.frame_samples()];
-        let sent = (0..40)
-            .filter(|_| sender.push(&silence).unwrap().is_some())
-            .count();
+        let sent = (0..40).filter(|_| sender.push(&silence).unwrap().is_some()).count();
         assert_eq!(sent, 10);
         sender.skip();
         let next = parse(&sender.push(&tone(format)).unwrap().unwrap());
         assert!(next.header.marker);
         assert_eq!(next.header.sequence, 11);
         assert_eq!(next.header.timestamp, 5 + 43 * format.rtp_timestamp_step());
-        assert_eq!(
-            (sender.stats().packets, sender.stats().suppressed),
-            (13, 31)
-        );
+        assert_eq!((sender.stats().packets, sender.stats().suppressed), (13, 31));
     }
 }
 
 #[test]
 fn datagrams_are_not_larger_than_promised() {
     for format in AudioFormat::ALL {
-        let settings = EncoderSettings {
-            bitrate: 128_000,
-            ..EncoderSettings::default()
-        };
+        let settings = EncoderSettings { bitrate: 128_000, ..EncoderSettings::default() };
         let mut sender = Sender::new(format, settings, 300, ORIGIN).unwrap();
         sender.set_generation(Some(1));
         for seed in 0..50u32 {
@@ -65,11 +51,7 @@ fn datagrams_are_not_larger_than_promised() {
                 .map(|i| ((i + seed * 1000).wrapping_mul(2_654_435_761) >> 16) as i16)
                 .collect();
             let datagram = sender.push(&noise).unwrap().unwrap();
-            assert!(
-                datagram.len() <= format.max_packet_bytes() + 2,
-                "{format:?} {}",
-                datagram.len()
-            );
+            assert!(datagram.len() <= format.max_packet_bytes() + 2, "{format:?} {}", datagram.len());
         }
     }
 }
@@ -94,12 +76,7 @@ fn sound_passes_and_flushed_responses_do_not() {
             heard.push((frame.kind, frame.generation));
         }
         assert_eq!(heard[10], (FrameKind::Played, Some(1)));
-        assert!(
-            heard[30..40]
-                .iter()
-                .all(|&frame| frame == (FrameKind::Silence, None)),
-            "{format:?} {heard:?}"
-        );
+        assert!(heard[30..40].iter().all(|&frame| frame == (FrameKind::Silence, None)), "{format:?} {heard:?}");
         assert_eq!(heard[45], (FrameKind::Played, Some(2)));
         assert_eq!(receiver.stats().jitter.lost, 0);
     }
@@ -109,36 +86,14 @@ fn sound_passes_and_flushed_responses_do_not() {
 fn wrong_payloads_are_refused_or_concealed() {
     let mut receiver = Receiver::new(AudioFormat::Opus);
     let now = Instant::now();
-    let (_, foreign) = rtp::split_flow(
-        &sender(AudioFormat::L16At16k)
-            .push(&[500; 320])
-            .unwrap()
-            .unwrap(),
-    )
-    .unwrap();
-    assert_eq!(
-        receiver.insert(now, &foreign),
-        Err(RtpError::PayloadType {
-            found: 97,
-            agreed: 96
-        })
-    );
+    let (_, foreign) = rtp::split_flow(&sender(AudioFormat::L16At16k).push(&[500; 320]).unwrap().unwrap()).unwrap();
+    assert_eq!(receiver.insert(now, &foreign), Err(RtpError::PayloadType { found: 97, agreed: 96 }));
     let mut packet = Vec::new();
-    let header = RtpHeader {
-        payload_type: 96,
-        marker: true,
-        sequence: 1,
-        timestamp: 1,
-        ssrc: 1,
-        generation: None,
-    };
+    let header = RtpHeader { payload_type: 96, marker: true, sequence: 1, timestamp: 1, ssrc: 1, generation: None };
     header.write(&mut packet);
     packet.extend(b"\xffgarbage");
     assert_eq!(receiver.insert(now, &packet.into()), Ok(Inserted::Kept));
-    assert_eq!(
-        receiver.pull(now + Duration::from_millis(60)).kind,
-        FrameKind::Concealed
-    );
+    assert_eq!(receiver.pull(now + Duration::from_millis(60)).kind, FrameKind::Concealed);
     assert_eq!(receiver.stats().undecodable, 1);
     assert!(receiver.last_error().is_some());
 }

@@ -29,9 +29,8 @@ impl Spectrogram {
         let (mut input, mut output) = (fft.make_input_vec(), fft.make_output_vec());
         let mut scratch = fft.make_scratch_vec();
         let bands = band_bins(rate, size);
-        let hann: Vec<f32> = (0..window)
-            .map(|i| 0.5 - 0.5 * (std::f32::consts::TAU * (i as f32 + 0.5) / window as f32).cos())
-            .collect();
+        let hann: Vec<f32> =
+            (0..window).map(|i| 0.5 - 0.5 * (std::f32::consts::TAU * (i as f32 + 0.5) / window as f32).cos()).collect();
         let mut frames = Vec::with_capacity(pcm.len() / hop + 1);
         for begin in (0..pcm.len()).step_by(hop) {
             input.fill(0.0);
@@ -58,10 +57,7 @@ impl Spectrogram {
     /// Takes `mean` away: what all speech has in common is no evidence.
     pub(super) fn less(mut self, mean: &Bands) -> Self {
         for frame in &mut self.frames {
-            frame
-                .iter_mut()
-                .zip(mean)
-                .for_each(|(energy, mean)| *energy -= mean);
+            frame.iter_mut().zip(mean).for_each(|(energy, mean)| *energy -= mean);
         }
         self
     }
@@ -81,11 +77,7 @@ pub(super) fn correlation(a: &[Bands], b: &[Bands]) -> f32 {
         bb += b * b;
     }
     let scale: f32 = aa * bb;
-    if scale <= f32::MIN_POSITIVE {
-        0.0
-    } else {
-        ab / scale.sqrt()
-    }
+    if scale <= f32::MIN_POSITIVE { 0.0 } else { ab / scale.sqrt() }
 }
 
 fn band_bins(rate: u32, size: usize) -> [Range<usize>; BANDS] {

@@ -23,10 +23,7 @@ pub fn find_receipts(recording: &[i16], rate: u32) -> Vec<FoundReceipt> {
         .into_iter()
         .map(|train| {
             let digits = best_digits(&moments[train.clone()]);
-            FoundReceipt {
-                samples: train.start * hop..train.end * hop,
-                receipt: read(digits),
-            }
+            FoundReceipt { samples: train.start * hop..train.end * hop, receipt: read(digits) }
         })
         .collect()
 }
@@ -75,8 +72,7 @@ fn read(explained: [Explained; DIGITS]) -> Result<Receipt, ReceiptError> {
     let mut digits = explained.map(|(digit, _)| digit);
     let read = Receipt::parse(&digits);
     let weakest = (0..DIGITS).min_by(|&a, &b| explained[a].1.total_cmp(&explained[b].1));
-    let Some(weakest) = weakest.filter(|&place| explained[place].1 < HARDLY_HEARD && read.is_err())
-    else {
+    let Some(weakest) = weakest.filter(|&place| explained[place].1 < HARDLY_HEARD && read.is_err()) else {
         return read;
     };
     let corrected = (0..16).find_map(|digit| {

@@ -74,9 +74,7 @@ fn best_offset(said: &[Bands], heard: &[Bands]) -> usize {
     let score = |offset: usize| correlation(said, &heard[offset..]);
     // The first of equals.
     let scored = offsets.rev().map(|offset| (score(offset), offset));
-    scored
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map_or(0, |(_, offset)| offset)
+    scored.max_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |(_, offset)| offset)
 }
 
 /// Score and place of the best fit within the search range around `expected`.
@@ -84,9 +82,7 @@ fn best_nearby(segment: &[Bands], heard: &[Bands], expected: usize) -> (f32, usi
     let last = heard.len().saturating_sub(segment.len());
     let range = expected.saturating_sub(SEARCH).min(last)..=(expected + SEARCH).min(last);
     let scored = range.map(|at| (correlation(segment, &heard[at..]), at));
-    scored
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .unwrap_or((0.0, expected))
+    scored.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((0.0, expected))
 }
 
 fn frames(count: usize) -> Duration {

@@ -22,10 +22,7 @@ pub(crate) struct Network {
     pub(crate) jitter_ms: u64,
 }
 
-pub(crate) const CLEAN: Network = Network {
-    loss_percent: 0,
-    jitter_ms: 0,
-};
+pub(crate) const CLEAN: Network = Network { loss_percent: 0, jitter_ms: 0 };
 
 /// When the caller says the next turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,13 +49,7 @@ pub(crate) struct Call {
 impl Call {
     pub(crate) fn said(&self) -> Vec<Said<'_>> {
         let turns = self.script.turns.iter().zip(&self.ended);
-        turns
-            .map(|(turn, &ended)| Said {
-                pcm: &turn.pcm,
-                code: turn.code,
-                ended: Some(ended),
-            })
-            .collect()
+        turns.map(|(turn, &ended)| Said { pcm: &turn.pcm, code: turn.code, ended: Some(ended) }).collect()
     }
 
     pub(crate) fn report(&self) -> Report {
@@ -79,12 +70,7 @@ struct Link {
 
 impl Link {
     fn new(network: Network, seed: u64) -> Self {
-        Self {
-            network,
-            random: seed << 1 | 1,
-            under_way: BTreeMap::new(),
-            sent: 0,
-        }
+        Self { network, random: seed << 1 | 1, under_way: BTreeMap::new(), sent: 0 }
     }
 
     fn draw(&mut self) -> u64 {
@@ -98,17 +84,12 @@ impl Link {
         self.sent += 1;
         if self.draw() % 100 >= self.network.loss_percent {
             let jitter = self.draw() % (self.network.jitter_ms * 1000 + 1);
-            self.under_way
-                .insert((now + 20_000 + jitter, self.sent), datagram);
+            self.under_way.insert((now + 20_000 + jitter, self.sent), datagram);
         }
     }
 
     fn deliver(&mut self, now: u64, epoch: Instant, receiver: &mut Receiver) {
-        while let Some(entry) = self
-            .under_way
-            .first_entry()
-            .filter(|entry| entry.key().0 <= now)
-        {
+        while let Some(entry) = self.under_way.first_entry().filter(|entry| entry.key().0 <= now) {
             let at = epoch + Duration::from_micros(entry.key().0);
             let (flow, packet) = rtp::split_flow(&entry.remove()).unwrap();
             assert_eq!(flow, 4);
@@ -145,19 +126,12 @@ impl Worker {
         let at = tick * FRAME_POSITIONS;
         let heard = self.receiver.pull(now);
         let speech = self.vad.frame(self.to_vad.frame(heard.pcm)).speech;
-        self.turns
-            .handle(TurnInput::AgentSpeaking(self.engine.is_speaking()));
+        self.turns.handle(TurnInput::AgentSpeaking(self.engine.is_speaking()));
         self.turns.handle(TurnInput::Frame { speech, at });
         let events: Vec<_> = std::iter::from_fn(|| self.turns.poll_output()).collect();
         self.engine.hear(heard.pcm, at, &events);
-        let interrupted = events
-            .iter()
-            .any(|event| matches!(event, TurnEvent::Interrupted { .. }));
-        let flush = if interrupted {
-            self.engine.interrupt()
-        } else {
-            None
-        };
+        let interrupted = events.iter().any(|event| matches!(event, TurnEvent::Interrupted { .. }));
+        let flush = if interrupted { self.engine.interrupt() } else { None };
         let Some(answer) = self.engine.next_frame(&mut self.frame) else {
             self.sender.skip();
             return (None, flush);
@@ -168,11 +142,7 @@ impl Worker {
 }
 
 fn sender(format: AudioFormat, seed: u32) -> Sender {
-    let origin = StreamOrigin {
-        ssrc: seed,
-        sequence: 65_000,
-        timestamp: u32::MAX - seed,
-    };
+    let origin = StreamOrigin { ssrc: seed, sequence: 65_000, timestamp: u32::MAX - seed };
     Sender::new(format, EncoderSettings::default(), 4, origin).unwrap()
 }
 
@@ -269,18 +239,8 @@ pub(crate) fn call(
         let heard = receiver.pull(epoch + Duration::from_micros(now));
         caller.hear(heard.pcm, heard.kind);
     }
-    let Caller {
-        recording, ended, ..
-    } = caller;
+    let Caller { recording, ended, .. } = caller;
     assert_eq!(ended.len(), script.turns.len(), "every turn was said");
     let (uplink, downlink) = (worker.receiver.stats(), receiver.stats());
-    Call {
-        recording,
-        rate: format.sample_rate(),
-        ended,
-        flushed,
-        uplink,
-        downlink,
-        script,
-    }
+    Call { recording, rate: format.sample_rate(), ended, flushed, uplink, downlink, script }
 }

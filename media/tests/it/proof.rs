@@ -8,37 +8,21 @@ use antiphon_media::verify::{Problem, Said, verify};
 
 use crate::call::{CLEAN, Call, Manners, Network, call, echo};
 
-const LOSSY: Network = Network {
-    loss_percent: 2,
-    jitter_ms: 30,
-};
+const LOSSY: Network = Network { loss_percent: 2, jitter_ms: 30 };
 
 fn echo_call(format: AudioFormat, network: Network, seed: u64) -> Call {
     let script = Script::bundled(seed, format.sample_rate(), 3).unwrap();
-    call(
-        format,
-        script,
-        Box::new(echo(format)),
-        (network, Manners::Waits),
-        seed,
-    )
+    call(format, script, Box::new(echo(format)), (network, Manners::Waits), seed)
 }
 
 /// A good call's recording, changed. The words of the second answer are `words`.
 fn tampered(change: impl FnOnce(&mut Vec<i16>, std::ops::Range<usize>)) -> (Call, Vec<Problem>) {
     let mut call = echo_call(AudioFormat::Opus, CLEAN, 3);
     let report = call.report();
-    assert!(
-        report.passed(),
-        "{:?}",
-        report.all_problems().collect::<Vec<_>>()
-    );
+    assert!(report.passed(), "{:?}", report.all_problems().collect::<Vec<_>>());
     let answer = report.turns[1].answer.clone().unwrap();
     let receipt = 16 * 1080;
-    change(
-        &mut call.recording,
-        answer.start + receipt + 16 * 140..answer.end,
-    );
+    change(&mut call.recording, answer.start + receipt + 16 * 140..answer.end);
     let problems = call.report().all_problems().cloned().collect();
     (call, problems)
 }
@@ -50,27 +34,13 @@ fn right_answers_pass_in_every_format_on_clean_and_lossy_networks() {
             let call = echo_call(format, network, seed);
             let report = call.report();
             let problems: Vec<_> = report.all_problems().map(ToString::to_string).collect();
-            assert!(
-                report.passed(),
-                "{format:?} {network:?} {seed}: {problems:?}"
-            );
+            assert!(report.passed(), "{format:?} {network:?} {seed}: {problems:?}");
             assert_eq!(report.owners(), [(0xbeef, 1)]);
-            assert!(
-                report.least_similarity() > 0.85,
-                "{}",
-                report.least_similarity()
-            );
+            assert!(report.least_similarity() > 0.85, "{}", report.least_similarity());
             for turn in &report.turns {
                 let delay = turn.response_delay.unwrap().as_millis();
-                assert!(
-                    (600..1000).contains(&delay),
-                    "{delay} ms after the caller ended"
-                );
-                assert!(
-                    turn.longest_silence.as_millis() <= 240,
-                    "{:?}",
-                    turn.longest_silence
-                );
+                assert!((600..1000).contains(&delay), "{delay} ms after the caller ended");
+                assert!(turn.longest_silence.as_millis() <= 240, "{:?}", turn.longest_silence);
             }
         }
     }
@@ -80,10 +50,7 @@ fn right_answers_pass_in_every_format_on_clean_and_lossy_networks() {
 fn loss_is_counted_where_it_happens() {
     let call = echo_call(AudioFormat::Opus, LOSSY, 5);
     for stats in [call.uplink.jitter, call.downlink.jitter] {
-        assert!(
-            stats.lost > 0 && stats.concealed >= stats.lost / 2,
-            "{stats:?}"
-        );
+        assert!(stats.lost > 0 && stats.concealed >= stats.lost / 2, "{stats:?}");
         assert!(stats.target.as_millis() <= 80, "{stats:?}");
     }
     assert_eq!(call.uplink.undecodable + call.downlink.undecodable, 0);
@@ -93,19 +60,11 @@ fn loss_is_counted_where_it_happens() {
 fn a_forgetful_engine_is_caught_at_the_second_turn() {
     let format = AudioFormat::Opus;
     let script = Script::bundled(1, format.sample_rate(), 3).unwrap();
-    let engine: Box<dyn Engine> = Box::new(ForgetfulEcho::new(EchoSettings::new(
-        format.sample_rate(),
-        1,
-        1,
-    )));
+    let engine: Box<dyn Engine> = Box::new(ForgetfulEcho::new(EchoSettings::new(format.sample_rate(), 1, 1)));
     let report = call(format, script, engine, (CLEAN, Manners::Waits), 1).report();
     assert_eq!(report.turns[0].problems, []);
     for turn in &report.turns[1..] {
-        assert!(
-            matches!(turn.problems[..], [Problem::Chain { .. }]),
-            "{:?}",
-            turn.problems
-        );
+        assert!(matches!(turn.problems[..], [Problem::Chain { .. }]), "{:?}", turn.problems);
     }
 }
 
@@ -124,21 +83,11 @@ fn words_of_somebody_else_are_not_the_callers() {
         let call = echo_call(AudioFormat::Opus, CLEAN, seed);
         let others = Script::bundled(other, call.rate, 3).unwrap();
         let turns = call.script.turns.iter().zip(&others.turns);
-        let said: Vec<_> = turns
-            .map(|(own, other)| Said {
-                pcm: &other.pcm,
-                code: own.code,
-                ended: None,
-            })
-            .collect();
+        let said: Vec<_> = turns.map(|(own, other)| Said { pcm: &other.pcm, code: own.code, ended: None }).collect();
         let report = verify(&said, &call.recording, call.rate);
         for turn in &report.turns {
             assert!(turn.similarity < 0.5, "{}", turn.similarity);
-            assert!(
-                matches!(turn.problems[0], Problem::Words { .. }),
-                "{:?}",
-                turn.problems
-            );
+            assert!(matches!(turn.problems[0], Problem::Words { .. }), "{:?}", turn.problems);
         }
     }
 }
@@ -149,12 +98,8 @@ fn half_of_the_words_missing_is_seen() {
         let middle = usize::midpoint(words.start, words.end);
         recording[middle..words.end].fill(0);
     });
-    let seen = |problem: &Problem| {
-        matches!(
-            problem,
-            Problem::Words { turn: 2, .. } | Problem::WordsMissing { turn: 2, .. }
-        )
-    };
+    let seen =
+        |problem: &Problem| matches!(problem, Problem::Words { turn: 2, .. } | Problem::WordsMissing { turn: 2, .. });
     assert!(problems.iter().any(seen), "{problems:?}");
 }
 
@@ -165,12 +110,8 @@ fn cut_out_words_are_seen() {
         let at = words.start + 16_000;
         recording.drain(at..at + 6400);
     });
-    let seen = |problem: &Problem| {
-        matches!(
-            problem,
-            Problem::Words { turn: 2, .. } | Problem::WordsMissing { turn: 2, .. }
-        )
-    };
+    let seen =
+        |problem: &Problem| matches!(problem, Problem::Words { turn: 2, .. } | Problem::WordsMissing { turn: 2, .. });
     assert!(problems.iter().any(seen), "{problems:?}");
 }
 
@@ -189,10 +130,7 @@ fn repeated_words_are_seen() {
         let again = recording[words.clone()].to_vec();
         recording.splice(words.end..words.end, again);
     });
-    assert!(
-        matches!(problems[..], [Problem::ExtraSound { turn: 2, .. }]),
-        "{problems:?}"
-    );
+    assert!(matches!(problems[..], [Problem::ExtraSound { turn: 2, .. }]), "{problems:?}");
 }
 
 #[test]
@@ -204,12 +142,7 @@ fn an_answer_given_twice_or_with_a_broken_receipt_is_named() {
     let again = twice[answer.start..].to_vec();
     twice.extend(again);
     let report = verify(&call.said(), &twice, call.rate);
-    assert!(
-        report
-            .problems
-            .iter()
-            .any(|problem| matches!(problem, Problem::UnexpectedAnswer { turn: 1, .. }))
-    );
+    assert!(report.problems.iter().any(|problem| matches!(problem, Problem::UnexpectedAnswer { turn: 1, .. })));
 
     // Two digits of the receipt are overwritten by another one.
     let mut broken = call.recording.clone();
@@ -218,20 +151,9 @@ fn an_answer_given_twice_or_with_a_broken_receipt_is_named() {
     for place in [3, 8] {
         broken[answer.start + place * digit..][..digit].copy_from_slice(&first);
     }
-    let problems: Vec<_> = verify(&call.said(), &broken, call.rate)
-        .all_problems()
-        .cloned()
-        .collect();
-    assert!(
-        problems.contains(&Problem::NoAnswer { turn: 1 }),
-        "{problems:?}"
-    );
-    assert!(
-        problems
-            .iter()
-            .any(|problem| matches!(problem, Problem::UnreadableReceipt { .. })),
-        "{problems:?}"
-    );
+    let problems: Vec<_> = verify(&call.said(), &broken, call.rate).all_problems().cloned().collect();
+    assert!(problems.contains(&Problem::NoAnswer { turn: 1 }), "{problems:?}");
+    assert!(problems.iter().any(|problem| matches!(problem, Problem::UnreadableReceipt { .. })), "{problems:?}");
 }
 
 #[test]
@@ -257,21 +179,14 @@ fn an_interrupted_answer_stops_at_once_and_the_interruption_is_answered() {
         assert_eq!(call.flushed.len(), 2);
         for &flushed in &call.flushed {
             let after = &call.recording[flushed..flushed + 16_000];
-            assert!(
-                levels::is_silent(after),
-                "not one frame more: {}",
-                levels::rms(after)
-            );
+            assert!(levels::is_silent(after), "not one frame more: {}", levels::rms(after));
             let before = &call.recording[flushed - 1600..flushed];
             assert!(!levels::is_silent(before), "there was something to stop");
         }
         let report = call.report();
         for turn in &report.turns[..2] {
             assert!(!turn.problems.is_empty(), "the words were cut");
-            assert_eq!(
-                turn.receipt.map(|receipt| receipt.chain),
-                Some(turn.expected_chain)
-            );
+            assert_eq!(turn.receipt.map(|receipt| receipt.chain), Some(turn.expected_chain));
         }
         assert_eq!(report.turns[2].problems, [], "{network:?}");
     }

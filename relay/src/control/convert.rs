@@ -51,9 +51,7 @@ pub(super) fn welcome(welcome: &v1::RelayWelcome) -> Result<Welcome, ConvertErro
         return Err(ConvertError::Sealing(sealing.len()));
     };
     Ok(Welcome {
-        relay: number("relay number", welcome.relay_number, |v| {
-            RelayNumber::new(v).ok()
-        })?,
+        relay: number("relay number", welcome.relay_number, |v| RelayNumber::new(v).ok())?,
         cid_configs: welcome
             .cid_configs
             .iter()
@@ -67,12 +65,7 @@ pub(super) fn welcome(welcome: &v1::RelayWelcome) -> Result<Welcome, ConvertErro
         secrets: welcome
             .secrets
             .iter()
-            .map(|s| {
-                Ok((
-                    generation(s)?,
-                    RelaySecret::from_bytes(key("relay secret", &s.secret)?),
-                ))
-            })
+            .map(|s| Ok((generation(s)?, RelaySecret::from_bytes(key("relay secret", &s.secret)?))))
             .collect::<Result<_, ConvertError>>()?,
         sealing: generation(sealing)?,
     })
@@ -83,12 +76,7 @@ pub(super) fn change(update: &v1::RouteUpdate) -> Result<RouteChange, ConvertErr
         version: update.version,
         full: update.full,
         upserts: update.upserts.iter().map(route).collect::<Result<_, _>>()?,
-        removals: update
-            .removals
-            .iter()
-            .copied()
-            .map(ServerId::from_u64)
-            .collect(),
+        removals: update.removals.iter().copied().map(ServerId::from_u64).collect(),
         mass_removal_intended: update.mass_removal_intended,
     })
 }
@@ -96,21 +84,15 @@ pub(super) fn change(update: &v1::RouteUpdate) -> Result<RouteChange, ConvertErr
 /// An address that cannot be sent to would disturb the socket for all others.
 fn route(route: &v1::Route) -> Result<(ServerId, SocketAddr), ConvertError> {
     let server_id = ServerId::from_u64(route.server_id);
-    let reachable =
-        |a: &SocketAddr| a.port() != 0 && !a.ip().is_unspecified() && !a.ip().is_multicast();
+    let reachable = |a: &SocketAddr| a.port() != 0 && !a.ip().is_unspecified() && !a.ip().is_multicast();
     match route.tunnel_address.parse().ok().filter(reachable) {
         Some(address) => Ok((server_id, address)),
-        None => Err(ConvertError::Address {
-            server_id,
-            address: route.tunnel_address.chars().take(64).collect(),
-        }),
+        None => Err(ConvertError::Address { server_id, address: route.tunnel_address.chars().take(64).collect() }),
     }
 }
 
 fn generation(secret: &v1::RelaySecret) -> Result<KeyGeneration, ConvertError> {
-    number("key generation", secret.generation, |v| {
-        KeyGeneration::new(v).ok()
-    })
+    number("key generation", secret.generation, |v| KeyGeneration::new(v).ok())
 }
 
 fn number<N: TryFrom<u32>, T>(
@@ -123,11 +105,7 @@ fn number<N: TryFrom<u32>, T>(
 }
 
 fn key<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], ConvertError> {
-    bytes.try_into().map_err(|_| ConvertError::KeyLength {
-        what,
-        expected: N,
-        actual: bytes.len(),
-    })
+    bytes.try_into().map_err(|_| ConvertError::KeyLength { what, expected: N, actual: bytes.len() })
 }
 
 #[cfg(test)]
@@ -137,17 +115,8 @@ mod tests {
     fn good() -> v1::RelayWelcome {
         v1::RelayWelcome {
             relay_number: 65,
-            cid_configs: vec![v1::CidConfig {
-                config_id: 6,
-                generation: 1,
-                key: vec![1; 16].into(),
-                minting: true,
-            }],
-            secrets: vec![v1::RelaySecret {
-                generation: 1,
-                secret: vec![2; 32].into(),
-                sealing: true,
-            }],
+            cid_configs: vec![v1::CidConfig { config_id: 6, generation: 1, key: vec![1; 16].into(), minting: true }],
+            secrets: vec![v1::RelaySecret { generation: 1, secret: vec![2; 32].into(), sealing: true }],
             report_interval_ms: 100,
         }
     }
@@ -161,22 +130,10 @@ mod tests {
     #[test]
     fn a_welcome_is_taken_whole_or_not_at_all() {
         assert_eq!(welcome(&good()).unwrap().relay.value(), 65);
-        assert_eq!(
-            refused(|w| w.relay_number = 70_000),
-            "relay number 70000 is out of range"
-        );
-        assert_eq!(
-            refused(|w| w.cid_configs[0].config_id = 7),
-            "configuration 7 is out of range"
-        );
-        assert_eq!(
-            refused(|w| w.cid_configs[0].key = vec![0; 15].into()),
-            "connection-ID key has 15 bytes, not 16"
-        );
-        assert_eq!(
-            refused(|w| w.secrets[0].secret.clear()),
-            "relay secret has 0 bytes, not 32"
-        );
+        assert_eq!(refused(|w| w.relay_number = 70_000), "relay number 70000 is out of range");
+        assert_eq!(refused(|w| w.cid_configs[0].config_id = 7), "configuration 7 is out of range");
+        assert_eq!(refused(|w| w.cid_configs[0].key = vec![0; 15].into()), "connection-ID key has 15 bytes, not 16");
+        assert_eq!(refused(|w| w.secrets[0].secret.clear()), "relay secret has 0 bytes, not 32");
         assert_eq!(
             refused(|w| w.secrets[0].sealing = false),
             "0 of the relay's secrets are for sealing: exactly one has to be"
@@ -185,19 +142,9 @@ mod tests {
 
     #[test]
     fn routes_to_nowhere_are_refused() {
-        for address in [
-            "",
-            "10.0.0.1",
-            "10.0.0.1:0",
-            "0.0.0.0:1",
-            "host:1",
-            "[ff02::1]:1",
-        ] {
+        for address in ["", "10.0.0.1", "10.0.0.1:0", "0.0.0.0:1", "host:1", "[ff02::1]:1"] {
             let update = v1::RouteUpdate {
-                upserts: vec![v1::Route {
-                    server_id: 1,
-                    tunnel_address: address.into(),
-                }],
+                upserts: vec![v1::Route { server_id: 1, tunnel_address: address.into() }],
                 ..v1::RouteUpdate::default()
             };
             assert!(change(&update).is_err(), "{address}");

@@ -60,8 +60,7 @@ impl Core {
         let waker = Waker::new(poll.registry(), WAKE)?;
         let (mut front, mut back) = (Port::new(front)?, Port::new(back)?);
         for (port, token) in [(&mut front, FRONT), (&mut back, BACK)] {
-            poll.registry()
-                .register(port.source(), token, Interest::READABLE)?;
+            poll.registry().register(port.source(), token, Interest::READABLE)?;
         }
         let core = Self {
             poll,
@@ -75,10 +74,7 @@ impl Core {
                 meta: [RecvMeta::default(); BATCH_SIZE],
                 failures: 0,
             },
-            outbox: Outbox {
-                trains: Trains::new(),
-                tally: Tally::default(),
-            },
+            outbox: Outbox { trains: Trains::new(), tally: Tally::default() },
         };
         Ok((core, waker))
     }
@@ -163,9 +159,7 @@ impl Inbox {
     }
 
     fn messages(&self, count: usize) -> impl Iterator<Item = (&[u8], &RecvMeta)> {
-        self.memory
-            .chunks_exact(MESSAGE_BYTES)
-            .zip(&self.meta[..count])
+        self.memory.chunks_exact(MESSAGE_BYTES).zip(&self.meta[..count])
     }
 }
 
@@ -184,9 +178,8 @@ impl Outbox {
             Verdict::Forward(to) => {
                 let mut head = [0; HEADER_LEN];
                 to.header.seal_into(&to.route.key, datagram, &mut head);
-                let mut push = |trains: &mut Trains| {
-                    trains.push(to.route.address, ecn, Join::SameSize, &head, datagram)
-                };
+                let mut push =
+                    |trains: &mut Trains| trains.push(to.route.address, ecn, Join::SameSize, &head, datagram);
                 self.board(&mut push, port, Way::Up)
             }
         }
@@ -204,9 +197,7 @@ impl Outbox {
         match classify_down(table, now, frame, from, outer) {
             Verdict::Drop(reason) => Err(reason),
             Verdict::Forward(to) => {
-                let mut push = |trains: &mut Trains| {
-                    trains.push(to.client, to.ecn, Join::Latest, &[], to.datagram)
-                };
+                let mut push = |trains: &mut Trains| trains.push(to.client, to.ecn, Join::Latest, &[], to.datagram);
                 self.board(&mut push, port, Way::Down)
             }
         }

@@ -42,23 +42,14 @@ fn table() -> Table {
         secrets: vec![(generation(4), secret())],
         sealing: generation(4),
     });
-    let change = RouteChange {
-        version: 1,
-        full: true,
-        upserts: vec![(server_id(), address(WORKER))],
-        ..RouteChange::default()
-    };
+    let change =
+        RouteChange { version: 1, full: true, upserts: vec![(server_id(), address(WORKER))], ..RouteChange::default() };
     routing.apply(change).unwrap();
     routing.table()
 }
 
 fn minter(server_id: ServerId) -> CidMinter {
-    CidMinter::new(
-        server_id,
-        ConfigId::new(1).unwrap(),
-        KEY,
-        NonceCounter::starting_at(5),
-    )
+    CidMinter::new(server_id, ConfigId::new(1).unwrap(), KEY, NonceCounter::starting_at(5))
 }
 
 fn live_cid() -> SessionCid {
@@ -125,13 +116,8 @@ fn what_is_no_packet_of_ours_is_dropped_with_its_reason() {
     let stranger = ServerId::from_u64(0x1234_0000_0000_0000);
     let cid = live_cid();
     let mut odd_kind = [0x30; 17];
-    let config =
-        antiphon_core::cid::Config::new(ConfigId::new(1).unwrap(), 8, 8, Some(KEY), true).unwrap();
-    odd_kind.copy_from_slice(
-        &config
-            .encode(&server_id().to_bytes(), &[0xff; 8], 0)
-            .unwrap(),
-    );
+    let config = antiphon_core::cid::Config::new(ConfigId::new(1).unwrap(), 8, 8, Some(KEY), true).unwrap();
+    odd_kind.copy_from_slice(&config.encode(&server_id().to_bytes(), &[0xff; 8], 0).unwrap());
     for (packet, reason) in [
         (vec![], DropReason::TooShort),
         (vec![0x40; 17], DropReason::TooShort),
@@ -141,58 +127,25 @@ fn what_is_no_packet_of_ours_is_dropped_with_its_reason() {
         (long(0xe0, 1, cid.as_bytes(), 12), DropReason::TooShort),
         (vec![0x40; MAX_DATAGRAM + 1], DropReason::TooLong),
         (long(0xc0, 0, cid.as_bytes(), 1200), DropReason::QuicVersion),
-        (
-            long(0xc0, 0x6b33_43cf, cid.as_bytes(), 1200),
-            DropReason::QuicVersion,
-        ),
+        (long(0xc0, 0x6b33_43cf, cid.as_bytes(), 1200), DropReason::QuicVersion),
         (long(0xc0, 1, &[7; 8], 1200), DropReason::CidLength),
         (long(0xc0, 1, &[7; 20], 1200), DropReason::CidLength),
         (long(0xc0, 1, cid.as_bytes(), 1199), DropReason::InitialSize),
-        (
-            short(&SessionCid::from_bytes([0xff; 17])),
-            DropReason::CidConfig,
-        ),
-        (
-            short(&SessionCid::from_bytes([0x50; 17])),
-            DropReason::CidConfig,
-        ),
-        (
-            short(&SessionCid::from_bytes([0x30; 17])),
-            DropReason::UnknownServer,
-        ),
-        (
-            short(&minter(stranger).mint_connection()),
-            DropReason::UnknownServer,
-        ),
-        (
-            short(&minter(predecessor).mint_connection()),
-            DropReason::DeadIncarnation,
-        ),
-        (
-            short(&SessionCid::from_bytes(odd_kind)),
-            DropReason::CidKind,
-        ),
+        (short(&SessionCid::from_bytes([0xff; 17])), DropReason::CidConfig),
+        (short(&SessionCid::from_bytes([0x50; 17])), DropReason::CidConfig),
+        (short(&SessionCid::from_bytes([0x30; 17])), DropReason::UnknownServer),
+        (short(&minter(stranger).mint_connection()), DropReason::UnknownServer),
+        (short(&minter(predecessor).mint_connection()), DropReason::DeadIncarnation),
+        (short(&SessionCid::from_bytes(odd_kind)), DropReason::CidKind),
         (short(&first_cid(NOW + 60)), DropReason::InitialMisused),
-        (
-            long(0xe0, 1, first_cid(NOW + 60).as_bytes(), 1200),
-            DropReason::InitialMisused,
-        ),
+        (long(0xe0, 1, first_cid(NOW + 60).as_bytes(), 1200), DropReason::InitialMisused),
         (initial(&first_cid(NOW - 1)), DropReason::InitialExpired),
         (initial(&first_cid(NOW + 601)), DropReason::InitialExpired),
     ] {
         assert_eq!(judged(&packet), Err(reason), "{packet:02x?}");
     }
-    for from in [
-        "192.0.2.7:0",
-        "[fe80::1]:5000",
-        "[::]:5000",
-        "224.0.0.1:5000",
-    ] {
-        assert_eq!(
-            judged_from(&short(&live_cid()), address(from)),
-            Err(DropReason::ClientAddress),
-            "{from}"
-        );
+    for from in ["192.0.2.7:0", "[fe80::1]:5000", "[::]:5000", "224.0.0.1:5000"] {
+        assert_eq!(judged_from(&short(&live_cid()), address(from)), Err(DropReason::ClientAddress), "{from}");
     }
 }
 
@@ -233,10 +186,7 @@ fn judged_down(frame: &[u8], from: &str) -> Result<(SocketAddr, Ecn, Vec<u8>), D
 fn genuine_frames_go_to_their_client_with_congestion_marked() {
     let expected = Ok((address(CLIENT), Ecn::Ce, b"datagram".to_vec()));
     assert_eq!(judged_down(&sealed(&down_header()), WORKER), expected);
-    let deaf = Header {
-        ecn: Ecn::NotEct,
-        ..down_header()
-    };
+    let deaf = Header { ecn: Ecn::NotEct, ..down_header() };
     assert_eq!(judged_down(&sealed(&deaf), WORKER).unwrap().1, Ecn::NotEct);
 }
 
@@ -253,39 +203,15 @@ fn frames_that_do_not_verify_are_dropped_with_their_reason() {
     for (frame, from, reason) in [
         (good.clone(), CLIENT, DropReason::ForeignSource),
         (good.clone(), "127.0.0.1:7001", DropReason::ForeignSource),
-        (
-            good[..HEADER_LEN].to_vec(),
-            WORKER,
-            DropReason::FrameMalformed,
-        ),
+        (good[..HEADER_LEN].to_vec(), WORKER, DropReason::FrameMalformed),
         (vec![], WORKER, DropReason::FrameMalformed),
-        (
-            with(|h| h.direction = Direction::Up),
-            WORKER,
-            DropReason::FrameMalformed,
-        ),
-        (
-            with(|h| h.key_slot = KeySlot::of(generation(5))),
-            WORKER,
-            DropReason::FrameKey,
-        ),
+        (with(|h| h.direction = Direction::Up), WORKER, DropReason::FrameMalformed),
+        (with(|h| h.key_slot = KeySlot::of(generation(5))), WORKER, DropReason::FrameKey),
         (tampered, WORKER, DropReason::FrameTag),
         (with(|h| h.hop_limit = 0), WORKER, DropReason::FrameHopLimit),
-        (
-            with(|h| h.time = coarse_time(NOW - 31)),
-            WORKER,
-            DropReason::FrameStale,
-        ),
-        (
-            with(|h| h.relay = RelayNumber::new(66).unwrap()),
-            WORKER,
-            DropReason::FrameRelay,
-        ),
-        (
-            with(|h| h.client = ClientAddr::RELAY),
-            WORKER,
-            DropReason::ClientAddress,
-        ),
+        (with(|h| h.time = coarse_time(NOW - 31)), WORKER, DropReason::FrameStale),
+        (with(|h| h.relay = RelayNumber::new(66).unwrap()), WORKER, DropReason::FrameRelay),
+        (with(|h| h.client = ClientAddr::RELAY), WORKER, DropReason::ClientAddress),
     ] {
         assert_eq!(judged_down(&frame, from), Err(reason));
     }
@@ -295,9 +221,7 @@ fn frames_that_do_not_verify_are_dropped_with_their_reason() {
 fn a_client_cannot_send_the_workers_frames_back() {
     let mut frame = vec![0; HEADER_LEN];
     frame.extend_from_slice(b"datagram");
-    down_header()
-        .seal_frame(&tunnel_keys().up, &mut frame)
-        .unwrap();
+    down_header().seal_frame(&tunnel_keys().up, &mut frame).unwrap();
     assert_eq!(judged_down(&frame, WORKER), Err(DropReason::FrameTag));
 }
 

@@ -10,9 +10,7 @@ use antiphon_core::{
     cid::{CidMinter, ConfigId, NonceCounter, SessionCid},
     id::{KeyGeneration, RelayNumber, ServerId},
     keys::{FleetRoot, RelaySecret},
-    tunnel::{
-        self, ClientAddr, Direction, Ecn, HEADER_LEN, Header, KeySlot, MAX_SKEW, coarse_time,
-    },
+    tunnel::{self, ClientAddr, Direction, Ecn, HEADER_LEN, Header, KeySlot, MAX_SKEW, coarse_time},
 };
 use antiphon_relay::{
     data_path::{Config, DataPath, Exits},
@@ -47,10 +45,7 @@ pub(crate) fn secret() -> RelaySecret {
 }
 
 pub(crate) fn unix_seconds() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap()
-        .as_secs()
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
 /// Waits for a condition, with a deadline.
@@ -113,19 +108,8 @@ impl Worker {
         let mut buffer = [0; 4096];
         let (len, from) = self.socket.recv_from(&mut buffer).expect("a frame in time");
         let key = secret().tunnel_keys(self.server_id).up;
-        let (header, datagram) = tunnel::open(
-            &buffer[..len],
-            &key,
-            Direction::Up,
-            unix_seconds(),
-            MAX_SKEW,
-        )
-        .unwrap();
-        Frame {
-            header,
-            datagram: datagram.to_vec(),
-            from,
-        }
+        let (header, datagram) = tunnel::open(&buffer[..len], &key, Direction::Up, unix_seconds(), MAX_SKEW).unwrap();
+        Frame { header, datagram: datagram.to_vec(), from }
     }
 
     /// A frame towards a client, as this worker seals it.
@@ -180,12 +164,7 @@ pub(crate) struct Relay {
 impl Relay {
     pub(crate) fn start(public: &str, tunnel: &str, cores: usize) -> Self {
         let metrics = Metrics::register(&mut Registry::default());
-        let config = Config {
-            public: public.parse().unwrap(),
-            tunnel: tunnel.parse().unwrap(),
-            cores,
-            pin: true,
-        };
+        let config = Config { public: public.parse().unwrap(), tunnel: tunnel.parse().unwrap(), cores, pin: true };
         let (path, exits) = DataPath::start(&config, &metrics).unwrap();
         let mut routing = Routing::new();
         routing.welcome(Welcome {
@@ -194,13 +173,7 @@ impl Relay {
             secrets: vec![(generation(), secret())],
             sealing: generation(),
         });
-        Self {
-            path,
-            metrics,
-            routing,
-            exits,
-            version: 0,
-        }
+        Self { path, metrics, routing, exits, version: 0 }
     }
 
     /// Replaces all routes.

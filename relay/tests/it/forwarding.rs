@@ -14,9 +14,7 @@ use antiphon_relay::{
 };
 use quinn::udp::{BATCH_SIZE, RecvMeta};
 
-use crate::fixture::{
-    Relay, Worker, eventually, generation, initial, loopback, relay_number, short, unix_seconds,
-};
+use crate::fixture::{Relay, Worker, eventually, generation, initial, loopback, relay_number, short, unix_seconds};
 
 #[test]
 fn datagrams_reach_the_worker_and_answers_the_client() {
@@ -32,10 +30,7 @@ fn datagrams_reach_the_worker_and_answers_the_client() {
         client.send_to(&packet, relay.public()).unwrap();
         let frame = worker.frame();
         assert_eq!(frame.datagram, packet);
-        assert_eq!(
-            frame.header.client.to_socket_addr(),
-            client.local_addr().unwrap()
-        );
+        assert_eq!(frame.header.client.to_socket_addr(), client.local_addr().unwrap());
         assert_eq!(frame.header.relay, relay_number());
         assert_eq!(frame.from, relay.path.tunnel());
 
@@ -59,19 +54,14 @@ fn many_clients_are_kept_apart() {
     let clients: Vec<_> = (0..64).map(|_| loopback("127.0.0.1:0")).collect();
     let cid = worker.live_cid();
     for (n, client) in (0..).zip(&clients) {
-        client
-            .send_to(&short(&cid, 100 + usize::from(n % 3), n), relay.public())
-            .unwrap();
+        client.send_to(&short(&cid, 100 + usize::from(n % 3), n), relay.public()).unwrap();
     }
     let mut seen = HashMap::new();
     for _ in &clients {
         let frame = worker.frame();
         let from = frame.header.client.to_socket_addr();
         let answer = [&frame.datagram[18..], b"answer"].concat();
-        worker
-            .socket
-            .send_to(&worker.sealed(from, &answer), relay.path.tunnel())
-            .unwrap();
+        worker.socket.send_to(&worker.sealed(from, &answer), relay.path.tunnel()).unwrap();
         assert!(seen.insert(from, frame.datagram[18]).is_none());
     }
     for (n, client) in (0..).zip(&clients) {
@@ -97,10 +87,7 @@ fn a_socket_of_both_families_serves_both() {
         let public: SocketAddr = format!("{ip}:{port}").parse().unwrap();
         client.send_to(&packet, public).unwrap();
         let frame = worker.frame();
-        assert_eq!(
-            frame.header.client.to_socket_addr(),
-            client.local_addr().unwrap()
-        );
+        assert_eq!(frame.header.client.to_socket_addr(), client.local_addr().unwrap());
         let answer = worker.sealed(client.local_addr().unwrap(), b"answer");
         worker.socket.send_to(&answer, frame.from).unwrap();
         let mut received = [0; 64];
@@ -130,33 +117,16 @@ fn bad_datagrams_are_counted_and_go_nowhere() {
         (initial(&live, 1199), DropReason::InitialSize),
         (vec![0xff; 1200], DropReason::QuicVersion),
         (vec![0x7f; 100], DropReason::CidConfig),
-        (
-            short(&SessionCid::from_bytes(forged), 100, 0),
-            DropReason::UnknownServer,
-        ),
-        (
-            short(&stranger.live_cid(), 100, 0),
-            DropReason::UnknownServer,
-        ),
+        (short(&SessionCid::from_bytes(forged), 100, 0), DropReason::UnknownServer),
+        (short(&stranger.live_cid(), 100, 0), DropReason::UnknownServer),
         (short(&dead.live_cid(), 100, 0), DropReason::DeadIncarnation),
-        (
-            initial(&worker.first_cid(now - 5), 1200),
-            DropReason::InitialExpired,
-        ),
-        (
-            initial(&worker.first_cid(now + 700), 1200),
-            DropReason::InitialExpired,
-        ),
-        (
-            short(&worker.first_cid(now + 60), 100, 0),
-            DropReason::InitialMisused,
-        ),
+        (initial(&worker.first_cid(now - 5), 1200), DropReason::InitialExpired),
+        (initial(&worker.first_cid(now + 700), 1200), DropReason::InitialExpired),
+        (short(&worker.first_cid(now + 60), 100, 0), DropReason::InitialMisused),
     ] {
         let before = relay.metrics.dropped(reason);
         client.send_to(&packet, relay.public()).unwrap();
-        eventually(reason.label(), || {
-            relay.metrics.dropped(reason) == before + 1
-        });
+        eventually(reason.label(), || relay.metrics.dropped(reason) == before + 1);
     }
     let genuine = short(&live, 100, 0xaa);
     client.send_to(&genuine, relay.public()).unwrap();
@@ -189,37 +159,13 @@ fn bad_frames_are_counted_and_go_nowhere() {
         (&foreign, good.clone(), DropReason::ForeignSource),
         (&other.socket, good.clone(), DropReason::FrameTag),
         (&worker.socket, tampered, DropReason::FrameTag),
-        (
-            &worker.socket,
-            good[..30].to_vec(),
-            DropReason::FrameMalformed,
-        ),
+        (&worker.socket, good[..30].to_vec(), DropReason::FrameMalformed),
         (&worker.socket, vec![0xff; 200], DropReason::FrameMalformed),
-        (
-            &worker.socket,
-            with(|h| h.direction = Direction::Up),
-            DropReason::FrameMalformed,
-        ),
-        (
-            &worker.socket,
-            with(|h| h.time = coarse_time(unix_seconds() - 60)),
-            DropReason::FrameStale,
-        ),
-        (
-            &worker.socket,
-            with(|h| h.hop_limit = 0),
-            DropReason::FrameHopLimit,
-        ),
-        (
-            &worker.socket,
-            with(|h| h.relay = RelayNumber::new(1).unwrap()),
-            DropReason::FrameRelay,
-        ),
-        (
-            &worker.socket,
-            with(|h| h.client.port = 0),
-            DropReason::ClientAddress,
-        ),
+        (&worker.socket, with(|h| h.direction = Direction::Up), DropReason::FrameMalformed),
+        (&worker.socket, with(|h| h.time = coarse_time(unix_seconds() - 60)), DropReason::FrameStale),
+        (&worker.socket, with(|h| h.hop_limit = 0), DropReason::FrameHopLimit),
+        (&worker.socket, with(|h| h.relay = RelayNumber::new(1).unwrap()), DropReason::FrameRelay),
+        (&worker.socket, with(|h| h.client.port = 0), DropReason::ClientAddress),
         (
             &worker.socket,
             worker.sealed_with(b"datagram", |h| {
@@ -231,15 +177,10 @@ fn bad_frames_are_counted_and_go_nowhere() {
     ] {
         let before = relay.metrics.dropped(reason);
         socket.send_to(&frame, relay.path.tunnel()).unwrap();
-        eventually(reason.label(), || {
-            relay.metrics.dropped(reason) == before + 1
-        });
+        eventually(reason.label(), || relay.metrics.dropped(reason) == before + 1);
     }
     let genuine = worker.sealed(to, b"genuine");
-    worker
-        .socket
-        .send_to(&genuine, relay.path.tunnel())
-        .unwrap();
+    worker.socket.send_to(&genuine, relay.path.tunnel()).unwrap();
     let mut received = [0; 64];
     let len = client.recv(&mut received).unwrap();
     assert_eq!(&received[..len], b"genuine", "the first that goes on");
@@ -305,9 +246,7 @@ fn long_datagrams_pass() {
     let mut worker = Worker::new(1);
     let relay = Relay::with(&worker);
     let client = loopback("127.0.0.1:0");
-    let packets: Vec<_> = [2016, 1452, 1300, 2016]
-        .map(|len| short(&worker.live_cid(), len, 1))
-        .into();
+    let packets: Vec<_> = [2016, 1452, 1300, 2016].map(|len| short(&worker.live_cid(), len, 1)).into();
     for packet in &packets {
         client.send_to(packet, relay.public()).unwrap();
     }
@@ -381,9 +320,7 @@ fn notices_reach_every_shard() {
 #[tokio::test]
 async fn threads_end_when_they_are_told() {
     let worker = Worker::new(1);
-    let Relay {
-        path, mut exits, ..
-    } = Relay::with(&worker);
+    let Relay { path, mut exits, .. } = Relay::with(&worker);
     assert!(path.last_client_datagram().is_none());
     path.stop();
     exits.wait().await.unwrap();

@@ -29,8 +29,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 use crate::fixture::{
-    DEADLINE, GENERATION, Worker, config_id, generation, loopback, relay_number, root, secret,
-    short,
+    DEADLINE, GENERATION, Worker, config_id, generation, loopback, relay_number, root, secret, short,
 };
 
 type Outgoing = mpsc::Sender<Result<v1::RelayDirective, Status>>;
@@ -62,24 +61,15 @@ impl Fleet for Router {
     ) -> Result<Response<Self::RunRelayStream>, Status> {
         let peer = tls::peer_of(&request).map_err(|e| Status::unauthenticated(e.to_string()))?;
         let (directives, outgoing) = mpsc::channel(8);
-        let registered = Registered {
-            peer,
-            messages: request.into_inner(),
-            directives,
-        };
-        self.0
-            .send(registered)
-            .await
-            .map_err(|_| Status::unavailable("over"))?;
+        let registered = Registered { peer, messages: request.into_inner(), directives };
+        self.0.send(registered).await.map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }
 
 impl Registered {
     async fn message(&mut self) -> Option<Message> {
-        let next = timeout(DEADLINE, self.messages.message())
-            .await
-            .expect("a message in time");
+        let next = timeout(DEADLINE, self.messages.message()).await.expect("a message in time");
         next.ok().flatten().and_then(|m| m.message)
     }
 
@@ -101,9 +91,7 @@ impl Registered {
     }
 
     async fn send(&self, directive: Directive) {
-        let directive = v1::RelayDirective {
-            directive: Some(directive),
-        };
+        let directive = v1::RelayDirective { directive: Some(directive) };
         self.directives.send(Ok(directive)).await.unwrap();
     }
 
@@ -129,18 +117,9 @@ impl Registered {
     async fn routes(&self, version: u64, full: bool, workers: &[&Worker]) {
         let upserts = workers
             .iter()
-            .map(|w| v1::Route {
-                server_id: w.server_id.to_u64(),
-                tunnel_address: w.address().to_string(),
-            })
+            .map(|w| v1::Route { server_id: w.server_id.to_u64(), tunnel_address: w.address().to_string() })
             .collect();
-        self.send(Directive::Routes(v1::RouteUpdate {
-            version,
-            full,
-            upserts,
-            ..v1::RouteUpdate::default()
-        }))
-        .await;
+        self.send(Directive::Routes(v1::RouteUpdate { version, full, upserts, ..v1::RouteUpdate::default() })).await;
     }
 }
 
@@ -159,9 +138,7 @@ async fn fixture(extra: &[&str]) -> Fixture {
         ca.issue(&peer, &[], SystemTime::now()).unwrap()
     };
     let identities = tempfile::tempdir().unwrap();
-    issue("relay-1", Role::Relay)
-        .save(identities.path())
-        .unwrap();
+    issue("relay-1", Role::Relay).save(identities.path()).unwrap();
 
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let router = listener.local_addr().unwrap().to_string();
@@ -173,10 +150,7 @@ async fn fixture(extra: &[&str]) -> Fixture {
         .add_service(FleetServer::new(Router(registered)))
         .serve_with_incoming(TcpListenerStream::new(listener));
     // Free a moment ago, and the system hands ports out in turn.
-    let admin = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let admin = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let tasks = antiphon_runtime::Tasks::new();
     tasks.service("router", async move { Ok(server.await?) });
 
@@ -199,20 +173,12 @@ async fn fixture(extra: &[&str]) -> Fixture {
     let routers = format!("127.0.0.1:1,{router}");
     line.extend(["--router", &routers]);
     line.extend(extra);
-    Fixture {
-        args: Args::parse_from(line),
-        _identities: identities,
-        admin,
-        registrations,
-    }
+    Fixture { args: Args::parse_from(line), _identities: identities, admin, registrations }
 }
 
 impl Fixture {
     async fn registered(&mut self) -> Registered {
-        timeout(DEADLINE, self.registrations.recv())
-            .await
-            .expect("a relay in time")
-            .unwrap()
+        timeout(DEADLINE, self.registrations.recv()).await.expect("a relay in time").unwrap()
     }
 
     async fn http(&self, path: &str) -> String {
@@ -230,9 +196,7 @@ impl Fixture {
                 tokio::task::yield_now().await;
             }
         };
-        timeout(DEADLINE, waiting)
-            .await
-            .unwrap_or_else(|_| panic!("{path} never says {wanted}"));
+        timeout(DEADLINE, waiting).await.unwrap_or_else(|_| panic!("{path} never says {wanted}"));
     }
 }
 
@@ -267,15 +231,10 @@ async fn a_relay_registers_forwards_and_outlives_its_router() {
     let mut router = fixture.registered().await;
     assert_eq!(router.peer.to_string(), "relay relay-1 of here");
     let hello = router.hello().await;
-    assert_eq!(
-        (hello.name.as_str(), hello.region.as_str()),
-        ("relay-1", "here")
-    );
+    assert_eq!((hello.name.as_str(), hello.region.as_str()), ("relay-1", "here"));
     assert_eq!(hello.relay_number, None);
     let public: SocketAddr = hello.public_address.parse().unwrap();
-    fixture
-        .eventually_http("/readyz", "waiting for: number, keys, routes")
-        .await;
+    fixture.eventually_http("/readyz", "waiting for: number, keys, routes").await;
     assert!(fixture.http("/livez").await.starts_with("HTTP/1.1 200"));
 
     let mut worker = Worker::new(0x0040_0000_0000_0001);
@@ -289,24 +248,14 @@ async fn a_relay_registers_forwards_and_outlives_its_router() {
     forwards(&client, public, &mut worker, 1);
     router.routes(2, false, &[&second]).await;
     assert_eq!(router.report(|r| r.table_version == 2).await.routes, 2);
-    fixture
-        .eventually_http("/metrics", "antiphon_relay_routes 2\n")
-        .await;
-    fixture
-        .eventually_http(
-            "/metrics",
-            "antiphon_relay_forwarded_packets_total{direction=\"up\"} 1\n",
-        )
-        .await;
+    fixture.eventually_http("/metrics", "antiphon_relay_routes 2\n").await;
+    fixture.eventually_http("/metrics", "antiphon_relay_forwarded_packets_total{direction=\"up\"} 1\n").await;
 
     // The router goes away: the table stays, and the relay asks for the number that it holds.
     drop(router);
     let mut router = fixture.registered().await;
     forwards(&client, public, &mut worker, 2);
-    assert_eq!(
-        router.hello().await.relay_number,
-        Some(relay_number().value().into())
-    );
+    assert_eq!(router.hello().await.relay_number, Some(relay_number().value().into()));
     router.welcome().await;
     assert_eq!(router.report(|r| r.table_version == 2).await.routes, 2);
 
@@ -316,12 +265,7 @@ async fn a_relay_registers_forwards_and_outlives_its_router() {
     let mut router = fixture.registered().await;
     router.hello().await;
     router.welcome().await;
-    fixture
-        .eventually_http(
-            "/metrics",
-            "antiphon_relay_refused_updates_total{reason=\"gap\"} 1\n",
-        )
-        .await;
+    fixture.eventually_http("/metrics", "antiphon_relay_refused_updates_total{reason=\"gap\"} 1\n").await;
     drop(running);
 }
 
@@ -347,25 +291,16 @@ async fn a_planned_stop_tells_workers_and_the_router_first() {
         };
         assert!((1..=30_000).contains(&deadline_ms));
     }
-    fixture
-        .eventually_http("/readyz", "waiting for: not draining")
-        .await;
+    fixture.eventually_http("/readyz", "waiting for: not draining").await;
     let goodbye = loop {
         match router.message().await {
             Some(Message::Report(_)) => {}
             other => break other,
         }
     };
-    assert!(
-        matches!(goodbye, Some(Message::Deregister(_))),
-        "{goodbye:?}"
-    );
+    assert!(matches!(goodbye, Some(Message::Deregister(_))), "{goodbye:?}");
     drop(router);
-    timeout(DEADLINE, running.ended)
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap();
+    timeout(DEADLINE, running.ended).await.unwrap().unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -375,11 +310,7 @@ async fn a_relay_without_a_router_stops_all_the_same() {
     let running = start(fixture.args.clone());
     fixture.eventually_admin().await;
     running.stop.notify_one();
-    timeout(DEADLINE, running.ended)
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap();
+    timeout(DEADLINE, running.ended).await.unwrap().unwrap().unwrap();
 }
 
 impl Fixture {
@@ -389,9 +320,7 @@ impl Fixture {
                 tokio::task::yield_now().await;
             }
         };
-        timeout(DEADLINE, waiting)
-            .await
-            .expect("an admin port in time");
+        timeout(DEADLINE, waiting).await.expect("an admin port in time");
     }
 }
 
@@ -408,15 +337,9 @@ async fn impossible_arguments_are_refused_with_a_reason() {
     let other_name = refused(|a| a.name = Some("relay-2".into())).await;
     assert!(other_name.contains("relay relay-1 of here"), "{other_name}");
     let anywhere = refused(|a| a.public = "0.0.0.0:0".parse().unwrap()).await;
-    assert!(
-        anywhere.contains("give --public-address IP:PORT"),
-        "{anywhere}"
-    );
+    assert!(anywhere.contains("give --public-address IP:PORT"), "{anywhere}");
     let nowhere = refused(|a| a.identity = "/nonexistent".into()).await;
     assert!(nowhere.contains("/nonexistent/cert.pem"), "{nowhere}");
     let foreign = refused(|a| a.tunnel = "192.0.2.1:0".parse().unwrap()).await;
-    assert!(
-        foreign.contains("binding the tunnel port 192.0.2.1:0"),
-        "{foreign}"
-    );
+    assert!(foreign.contains("binding the tunnel port 192.0.2.1:0"), "{foreign}");
 }

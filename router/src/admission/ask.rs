@@ -33,31 +33,42 @@ pub(super) enum Answer {
 }
 
 impl Admission {
-    pub(super) async fn ask(
-        self: &Arc<Self>,
-        attempt: &mut Attempt<'_>,
-        target: &Target,
-        claim: Option<Claim>,
-    ) -> Answer {
-        let answer = match target {
+    pub(super) async fn ask(self: &Arc<Self>, attempt: &Attempt<'_>, target: &Target, claim: Option<Claim>) -> Answer {
+        let (answer, claim) = match target {
             Target::Worker(number, _) => {
                 let Some(claim) = claim.or_else(|| self.fleet.claim(*number)) else {
                     return Answer::Skipped;
                 };
-                self.ask_worker(attempt, &claim).await
+                (self.ask_worker(attempt, &claim).await, Some(claim))
             }
-            Target::Region { name, address } => self.ask_region(attempt, name, address).await,
+            Target::Region { name, address } => (self.ask_region(attempt, name, address).await, None),
         };
         match &answer {
             Answer::Granted(_) => self.metrics.attempt(AttemptOutcome::Granted),
             Answer::Refused(_) => self.metrics.attempt(AttemptOutcome::Refused),
             Answer::Unreachable(_) => {
                 self.metrics.attempt(AttemptOutcome::Unreachable);
-                attempt.unsure.push(target.clone());
+                self.give_back_later(attempt, target.clone(), claim);
             }
             Answer::Skipped => {}
         }
         answer
+    }
+
+    /// Gives back what somebody may have granted without our hearing of it. The claim stays until then: who waits for
+    /// a lease waits for this one too.
+    pub(super) fn give_back_later(self: &Arc<Self>, attempt: &Attempt<'_>, target: Target, claim: Option<Claim>) {
+        let (this, turn) = (Arc::clone(self), Arc::clone(&attempt.turn));
+        let (session, epoch) = (attempt.create.session, attempt.create.epoch.value());
+        let tenant = attempt.tenant.to_owned();
+        self.tasks.spawn("give back", async move {
+            let released = this.give_back(&target, session, epoch, &tenant).await;
+            if let Some(claim) = claim.filter(|_| released == Some(true)) {
+                claim.released();
+            }
+            drop(turn);
+            Ok(())
+        });
     }
 
     async fn ask_worker(&self, attempt: &Attempt<'_>, claim: &Claim) -> Answer {
@@ -95,12 +106,7 @@ impl Admission {
     }
 
     /// The answer to the application: the worker's grant and the ticket for it.
-    fn session(
-        &self,
-        attempt: &Attempt<'_>,
-        claim: &Claim,
-        grant: v1::ReserveGrant,
-    ) -> Result<v1::Session, String> {
+    fn session(&self, attempt: &Attempt<'_>, claim: &Claim, grant: v1::ReserveGrant) -> Result<v1::Session, String> {
         let create = attempt.create;
         let server_id = ServerId::from_u64(grant.server_id);
         let own = self.fleet.records();
@@ -209,9 +215,7 @@ impl Admission {
 /// What a gRPC error says, in one line.
 fn describe(status: &tonic::Status) -> String {
     match status.code() {
-        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
-            "did not answer in time".to_owned()
-        }
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => "did not answer in time".to_owned(),
         code => format!("failed: {code:?}: {}", status.message()),
     }
 }

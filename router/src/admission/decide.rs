@@ -55,8 +55,7 @@ impl Admission {
         let cell = create.location.map(|l| l.cell());
         let incumbent = cell.and_then(|c| self.incumbents.lock().of(&create.agent, c, now));
         let here_only = attempt.scope == Scope::Region;
-        self.fleet
-            .plan(create, here_only, incumbent, rand::random())
+        self.fleet.plan(create, here_only, incumbent, rand::random())
     }
 
     /// The same request again: whoever took it is asked first, and answers the same.
@@ -104,11 +103,7 @@ impl Admission {
         planned: Planned,
         answer: &oneshot::Sender<Result<v1::Session, Failure>>,
     ) -> Result<Option<(v1::Session, Decision)>, Failure> {
-        let Planned {
-            targets,
-            mut claim,
-            mut candidates,
-        } = planned;
+        let Planned { targets, mut claim, mut candidates } = planned;
         let mut asked = 0;
         for target in targets {
             let claim = claim.take();
@@ -130,18 +125,11 @@ impl Admission {
                     let decided = self.decided(attempt, *session, target, candidates);
                     return Ok(Some(decided));
                 }
-                Answer::Refused(detail) => {
-                    attempt.found(&self.fleet, &target, Verdict::Refused, detail)
-                }
+                Answer::Refused(detail) => attempt.found(&self.fleet, &target, Verdict::Refused, detail),
                 Answer::Unreachable(detail) => {
                     attempt.found(&self.fleet, &target, Verdict::Unreachable, detail);
                 }
-                Answer::Skipped => attempt.found(
-                    &self.fleet,
-                    &target,
-                    Verdict::Full,
-                    Verdict::Full.to_string(),
-                ),
+                Answer::Skipped => attempt.found(&self.fleet, &target, Verdict::Full, Verdict::Full.to_string()),
             }
         }
         if asked > 0 {
@@ -154,12 +142,7 @@ impl Admission {
             amend(&mut candidates, here, "", Verdict::Refused, Some(text));
         }
         let text = "everybody who was asked refused or did not answer";
-        Err(Failure::refused(
-            Reason::NoCapacity,
-            text,
-            RETRY_MS,
-            candidates,
-        ))
+        Err(Failure::refused(Reason::NoCapacity, text, RETRY_MS, candidates))
     }
 
     fn decided(
@@ -171,16 +154,8 @@ impl Admission {
     ) -> (v1::Session, Decision) {
         let create = attempt.create;
         amend(&mut candidates, &session.region, "", Verdict::Chosen, None);
-        amend(
-            &mut candidates,
-            &session.region,
-            &session.worker,
-            Verdict::Chosen,
-            None,
-        );
-        let line = candidates
-            .iter()
-            .find(|c| c.region == session.region && c.worker.is_empty());
+        amend(&mut candidates, &session.region, &session.worker, Verdict::Chosen, None);
+        let line = candidates.iter().find(|c| c.region == session.region && c.worker.is_empty());
         let eligible = |c: &&v1::Candidate| c.worker.is_empty() && c.score > 0.0;
         let attempts = attempt.tried.len();
         session.reason = format!(
@@ -188,23 +163,17 @@ impl Admission {
             session.region,
             candidates.iter().filter(eligible).count().max(1),
             match line {
-                Some(line) if line.estimated_rtt_ms > 0 => format!(
-                    ", about {} ms away, {} free",
-                    line.estimated_rtt_ms, line.free
-                ),
+                Some(line) if line.estimated_rtt_ms > 0 =>
+                    format!(", about {} ms away, {} free", line.estimated_rtt_ms, line.free),
                 Some(line) => format!(", {} free", line.free),
                 None => String::new(),
             },
             session.worker,
         );
         let records = self.fleet.records();
-        if let (Some(location), Some(region)) =
-            (create.location, records.regions.get(&session.region))
-        {
+        if let (Some(location), Some(region)) = (create.location, records.regions.get(&session.region)) {
             let now = self.fleet.clock.now();
-            self.incumbents
-                .lock()
-                .remember(&create.agent, location.cell(), region.number, now);
+            self.incumbents.lock().remember(&create.agent, location.cell(), region.number, now);
         }
         let explanation = v1::Explanation {
             session: session.session.clone(),
@@ -234,34 +203,19 @@ impl Attempt<'_> {
             Target::Worker(_, name) => (fleet.region.clone(), name.clone()),
             Target::Region { name, .. } => (name.clone(), String::new()),
         };
-        self.findings.push(Finding {
-            region,
-            worker,
-            verdict,
-            detail,
-        });
+        self.findings.push(Finding { region, worker, verdict, detail });
     }
 
     /// Puts what was found by asking over what was planned.
     fn amend(&self, candidates: &mut [v1::Candidate]) {
         for finding in &self.findings {
-            amend(
-                candidates,
-                &finding.region,
-                &finding.worker,
-                finding.verdict,
-                Some(finding.detail.clone()),
-            );
+            amend(candidates, &finding.region, &finding.worker, finding.verdict, Some(finding.detail.clone()));
         }
     }
 }
 
 fn refused(no_place: NoPlace, attempt: &Attempt<'_>) -> Failure {
-    let NoPlace {
-        refusal,
-        mut candidates,
-        ..
-    } = no_place;
+    let NoPlace { refusal, mut candidates, .. } = no_place;
     attempt.amend(&mut candidates);
     let retry = refusal.retry_after.map_or(0, |d| d.as_millis().max(1));
     let text = match refusal.reason {

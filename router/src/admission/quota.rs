@@ -60,16 +60,9 @@ impl Drop for Admitted {
 
 impl Admission {
     /// Counts a session in, or refuses it because its tenant has as many as the agent allows.
-    pub(super) async fn admit_tenant(
-        self: &Arc<Self>,
-        tenant: &str,
-        create: &Create,
-    ) -> Result<Admitted, Failure> {
+    pub(super) async fn admit_tenant(self: &Arc<Self>, tenant: &str, create: &Create) -> Result<Admitted, Failure> {
         let records = self.fleet.records();
-        let limit = records
-            .agents
-            .get(&create.agent)
-            .map_or(0, |a| a.sessions_per_tenant);
+        let limit = records.agents.get(&create.agent).map_or(0, |a| a.sessions_per_tenant);
         let known = self.decisions.lock().of(create.session).is_some();
         if limit == 0 || known {
             return Ok(Admitted { of: None });
@@ -80,10 +73,7 @@ impl Admission {
         let counter = counters.entry(key.clone()).or_default();
         let counted = counter.counted.map_or(0, |(n, _)| n);
         if counted.saturating_add(counter.granted_since + counter.under_way) >= limit {
-            let text = format!(
-                "{tenant} has {limit} sessions at {}, its limit",
-                create.agent
-            );
+            let text = format!("{tenant} has {limit} sessions at {}, its limit", create.agent);
             return Err(Failure::refused(Reason::TenantLimit, text, 1000, vec![]));
         }
         counter.under_way += 1;

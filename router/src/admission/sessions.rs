@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use antiphon_core::id::SessionId;
+use antiphon_core::id::{SessionId, WorkerNumber};
 use antiphon_proto::v1::{self, peer_client::PeerClient, worker_client::WorkerClient};
 use futures::{StreamExt as _, stream};
 use tokio::time::timeout;
@@ -78,12 +78,16 @@ impl Admission {
         listing.cut(limit)
     }
 
+    /// Opens the connection to a worker before the first session needs it.
+    pub(crate) async fn warm(&self, number: WorkerNumber) {
+        if let Some(channel) = self.fleet.worker_channel(number) {
+            let answer = list_worker(channel).await;
+            tracing::debug!(%number, reachable = answer.is_some(), "worker's API");
+        }
+    }
+
     /// Why a session is where it is.
-    pub(crate) fn explain(
-        &self,
-        caller: &Caller,
-        session: SessionId,
-    ) -> Result<v1::Explanation, Failure> {
+    pub(crate) fn explain(&self, caller: &Caller, session: SessionId) -> Result<v1::Explanation, Failure> {
         let decisions = self.decisions.lock();
         let decision = decisions.of(session);
         // Another tenant's session looks like none.
@@ -97,11 +101,7 @@ impl Admission {
     }
 
     /// Ends a session or gives its lease back, wherever it is. One that is nowhere is no error.
-    pub(crate) async fn delete(
-        self: &Arc<Self>,
-        tenant: &str,
-        session: SessionId,
-    ) -> Result<(), Failure> {
+    pub(crate) async fn delete(self: &Arc<Self>, tenant: &str, session: SessionId) -> Result<(), Failure> {
         let known = {
             let decisions = self.decisions.lock();
             let own = decisions.of(session).filter(|d| d.tenant == tenant);
@@ -115,20 +115,12 @@ impl Admission {
         let regions = self.fleet.peer_addresses().into_iter();
         let regions = regions.map(|(name, address)| Target::Region { name, address });
         let targets = self.fleet.worker_targets().into_iter().chain(regions);
-        self.release_among(targets.collect(), tenant, session, 0)
-            .await
-            .map(drop)
+        self.release_among(targets.collect(), tenant, session, 0).await.map(drop)
     }
 
     /// The same among the workers of this region only.
-    pub(crate) async fn delete_here(
-        &self,
-        tenant: &str,
-        session: SessionId,
-        epoch: u32,
-    ) -> Result<bool, Failure> {
-        self.release_among(self.fleet.worker_targets(), tenant, session, epoch)
-            .await
+    pub(crate) async fn delete_here(&self, tenant: &str, session: SessionId, epoch: u32) -> Result<bool, Failure> {
+        self.release_among(self.fleet.worker_targets(), tenant, session, epoch).await
     }
 
     async fn release_among(

@@ -41,9 +41,8 @@ impl WorkerHello {
             let number = u8::try_from(shard.number).ok();
             let number = number.and_then(|n| ShardNumber::new(n).ok());
             let number = number.filter(|n| shards.iter().all(|(other, _)| other != n));
-            let number = number.ok_or_else(|| {
-                FieldError::new(format!("{at}.number"), "is not in 0..=63 or there twice")
-            })?;
+            let number =
+                number.ok_or_else(|| FieldError::new(format!("{at}.number"), "is not in 0..=63 or there twice"))?;
             let address = field::socket_address("tunnelAddress", &shard.tunnel_address);
             shards.push((number, address.map_err(|e| e.below(&at))?));
         }
@@ -109,12 +108,7 @@ pub(crate) fn server_id(
     shard: ShardNumber,
     incarnation: Incarnation,
 ) -> ServerId {
-    ServerId {
-        region,
-        worker,
-        shard,
-        incarnation,
-    }
+    ServerId { region, worker, shard, incarnation }
 }
 
 /// Far above what one machine serves.
@@ -131,10 +125,7 @@ mod tests {
             region: "frankfurt".into(),
             agent: "shop/desk".into(),
             slots: 10,
-            shards: vec![v1::Shard {
-                number: 0,
-                tunnel_address: "127.0.0.1:4000".into(),
-            }],
+            shards: vec![v1::Shard { number: 0, tunnel_address: "127.0.0.1:4000".into() }],
             control_address: "127.0.0.1:4001".into(),
             ..v1::WorkerHello::default()
         }

@@ -36,12 +36,9 @@ impl Peer {
             location: record.location,
             phase: digest.map_or(record.phase, |d| records::phase(d.phase)),
             residency: record.residency.clone(),
-            freshness: peer.and_then(|p| p.heard).map_or(Freshness::Never, |at| {
-                Freshness::Reported {
-                    at,
-                    lease: DIGEST_LEASE,
-                }
-            }),
+            freshness: peer
+                .and_then(|p| p.heard)
+                .map_or(Freshness::Never, |at| Freshness::Reported { at, lease: DIGEST_LEASE }),
             pools: digest.map_or_else(Vec::new, |d| d.pools.iter().map(pool).collect()),
         }
     }
@@ -99,9 +96,7 @@ impl Fleet {
         let state = self.state.lock();
         let others = state.records.regions.values();
         let others = others.filter(|r| r.name != self.region && !r.router_address.is_empty());
-        others
-            .map(|r| (r.name.clone(), r.router_address.clone()))
-            .collect()
+        others.map(|r| (r.name.clone(), r.router_address.clone())).collect()
     }
 }
 

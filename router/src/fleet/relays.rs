@@ -44,10 +44,7 @@ impl Relay {
 
 impl Fleet {
     /// Registers a relay. The newest stream of a name speaks for it.
-    pub(crate) async fn register_relay(
-        &self,
-        hello: RelayHello,
-    ) -> Result<Standing<RelayNumber>, RegisterError> {
+    pub(crate) async fn register_relay(&self, hello: RelayHello) -> Result<Standing<RelayNumber>, RegisterError> {
         let _turn = self.registering.lock().await;
         let region = {
             let state = self.state.lock();
@@ -59,12 +56,7 @@ impl Fleet {
         let mut state = self.state.lock();
         let stream = state.next_stream();
         tracing::info!(relay = hello.name, %number, "relay registered");
-        let relay = Relay {
-            hello,
-            stream: Some(stream),
-            phase: Phase::Active,
-            heard: self.clock.now(),
-        };
+        let relay = Relay { hello, stream: Some(stream), phase: Phase::Active, heard: self.clock.now() };
         state.relays.insert(number, relay);
         drop(state);
         self.topology.send_modify(|n| *n += 1);
@@ -72,11 +64,7 @@ impl Fleet {
     }
 
     /// Takes a report. `false`: another stream speaks for the relay now.
-    pub(crate) fn relay_reported(
-        &self,
-        standing: Standing<RelayNumber>,
-        report: &v1::RelayReport,
-    ) -> bool {
+    pub(crate) fn relay_reported(&self, standing: Standing<RelayNumber>, report: &v1::RelayReport) -> bool {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let Some(relay) = state.relay_of(standing) else {
@@ -138,25 +126,20 @@ impl Fleet {
     /// Relays for a caller in the order to try them: active ones first, near ones first, the worker's region first
     /// among equals. At most [`RELAYS_OFFERED`]; after the first two from regions not named yet, as far as there are
     /// any, and the worker's own region is among them.
-    pub(crate) fn relays_for(
-        &self,
-        caller: Option<Location>,
-        worker_region: &str,
-    ) -> Vec<v1::RelayAddress> {
+    pub(crate) fn relays_for(&self, caller: Option<Location>, worker_region: &str) -> Vec<v1::RelayAddress> {
         let now = self.clock.now();
         let state = self.state.lock();
         let own = state.relays.iter();
         let own = own.map(|(number, relay)| (self.region.as_str(), relay.info(*number, now)));
         let digests = state.peers.values().filter_map(|p| p.digest.as_deref());
-        let of_peers =
-            digests.flat_map(|d| d.relays.iter().map(|r| (d.region.as_str(), r.clone())));
+        let of_peers = digests.flat_map(|d| d.relays.iter().map(|r| (d.region.as_str(), r.clone())));
         let mut known: Vec<Known> = own
             .chain(of_peers)
             .map(|(region, info)| {
                 let place = state.records.regions.get(region).and_then(|r| r.location);
-                let rtt = caller.zip(place).map(|(caller, place)| {
-                    geo::estimated_rtt(caller.unit_vector().distance_km(place.unit_vector()))
-                });
+                let rtt = caller
+                    .zip(place)
+                    .map(|(caller, place)| geo::estimated_rtt(caller.unit_vector().distance_km(place.unit_vector())));
                 Known {
                     inactive: info.phase != i32::from(v1::Phase::Active),
                     rtt,
@@ -194,9 +177,7 @@ fn choose(mut known: Vec<Known>, worker_region: &str) -> Vec<v1::RelayAddress> {
     let unseen = |k: &Known, chosen: &[Known]| chosen.iter().all(|c| c.region != k.region);
     take(&mut chosen, &|_, _| true);
     take(&mut chosen, &|_, _| true);
-    take(&mut chosen, &|k, chosen| {
-        k.region == worker_region && !k.inactive && unseen(k, chosen)
-    });
+    take(&mut chosen, &|k, chosen| k.region == worker_region && !k.inactive && unseen(k, chosen));
     while chosen.len() < RELAYS_OFFERED {
         let before = chosen.len();
         take(&mut chosen, &|k, chosen| !k.inactive && unseen(k, chosen));
@@ -211,9 +192,7 @@ fn choose(mut known: Vec<Known>, worker_region: &str) -> Vec<v1::RelayAddress> {
         number: k.number,
         address: k.address,
         region: k.region,
-        estimated_rtt_ms: k
-            .rtt
-            .map_or(0, |rtt| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX)),
+        estimated_rtt_ms: k.rtt.map_or(0, |rtt| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX)),
     };
     chosen.into_iter().map(address).collect()
 }
@@ -266,11 +245,7 @@ mod tests {
 
     #[test]
     fn inactive_relays_come_last_and_only_if_nothing_else_is_there() {
-        let fleet = vec![
-            known(1, "paris", 10, true),
-            known(2, "osaka", 200, false),
-            known(3, "osaka", 200, false),
-        ];
+        let fleet = vec![known(1, "paris", 10, true), known(2, "osaka", 200, false), known(3, "osaka", 200, false)];
         assert_eq!(order(fleet), [2, 3, 1]);
         assert!(order(vec![]).is_empty());
     }

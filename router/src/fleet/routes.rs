@@ -25,25 +25,13 @@ pub(crate) fn full(version: u64, routes: &RouteMap) -> v1::RouteUpdate {
 
 /// What turns `old` into `new`; `None` if they are equal. Each removal rests on evidence, so any number is intended.
 pub(crate) fn delta(version: u64, old: &RouteMap, new: &RouteMap) -> Option<v1::RouteUpdate> {
-    let changed = new
-        .iter()
-        .filter(|(id, address)| old.get(id) != Some(address));
-    let removals: Vec<u64> = old
-        .keys()
-        .filter(|id| !new.contains_key(id))
-        .copied()
-        .collect();
+    let changed = new.iter().filter(|(id, address)| old.get(id) != Some(address));
+    let removals: Vec<u64> = old.keys().filter(|id| !new.contains_key(id)).copied().collect();
     let upserts: Vec<v1::Route> = changed.map(route).collect();
     if upserts.is_empty() && removals.is_empty() {
         return None;
     }
-    Some(v1::RouteUpdate {
-        version,
-        full: false,
-        upserts,
-        mass_removal_intended: !removals.is_empty(),
-        removals,
-    })
+    Some(v1::RouteUpdate { version, full: false, upserts, mass_removal_intended: !removals.is_empty(), removals })
 }
 
 /// Takes a peer's update. Routes of other regions are none of its business and are skipped; says how many.
@@ -52,13 +40,8 @@ pub(crate) fn merge(routes: &mut RouteMap, update: &v1::RouteUpdate, region: u16
     let mut skipped = 0;
     if update.full {
         let missing: Vec<u64> = {
-            let named: std::collections::BTreeSet<u64> =
-                update.upserts.iter().map(|r| r.server_id).collect();
-            routes
-                .keys()
-                .filter(|id| !named.contains(id))
-                .copied()
-                .collect()
+            let named: std::collections::BTreeSet<u64> = update.upserts.iter().map(|r| r.server_id).collect();
+            routes.keys().filter(|id| !named.contains(id)).copied().collect()
         };
         if update.mass_removal_intended || missing.len() * 10 <= routes.len() {
             missing.iter().for_each(|id| drop(routes.remove(id)));
@@ -66,12 +49,7 @@ pub(crate) fn merge(routes: &mut RouteMap, update: &v1::RouteUpdate, region: u16
     }
     for route in &update.upserts {
         let id = route.server_id;
-        if !ours(id)
-            || route
-                .tunnel_address
-                .parse::<std::net::SocketAddr>()
-                .is_err()
-        {
+        if !ours(id) || route.tunnel_address.parse::<std::net::SocketAddr>().is_err() {
             skipped += 1;
             continue;
         }
@@ -96,10 +74,7 @@ pub(crate) fn merge(routes: &mut RouteMap, update: &v1::RouteUpdate, region: u16
 }
 
 fn route((server_id, address): (&u64, &Arc<str>)) -> v1::Route {
-    v1::Route {
-        server_id: *server_id,
-        tunnel_address: address.to_string(),
-    }
+    v1::Route { server_id: *server_id, tunnel_address: address.to_string() }
 }
 
 #[cfg(test)]
@@ -113,9 +88,7 @@ mod tests {
     }
 
     fn table(ids: impl IntoIterator<Item = u64>) -> RouteMap {
-        ids.into_iter()
-            .map(|id| (id, "127.0.0.1:1".into()))
-            .collect()
+        ids.into_iter().map(|id| (id, "127.0.0.1:1".into())).collect()
     }
 
     #[test]
@@ -151,10 +124,7 @@ mod tests {
         assert_eq!(merge(&mut routes, &update, 1), 2);
         assert_eq!(routes, table([id(1, 7)]));
         let nonsense = v1::RouteUpdate {
-            upserts: vec![v1::Route {
-                server_id: id(3, 1),
-                tunnel_address: "nowhere".into(),
-            }],
+            upserts: vec![v1::Route { server_id: id(3, 1), tunnel_address: "nowhere".into() }],
             ..v1::RouteUpdate::default()
         };
         assert_eq!(merge(&mut routes, &nonsense, 1), 1);

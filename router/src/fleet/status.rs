@@ -20,13 +20,11 @@ impl Fleet {
         let mut pools: BTreeMap<(&str, &str), v1::PoolDigest> = BTreeMap::new();
         for worker in state.workers.values().filter(|w| w.in_service(now)) {
             let (agent, gpu_class) = (&worker.hello.agent, &worker.hello.gpu_class);
-            let pool = pools
-                .entry((agent, gpu_class))
-                .or_insert_with(|| v1::PoolDigest {
-                    agent: agent.clone(),
-                    gpu_class: gpu_class.clone(),
-                    ..v1::PoolDigest::default()
-                });
+            let pool = pools.entry((agent, gpu_class)).or_insert_with(|| v1::PoolDigest {
+                agent: agent.clone(),
+                gpu_class: gpu_class.clone(),
+                ..v1::PoolDigest::default()
+            });
             pool.workers += 1;
             pool.slots = pool.slots.saturating_add(worker.slots());
             pool.free = pool.free.saturating_add(worker.free());
@@ -35,10 +33,7 @@ impl Fleet {
             region: record.name.clone(),
             number: record.number.value().into(),
             cloud: record.cloud.clone(),
-            location: record.location.map(|l| v1::Location {
-                latitude: l.latitude(),
-                longitude: l.longitude(),
-            }),
+            location: record.location.map(|l| v1::Location { latitude: l.latitude(), longitude: l.longitude() }),
             phase: proto_phase(record.phase).into(),
             residency: record.residency.clone(),
             pools: pools.into_values().collect(),
@@ -78,9 +73,7 @@ impl Fleet {
                 workers: workers.map(|w| worker_status(w, &state, now)).collect(),
             }
         };
-        v1::FleetStatusResponse {
-            regions: state.records.regions.values().map(region).collect(),
-        }
+        v1::FleetStatusResponse { regions: state.records.regions.values().map(region).collect() }
     }
 
     /// Workers that take part in placement and relays that are connected.
@@ -101,10 +94,7 @@ fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatu
     let why_not = if worker.stream.is_none() {
         "its control stream is broken".to_owned()
     } else if let Some(needed) = needed.filter(|n| !n.is_empty() && *n != worker.hello.gpu_class) {
-        format!(
-            "its GPU class is {:?}, the agent needs {needed:?}",
-            worker.hello.gpu_class
-        )
+        format!("its GPU class is {:?}, the agent needs {needed:?}", worker.hello.gpu_class)
     } else if needed.is_none() {
         "its agent is gone".to_owned()
     } else {

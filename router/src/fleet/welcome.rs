@@ -12,12 +12,7 @@ impl Fleet {
         let state = self.state.lock();
         let region = self.own_number(&state)?;
         let worker = state.workers.get(&number)?;
-        let behaviour = state
-            .records
-            .agents
-            .get(&worker.hello.agent)?
-            .behaviour
-            .clone();
+        let behaviour = state.records.agents.get(&worker.hello.agent)?.behaviour.clone();
         // One key for all shards of a worker: the first shard's.
         let (first, _) = worker.hello.shards.iter().min()?;
         let id = server_id(region, number, *first, worker.hello.incarnation);
@@ -26,11 +21,7 @@ impl Fleet {
             worker_number: number.value().into(),
             server_name: worker.hello.server_name.clone(),
             cid_configs: self.cid_configs(),
-            ticket_keys: vec![
-                ticket::public_key(&self.root.ticket_seed(generation()))
-                    .to_vec()
-                    .into(),
-            ],
+            ticket_keys: vec![ticket::public_key(&self.root.ticket_seed(generation())).to_vec().into()],
             behaviour: Some(behaviour),
             relays,
             report_interval_ms: REPORT_INTERVAL_MS,
@@ -58,11 +49,7 @@ impl Fleet {
                     down: keys.down.as_bytes().to_vec().into(),
                 }
             });
-            v1::WorkerRelay {
-                number: relay.value().into(),
-                tunnel_address,
-                keys: keys.collect(),
-            }
+            v1::WorkerRelay { number: relay.value().into(), tunnel_address, keys: keys.collect() }
         };
         Some(ends.into_iter().map(relay).collect())
     }

@@ -52,25 +52,20 @@ impl Worker {
     }
 
     pub(crate) fn free(&self) -> u32 {
-        self.slots()
-            .saturating_sub(self.taken.saturating_add(self.claims))
+        self.slots().saturating_sub(self.taken.saturating_add(self.claims))
     }
 
     pub(crate) fn freshness(&self) -> Freshness {
         match (self.stream, self.report) {
             (None, _) => Freshness::Disconnected,
             (Some(_), None) => Freshness::Never,
-            (Some(_), Some(report)) => Freshness::Reported {
-                at: report.at,
-                lease: WORKER_LEASE,
-            },
+            (Some(_), Some(report)) => Freshness::Reported { at: report.at, lease: WORKER_LEASE },
         }
     }
 
     /// Whether it takes part in placement now, room aside.
     pub(crate) fn in_service(&self, now: Millis) -> bool {
-        let fresh =
-            self.stream.is_some() && self.report.is_some_and(|r| now.since(r.at) <= WORKER_LEASE);
+        let fresh = self.stream.is_some() && self.report.is_some_and(|r| now.since(r.at) <= WORKER_LEASE);
         fresh && self.phase() == Phase::Active
     }
 
@@ -132,10 +127,7 @@ pub(crate) struct Standing<N> {
 
 impl Fleet {
     /// Registers a worker and its routes.
-    pub(crate) async fn register_worker(
-        &self,
-        hello: WorkerHello,
-    ) -> Result<Standing<WorkerNumber>, RegisterError> {
+    pub(crate) async fn register_worker(&self, hello: WorkerHello) -> Result<Standing<WorkerNumber>, RegisterError> {
         // One at a time: looking for a living namesake and taking its number must not interleave.
         let _turn = self.registering.lock().await;
         {
@@ -149,42 +141,20 @@ impl Fleet {
             let now = self.clock.now();
             let heard = |w: &Worker| w.report.is_none_or(|r| now.since(r.at) <= WORKER_LEASE);
             let lives = |w: &&Worker| {
-                w.hello.name == hello.name
-                    && w.hello.incarnation != hello.incarnation
-                    && w.stream.is_some()
-                    && heard(w)
+                w.hello.name == hello.name && w.hello.incarnation != hello.incarnation && w.stream.is_some() && heard(w)
             };
             if state.workers.values().any(|w| lives(&w)) {
                 return Err(RegisterError::Alive(hello.name));
             }
         }
-        let channel = tls::channel(
-            &hello.control_address,
-            &self.identity,
-            Role::Worker,
-            &self.region,
-        )?;
-        let claim = WorkerClaim {
-            name: hello.name.clone(),
-            incarnation: hello.incarnation,
-            held: hello.held,
-        };
+        let channel = tls::channel(&hello.control_address, &self.identity, Role::Worker, &self.region)?;
+        let claim = WorkerClaim { name: hello.name.clone(), incarnation: hello.incarnation, held: hello.held };
         let number = self.store.claim_worker(&claim).await?;
         let mut state = self.state.lock();
         let stream = state.next_stream();
         // The former incarnation is gone: its successor is here. Its reports do not speak for the new one.
-        state
-            .workers
-            .retain(|other, w| *other != number && w.hello.name != hello.name);
-        let worker = Worker {
-            hello,
-            number,
-            stream: Some(stream),
-            report: None,
-            taken: 0,
-            claims: 0,
-            channel,
-        };
+        state.workers.retain(|other, w| *other != number && w.hello.name != hello.name);
+        let worker = Worker { hello, number, stream: Some(stream), report: None, taken: 0, claims: 0, channel };
         tracing::info!(worker = worker.hello.name, %number, "worker registered");
         state.workers.insert(number, worker);
         self.routes_changed(&mut state);
@@ -192,11 +162,7 @@ impl Fleet {
     }
 
     /// Takes a report. `false`: another stream speaks for the worker now.
-    pub(crate) fn worker_reported(
-        &self,
-        standing: Standing<WorkerNumber>,
-        report: &v1::WorkerReport,
-    ) -> bool {
+    pub(crate) fn worker_reported(&self, standing: Standing<WorkerNumber>, report: &v1::WorkerReport) -> bool {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let Some(worker) = state.worker_of(standing) else {
@@ -231,10 +197,7 @@ impl Fleet {
         let mut state = self.state.lock();
         if let Some(worker) = state.worker_of(standing) {
             worker.stream = None;
-            tracing::warn!(
-                worker = worker.hello.name,
-                "worker disconnected, its routes stay"
-            );
+            tracing::warn!(worker = worker.hello.name, "worker disconnected, its routes stay");
             state.refresh_worker(standing.number);
             drop(state);
             self.capacity.send_modify(|n| *n += 1);
@@ -256,9 +219,7 @@ impl Fleet {
         if let Some(worker) = gone {
             tracing::info!(worker = worker.hello.name, "worker deregistered");
             let incarnation = worker.hello.incarnation;
-            self.store
-                .release_worker(standing.number, incarnation)
-                .await;
+            self.store.release_worker(standing.number, incarnation).await;
         }
     }
 
@@ -267,11 +228,7 @@ impl Fleet {
         self.claim_in(&mut self.state.lock(), number)
     }
 
-    pub(super) fn claim_in(
-        self: &Arc<Self>,
-        state: &mut State,
-        number: WorkerNumber,
-    ) -> Option<Claim> {
+    pub(super) fn claim_in(self: &Arc<Self>, state: &mut State, number: WorkerNumber) -> Option<Claim> {
         let worker = state.workers.get_mut(&number)?;
         if worker.free() == 0 {
             return None;
@@ -306,9 +263,7 @@ impl Fleet {
     pub(crate) fn worker_channels(&self) -> Vec<(String, Channel)> {
         let state = self.state.lock();
         let connected = state.workers.values().filter(|w| w.stream.is_some());
-        connected
-            .map(|w| (w.hello.name.clone(), w.channel.clone()))
-            .collect()
+        connected.map(|w| (w.hello.name.clone(), w.channel.clone())).collect()
     }
 }
 
@@ -336,17 +291,36 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
-    fn drop(&mut self) {
+impl Claim {
+    /// A lease that the worker had given, maybe unheard, is free again.
+    pub(crate) fn released(&self) {
         let mut state = self.fleet.state.lock();
         if let Some(worker) = state.workers.get_mut(&self.number)
             && worker.hello.incarnation == self.incarnation
         {
+            worker.taken = worker.taken.saturating_sub(1);
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut state = self.fleet.state.lock();
+        let mut news = true;
+        if let Some(worker) = state.workers.get_mut(&self.number)
+            && worker.hello.incarnation == self.incarnation
+        {
             worker.claims = worker.claims.saturating_sub(1);
+            let (room, agent) = (worker.free() > 0, worker.hello.agent.clone());
             state.refresh_worker(self.number);
+            // Whoever waits learns nothing from one more full answer while others are on their way; waking a thousand
+            // for each of a hundred would cost more than placing them.
+            news = room || !state.is_asking(&agent);
         }
         drop(state);
-        self.fleet.settled.send_modify(|n| *n += 1);
+        if news {
+            self.fleet.settled.send_modify(|n| *n += 1);
+        }
         self.fleet.capacity.send_modify(|n| *n += 1);
     }
 }
@@ -358,6 +332,12 @@ impl State {
         (worker.stream == Some(standing.stream)).then_some(worker)
     }
 
+    /// Whether a worker of the agent is being asked for a lease.
+    pub(super) fn is_asking(&self, agent: &str) -> bool {
+        let mut workers = self.workers.values();
+        workers.any(|w| w.claims > 0 && w.hello.agent == agent)
+    }
+
     /// Brings a worker's newest numbers into the planner's view, if there is one.
     pub(super) fn refresh_worker(&mut self, number: WorkerNumber) {
         let (Some(view), Some(worker)) = (&mut self.view, self.workers.get(&number)) else {
@@ -366,8 +346,7 @@ impl State {
         match view.workers.binary_search(&number) {
             Ok(index) => {
                 let (phase, freshness) = (worker.phase(), worker.freshness());
-                view.snapshot
-                    .update_worker(index, phase, freshness, worker.free());
+                view.snapshot.update_worker(index, phase, freshness, worker.free());
             }
             Err(_) => self.view = None,
         }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use antiphon_proto::v1::{
-    ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord,
-    ListKeysRequest, ListKeysResponse, admin_server::Admin,
+    ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, ListKeysResponse,
+    admin_server::Admin,
 };
 use antiphon_runtime::pki::Role;
 use tonic::{Request, Response, Status};
@@ -16,21 +16,13 @@ pub(super) struct Service(pub(super) Arc<Admission>);
 
 #[tonic::async_trait]
 impl Admin for Service {
-    async fn apply(
-        &self,
-        request: Request<ApplyRequest>,
-    ) -> Result<Response<ApplyResponse>, Status> {
+    async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let operator = auth::peer(&request, Role::Operator, None)?;
         let change = request.into_inner();
-        self.0
-            .fleet
-            .store
-            .apply(&change)
-            .await
-            .map_err(|e| match e {
-                StoreError::Invalid(error) => Status::from(error),
-                StoreError::Exhausted(_) => Status::resource_exhausted(e.to_string()),
-            })?;
+        self.0.fleet.store.apply(&change).await.map_err(|e| match e {
+            StoreError::Invalid(error) => Status::from(error),
+            StoreError::Exhausted(_) => Status::resource_exhausted(e.to_string()),
+        })?;
         // Who asks next has to see it, whether or not the watch was faster.
         let records = Arc::clone(&self.0.fleet.store.watch().borrow());
         self.0.fleet.records_changed(records);
@@ -44,10 +36,7 @@ impl Admin for Service {
         Ok(Response::new(ApplyResponse {}))
     }
 
-    async fn list_keys(
-        &self,
-        request: Request<ListKeysRequest>,
-    ) -> Result<Response<ListKeysResponse>, Status> {
+    async fn list_keys(&self, request: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
         auth::peer(&request, Role::Operator, None)?;
         let records = self.0.fleet.records();
         let keys = records.keys.iter().map(|(id, key)| KeyRecord {
@@ -56,9 +45,7 @@ impl Admin for Service {
             tenant: key.tenant.clone(),
             agents: key.agents.clone(),
         });
-        Ok(Response::new(ListKeysResponse {
-            keys: keys.collect(),
-        }))
+        Ok(Response::new(ListKeysResponse { keys: keys.collect() }))
     }
 
     async fn fleet_status(

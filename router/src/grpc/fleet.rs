@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use antiphon_core::id::{RelayNumber, WorkerNumber};
 use antiphon_proto::v1::{
-    AgentBehaviour, RelayDirective, RelayMessage, WorkerDirective, WorkerMessage, WorkerRelay,
-    WorkerRelays, fleet_server, relay_directive, relay_message, worker_directive, worker_message,
+    AgentBehaviour, RelayDirective, RelayMessage, WorkerDirective, WorkerMessage, WorkerRelay, WorkerRelays,
+    fleet_server, relay_directive, relay_message, worker_directive, worker_message,
 };
 use antiphon_runtime::pki::Role;
 use tokio::{sync::mpsc, time::timeout};
@@ -36,16 +36,18 @@ impl fleet_server::Fleet for Service {
         let fleet = Arc::clone(&self.0.fleet);
         let peer = auth::peer(&request, Role::Worker, Some(&fleet.region))?;
         let mut messages = request.into_inner();
-        let Some(worker_message::Message::Hello(hello)) = first(&mut messages).await?.message
-        else {
-            return Err(Status::invalid_argument(
-                "the first message has to be hello",
-            ));
+        let Some(worker_message::Message::Hello(hello)) = first(&mut messages).await?.message else {
+            return Err(Status::invalid_argument("the first message has to be hello"));
         };
         let hello = WorkerHello::check(&hello, &peer)?;
         let standing = fleet.register_worker(hello).await?;
         let (directives, stream) = mpsc::channel(STREAM_QUEUE);
         let worker = WorkerStream::new(fleet, standing, directives)?;
+        let admission = Arc::clone(&self.0);
+        self.0.tasks.spawn("worker channel", async move {
+            admission.warm(standing.number).await;
+            Ok(())
+        });
         let stopping = self.0.tasks.stopping();
         self.0.tasks.spawn("worker stream", async move {
             stopping.run_until_cancelled(worker.run(messages)).await;
@@ -62,9 +64,7 @@ impl fleet_server::Fleet for Service {
         let peer = auth::peer(&request, Role::Relay, Some(&fleet.region))?;
         let mut messages = request.into_inner();
         let Some(relay_message::Message::Hello(hello)) = first(&mut messages).await?.message else {
-            return Err(Status::invalid_argument(
-                "the first message has to be hello",
-            ));
+            return Err(Status::invalid_argument("the first message has to be hello"));
         };
         let hello = RelayHello::check(&hello, &peer)?;
         let standing = fleet.register_relay(hello).await?;
@@ -82,9 +82,7 @@ impl fleet_server::Fleet for Service {
 async fn first<T>(messages: &mut Streaming<T>) -> Result<T, Status> {
     let late = |_| Status::deadline_exceeded("hello did not come in time");
     let message = timeout(HELLO_DEADLINE, messages.message()).await;
-    message
-        .map_err(late)??
-        .ok_or_else(|| Status::invalid_argument("the stream ended before hello"))
+    message.map_err(late)??.ok_or_else(|| Status::invalid_argument("the stream ended before hello"))
 }
 
 /// One worker's registration.
@@ -110,13 +108,7 @@ impl WorkerStream {
         directives: Directives<WorkerDirective>,
     ) -> Result<Self, Status> {
         let welcome = fleet.worker_welcome(standing.number);
-        let mut stream = Self {
-            fleet,
-            standing,
-            directives,
-            relays: Vec::new(),
-            behaviour: None,
-        };
+        let mut stream = Self { fleet, standing, directives, relays: Vec::new(), behaviour: None };
         let welcome = welcome.ok_or_else(|| Status::aborted("the records changed: try again"))?;
         stream.relays.clone_from(&welcome.relays);
         stream.behaviour.clone_from(&welcome.behaviour);
@@ -148,9 +140,7 @@ impl WorkerStream {
     /// `false`: the stream is over.
     async fn take(&self, message: WorkerMessage) -> bool {
         match message.message {
-            Some(worker_message::Message::Report(report)) => {
-                self.fleet.worker_reported(self.standing, &report)
-            }
+            Some(worker_message::Message::Report(report)) => self.fleet.worker_reported(self.standing, &report),
             Some(worker_message::Message::Deregister(_)) => {
                 self.fleet.worker_deregistered(self.standing).await;
                 false
@@ -187,9 +177,7 @@ impl WorkerStream {
     }
 
     fn send(&self, directive: worker_directive::Directive) -> bool {
-        let directive = WorkerDirective {
-            directive: Some(directive),
-        };
+        let directive = WorkerDirective { directive: Some(directive) };
         self.directives.try_send(Ok(directive)).is_ok()
     }
 }
@@ -210,19 +198,9 @@ impl Drop for RelayStream {
 }
 
 impl RelayStream {
-    fn new(
-        fleet: Arc<Fleet>,
-        standing: Standing<RelayNumber>,
-        directives: Directives<RelayDirective>,
-    ) -> Self {
+    fn new(fleet: Arc<Fleet>, standing: Standing<RelayNumber>, directives: Directives<RelayDirective>) -> Self {
         let welcome = fleet.relay_welcome(standing.number);
-        let mut stream = Self {
-            fleet,
-            standing,
-            directives,
-            routes: None,
-            version: 0,
-        };
+        let mut stream = Self { fleet, standing, directives, routes: None, version: 0 };
         stream.send(relay_directive::Directive::Welcome(welcome));
         stream.tell();
         stream
@@ -250,9 +228,7 @@ impl RelayStream {
 
     async fn take(&self, message: RelayMessage) -> bool {
         match message.message {
-            Some(relay_message::Message::Report(report)) => {
-                self.fleet.relay_reported(self.standing, &report)
-            }
+            Some(relay_message::Message::Report(report)) => self.fleet.relay_reported(self.standing, &report),
             Some(relay_message::Message::Deregister(_)) => {
                 self.fleet.relay_deregistered(self.standing).await;
                 false
@@ -274,9 +250,7 @@ impl RelayStream {
     }
 
     fn send(&self, directive: relay_directive::Directive) -> bool {
-        let directive = RelayDirective {
-            directive: Some(directive),
-        };
+        let directive = RelayDirective { directive: Some(directive) };
         self.directives.try_send(Ok(directive)).is_ok()
     }
 }

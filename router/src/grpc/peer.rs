@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use antiphon_core::id::SessionId;
 use antiphon_proto::v1::{
-    ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionUpdate, ReleaseRequest,
-    ReleaseResponse, RouteUpdate, Session, WatchRegionRequest, peer_server::Peer,
+    ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionUpdate, ReleaseRequest, ReleaseResponse,
+    RouteUpdate, Session, WatchRegionRequest, peer_server::Peer,
 };
 use antiphon_runtime::pki::Role;
 use tokio::{
@@ -61,20 +61,13 @@ impl Peer for Service {
         Ok(Response::new(self.0.place_here(&tenant, &request).await?))
     }
 
-    async fn release(
-        &self,
-        request: Request<ReleaseRequest>,
-    ) -> Result<Response<ReleaseResponse>, Status> {
+    async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         auth::peer(&request, Role::Router, None)?;
         let request = request.into_inner();
         let session = request.session.as_ref().try_into();
-        let session =
-            session.map_err(|_| Status::invalid_argument("session: expected 16 bytes"))?;
+        let session = session.map_err(|_| Status::invalid_argument("session: expected 16 bytes"))?;
         let session = SessionId::from_bytes(session);
-        let released = self
-            .0
-            .delete_here(&request.tenant, session, request.epoch)
-            .await?;
+        let released = self.0.delete_here(&request.tenant, session, request.epoch).await?;
         Ok(Response::new(ReleaseResponse { released }))
     }
 
@@ -85,9 +78,7 @@ impl Peer for Service {
         auth::peer(&request, Role::Router, None)?;
         let limit = limit(request.get_ref().limit)?;
         let listing = self.0.list_here(limit).await;
-        Ok(Response::new(ListSessionsResponse {
-            sessions: listing.sessions,
-        }))
+        Ok(Response::new(ListSessionsResponse { sessions: listing.sessions }))
     }
 }
 
@@ -127,11 +118,7 @@ async fn tell(fleet: Arc<Fleet>, updates: mpsc::Sender<Result<RegionUpdate, Stat
 }
 
 /// The update that brings a receiver from `old` to `new`, full if it has nothing yet.
-pub(super) fn told_routes(
-    version: &mut u64,
-    old: Option<&Arc<RouteMap>>,
-    new: &Arc<RouteMap>,
-) -> Option<RouteUpdate> {
+pub(super) fn told_routes(version: &mut u64, old: Option<&Arc<RouteMap>>, new: &Arc<RouteMap>) -> Option<RouteUpdate> {
     let update = match old {
         Some(old) if Arc::ptr_eq(old, new) => None,
         Some(old) => delta(*version + 1, old, new),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use antiphon_proto::v1::{
-    CreateSessionRequest, DeleteSessionRequest, DeleteSessionResponse, ExplainSessionRequest,
-    Explanation, ListSessionsRequest, ListSessionsResponse, Session, sessions_server::Sessions,
+    CreateSessionRequest, DeleteSessionRequest, DeleteSessionResponse, ExplainSessionRequest, Explanation,
+    ListSessionsRequest, ListSessionsResponse, Session, sessions_server::Sessions,
 };
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
@@ -27,19 +27,13 @@ impl Service {
 
 #[tonic::async_trait]
 impl Sessions for Service {
-    async fn create_session(
-        &self,
-        request: Request<CreateSessionRequest>,
-    ) -> Result<Response<Session>, Status> {
+    async fn create_session(&self, request: Request<CreateSessionRequest>) -> Result<Response<Session>, Status> {
         let caller = self.caller(&request)?;
         let session = self.0.create(&caller, request.get_ref()).await?;
         Ok(Response::new(session))
     }
 
-    async fn explain_session(
-        &self,
-        request: Request<ExplainSessionRequest>,
-    ) -> Result<Response<Explanation>, Status> {
+    async fn explain_session(&self, request: Request<ExplainSessionRequest>) -> Result<Response<Explanation>, Status> {
         let caller = self.caller(&request)?;
         let session = session_id(&request.get_ref().session)?;
         Ok(Response::new(self.0.explain(&caller, session)?))
@@ -63,9 +57,7 @@ impl Sessions for Service {
         let caller = self.caller(&request)?;
         let limit = limit(request.get_ref().limit)?;
         let listing = self.0.list(&caller.tenant, limit).await;
-        let mut response = Response::new(ListSessionsResponse {
-            sessions: listing.sessions,
-        });
+        let mut response = Response::new(ListSessionsResponse { sessions: listing.sessions });
         if !listing.missing.is_empty()
             && let Ok(missing) = listing.missing.join(",").parse()
         {

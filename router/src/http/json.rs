@@ -91,18 +91,12 @@ impl CreateBody {
         if self.epoch == Some(0) {
             return Err(FieldError::new("epoch", "starts at 1"));
         }
-        let client_key = BASE64.decode(&self.client_key).map_err(|_| {
-            FieldError::new(
-                "clientKey",
-                "is not base64url without padding (RFC 4648, section 5)",
-            )
-        })?;
+        let client_key = BASE64
+            .decode(&self.client_key)
+            .map_err(|_| FieldError::new("clientKey", "is not base64url without padding (RFC 4648, section 5)"))?;
         Ok(v1::CreateSessionRequest {
             agent: self.agent,
-            location: self.location.map(|Object(l)| v1::Location {
-                latitude: l.latitude,
-                longitude: l.longitude,
-            }),
+            location: self.location.map(|Object(l)| v1::Location { latitude: l.latitude, longitude: l.longitude }),
             client_key: client_key.into(),
             constraints: self.constraints.map(|Object(c)| v1::Constraints {
                 regions: c.regions,
@@ -110,9 +104,7 @@ impl CreateBody {
                 max_rtt_ms: c.max_rtt_ms,
             }),
             codec: codec.into(),
-            session: session
-                .map_or_else(Vec::new, |s| s.as_bytes().to_vec())
-                .into(),
+            session: session.map_or_else(Vec::new, |s| s.as_bytes().to_vec()).into(),
             epoch: self.epoch.unwrap_or(0),
             waited_ms: self.waited_ms.unwrap_or(0),
         })
@@ -276,9 +268,6 @@ impl From<admission::Listing> for Listing {
             turns: s.turns,
             relay: s.relay,
         };
-        Self {
-            sessions: listing.sessions.into_iter().map(summary).collect(),
-            missing: listing.missing,
-        }
+        Self { sessions: listing.sessions.into_iter().map(summary).collect(), missing: listing.missing }
     }
 }

@@ -54,10 +54,7 @@ impl Problem {
 
 impl From<FieldError> for Problem {
     fn from(error: FieldError) -> Self {
-        Self {
-            path: Some(error.path),
-            ..Self::of(StatusCode::BAD_REQUEST, error.problem)
-        }
+        Self { path: Some(error.path), ..Self::of(StatusCode::BAD_REQUEST, error.problem) }
     }
 }
 
@@ -70,10 +67,9 @@ impl From<Failure> for Problem {
             Failure::Invalid(error) => error.into(),
             Failure::NotFound(_) => Self::of(StatusCode::NOT_FOUND, text),
             Failure::Conflict(_) => Self::of(StatusCode::CONFLICT, text),
-            Failure::Unavailable(_) => Self {
-                retry_after_ms: Some(1000),
-                ..Self::of(StatusCode::SERVICE_UNAVAILABLE, text)
-            },
+            Failure::Unavailable(_) => {
+                Self { retry_after_ms: Some(1000), ..Self::of(StatusCode::SERVICE_UNAVAILABLE, text) }
+            }
             Failure::Refused(refusal, reason) => {
                 let status = match reason {
                     Reason::TenantLimit => StatusCode::TOO_MANY_REQUESTS,

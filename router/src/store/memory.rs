@@ -21,11 +21,7 @@ pub struct Memory {
 
 impl Default for Memory {
     fn default() -> Self {
-        Self {
-            records: watch::Sender::new(Arc::default()),
-            workers: Mutex::default(),
-            relays: Mutex::default(),
-        }
+        Self { records: watch::Sender::new(Arc::default()), workers: Mutex::default(), relays: Mutex::default() }
     }
 }
 
@@ -63,10 +59,7 @@ impl Store for Memory {
 
     async fn release_worker(&self, number: WorkerNumber, incarnation: Incarnation) {
         let mut workers = self.workers.lock();
-        if workers
-            .get(&number.value())
-            .is_some_and(|(_, i)| *i == incarnation)
-        {
+        if workers.get(&number.value()).is_some_and(|(_, i)| *i == incarnation) {
             workers.remove(&number.value());
         }
     }
@@ -80,9 +73,7 @@ impl Store for Memory {
             .map(|(index, _)| *index)
             .or_else(|| held.filter(|index| legal(*index)))
             .or_else(|| {
-                let free = free(start, RelayNumber::PER_REGION.into(), |n| {
-                    u8::try_from(n).is_ok_and(legal)
-                });
+                let free = free(start, RelayNumber::PER_REGION.into(), |n| u8::try_from(n).is_ok_and(legal));
                 free.and_then(|n| u8::try_from(n).ok())
             })
             .ok_or(StoreError::Exhausted(RelayNumber::PER_REGION.into()))?;
@@ -97,9 +88,7 @@ impl Store for Memory {
 
 /// The first number from `start` on, wrapping around at `count`, that is free.
 fn free(start: u64, count: u64, is_free: impl Fn(u16) -> bool) -> Option<u16> {
-    (0..count)
-        .filter_map(|step| u16::try_from((start + step) % count).ok())
-        .find(|n| is_free(*n))
+    (0..count).filter_map(|step| u16::try_from((start + step) % count).ok()).find(|n| is_free(*n))
 }
 
 fn hash(name: &str) -> u64 {
@@ -126,30 +115,18 @@ mod tests {
         assert_eq!(store.claim_worker(&claim("w-1", 1, None)).await, Ok(first));
         assert_eq!(store.claim_worker(&claim("w-1", 2, None)).await, Ok(first));
         // The former incarnation cannot give back what its successor holds.
-        store
-            .release_worker(first, Incarnation::new(1).unwrap())
-            .await;
-        let other = store
-            .claim_worker(&claim("w-2", 3, Some(first.value())))
-            .await
-            .unwrap();
+        store.release_worker(first, Incarnation::new(1).unwrap()).await;
+        let other = store.claim_worker(&claim("w-2", 3, Some(first.value()))).await.unwrap();
         assert_ne!(other, first);
-        store
-            .release_worker(first, Incarnation::new(2).unwrap())
-            .await;
-        let taken = store
-            .claim_worker(&claim("w-3", 4, Some(first.value())))
-            .await;
+        store.release_worker(first, Incarnation::new(2).unwrap()).await;
+        let taken = store.claim_worker(&claim("w-3", 4, Some(first.value()))).await;
         assert_eq!(taken, Ok(first));
     }
 
     #[tokio::test]
     async fn after_a_restart_a_number_that_is_held_is_kept() {
         let store = Memory::default();
-        let number = store
-            .claim_worker(&claim("w-9", 7, Some(4711)))
-            .await
-            .unwrap();
+        let number = store.claim_worker(&claim("w-9", 7, Some(4711))).await.unwrap();
         assert_eq!(number.value(), 4711);
     }
 
@@ -161,10 +138,7 @@ mod tests {
             seen.insert(store.claim_relay(&format!("r-{i}"), None).await.unwrap());
         }
         assert_eq!(seen.len(), 64);
-        assert_eq!(
-            store.claim_relay("r-64", None).await,
-            Err(StoreError::Exhausted(64))
-        );
+        assert_eq!(store.claim_relay("r-64", None).await, Err(StoreError::Exhausted(64)));
         store.release_relay("r-3").await;
         assert!(store.claim_relay("r-64", Some(200)).await.is_ok());
     }
@@ -173,14 +147,8 @@ mod tests {
     async fn a_refused_change_leaves_the_records_alone() {
         let store = Memory::default();
         let watch = store.watch();
-        let bad = v1::ApplyRequest {
-            regions: vec![v1::RegionRecord::default()],
-            ..v1::ApplyRequest::default()
-        };
-        assert!(matches!(
-            store.apply(&bad).await,
-            Err(StoreError::Invalid(_))
-        ));
+        let bad = v1::ApplyRequest { regions: vec![v1::RegionRecord::default()], ..v1::ApplyRequest::default() };
+        assert!(matches!(store.apply(&bad).await, Err(StoreError::Invalid(_))));
         assert!(!watch.has_changed().unwrap());
         assert_eq!(watch.borrow().revision, 0);
     }

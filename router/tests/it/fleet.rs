@@ -29,44 +29,23 @@ async fn a_worker_that_stops_reporting_leaves_placement_and_stays_routed() {
     let worker = world.worker(&region, "w-1", 10).await;
     let mut relay = Relay::register(&world, &region, "r-1").await;
     let route = id(&worker);
-    relay
-        .follow("the route", |r| r.routes.contains_key(&route))
-        .await;
+    relay.follow("the route", |r| r.routes.contains_key(&route)).await;
     worker.disconnect();
-    eventually("it leaves placement", async || {
-        !world.placeable(&region, "w-1").await
-    })
-    .await;
-    let refused = region
-        .sessions()
-        .create_session(with_key(&world.key, create()))
-        .await;
+    eventually("it leaves placement", async || !world.placeable(&region, "w-1").await).await;
+    let refused = region.sessions().create_session(with_key(&world.key, create())).await;
     let refusal = antiphon_proto::refusal::of_status(&refused.unwrap_err()).unwrap();
-    assert!(
-        refusal
-            .candidates
-            .iter()
-            .any(|c| c.verdict == "disconnected")
-    );
+    assert!(refusal.candidates.iter().any(|c| c.verdict == "disconnected"));
     // A second worker's route arrives; the first one's is still there.
     let other = world.worker(&region, "w-2", 10).await;
     let second = id(&other);
-    relay
-        .follow("the second route", |r| r.routes.contains_key(&second))
-        .await;
-    assert_eq!(
-        relay.routes.get(&route).map(String::as_str),
-        Some("127.0.0.1:4000")
-    );
+    relay.follow("the second route", |r| r.routes.contains_key(&second)).await;
+    assert_eq!(relay.routes.get(&route).map(String::as_str), Some("127.0.0.1:4000"));
     // Back with the same incarnation: the same number, placed again.
     let mut hello = worker.hello();
     hello.worker_number = Some(u32::from(ServerId::from_u64(route).worker.value()));
     worker.register_with(&world, &region, hello).await.unwrap();
     assert_eq!(id(&worker), route);
-    eventually("it is placed again", async || {
-        world.placeable(&region, "w-1").await
-    })
-    .await;
+    eventually("it is placed again", async || world.placeable(&region, "w-1").await).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -75,24 +54,14 @@ async fn a_worker_that_is_connected_but_silent_is_stale_after_its_lease() {
     let region = world.region("frankfurt").await;
     let worker = world.worker(&region, "w-1", 10).await;
     worker.shared.mute.store(true, Ordering::SeqCst);
-    eventually("its last report grows old", async || {
-        !world.placeable(&region, "w-1").await
-    })
-    .await;
+    eventually("its last report grows old", async || !world.placeable(&region, "w-1").await).await;
     let mut client = region.sessions();
     let refused = client.create_session(with_key(&world.key, create())).await;
     let refusal = antiphon_proto::refusal::of_status(&refused.unwrap_err()).unwrap();
     let line = refusal.candidates.iter().find(|c| c.worker == "w-1");
-    assert_eq!(
-        line.map(|c| c.verdict.as_str()),
-        Some("stale"),
-        "{refusal:?}"
-    );
+    assert_eq!(line.map(|c| c.verdict.as_str()), Some("stale"), "{refusal:?}");
     worker.shared.mute.store(false, Ordering::SeqCst);
-    eventually("it is placed again", async || {
-        world.placeable(&region, "w-1").await
-    })
-    .await;
+    eventually("it is placed again", async || world.placeable(&region, "w-1").await).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -102,26 +71,16 @@ async fn a_route_goes_when_its_worker_deregisters_or_is_replaced() {
     let worker = world.worker(&region, "w-1", 10).await;
     let mut relay = Relay::register(&world, &region, "r-1").await;
     let first = id(&worker);
-    relay
-        .follow("the route", |r| r.routes.contains_key(&first))
-        .await;
+    relay.follow("the route", |r| r.routes.contains_key(&first)).await;
     // A new life under the same name takes the number and the old route's place.
     worker.disconnect();
-    eventually("it is seen to be gone", async || {
-        !world.placeable(&region, "w-1").await
-    })
-    .await;
+    eventually("it is seen to be gone", async || !world.placeable(&region, "w-1").await).await;
     *worker.incarnation.lock() = Incarnation::new(77).unwrap();
     worker.register(&world, &region).await.unwrap();
     let second = id(&worker);
-    assert_eq!(
-        ServerId::from_u64(first).worker,
-        ServerId::from_u64(second).worker
-    );
+    assert_eq!(ServerId::from_u64(first).worker, ServerId::from_u64(second).worker);
     assert_ne!(first, second);
-    relay
-        .follow("the new route", |r| r.routes.contains_key(&second))
-        .await;
+    relay.follow("the new route", |r| r.routes.contains_key(&second)).await;
     assert!(!relay.routes.contains_key(&first));
     worker.deregister().await;
     relay.follow("no route", |r| r.routes.is_empty()).await;
@@ -155,10 +114,7 @@ async fn workers_and_relays_get_keys_that_fit_each_other() {
     let mut registered = worker.register(&world, &region).await.unwrap();
     assert_eq!(registered.welcome.cid_configs.len(), 1);
     assert!(registered.welcome.relays.is_empty());
-    assert_eq!(
-        registered.welcome.server_name,
-        "w-1.worker.frankfurt.antiphon.internal"
-    );
+    assert_eq!(registered.welcome.server_name, "w-1.worker.frankfurt.antiphon.internal");
     assert_eq!(registered.welcome.reset_key.len(), 32);
     let relay = Relay::register(&world, &region, "r-1").await;
     assert_eq!(relay.welcome.cid_configs, registered.welcome.cid_configs);
@@ -176,10 +132,7 @@ async fn workers_and_relays_get_keys_that_fit_each_other() {
     assert_eq!(relays[0].keys[0].up, keys.up.as_bytes().as_slice());
     assert_eq!(relays[0].keys[0].down, keys.down.as_bytes().as_slice());
     let generation = KeyGeneration::new(1).unwrap();
-    assert_eq!(
-        relay.welcome.cid_configs[0].key,
-        world.root.cid_key(generation).as_slice()
-    );
+    assert_eq!(relay.welcome.cid_configs[0].key, world.root.cid_key(generation).as_slice());
     // The agent's behaviour is pushed when it changes.
     let mut change = world.agent(&["frankfurt"]);
     change.agents[0].behaviour.as_mut().unwrap().revision = "r2".into();
@@ -188,10 +141,7 @@ async fn workers_and_relays_get_keys_that_fit_each_other() {
     let Some(Directive::Behaviour(behaviour)) = directive.unwrap().directive else {
         panic!("no behaviour");
     };
-    assert_eq!(
-        (behaviour.agent.as_str(), behaviour.revision.as_str()),
-        (AGENT, "r2")
-    );
+    assert_eq!((behaviour.agent.as_str(), behaviour.revision.as_str()), (AGENT, "r2"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -200,20 +150,12 @@ async fn each_service_is_for_its_role_only() {
     let region = world.region("frankfurt").await;
     let apply = async |role, of: &str| {
         let channel = world.channel(&region, "x-1", role, of);
-        AdminClient::new(channel)
-            .apply(v1::ApplyRequest::default())
-            .await
-            .map(drop)
+        AdminClient::new(channel).apply(v1::ApplyRequest::default()).await.map(drop)
     };
     let watch = async |role, of: &str| {
         let channel = world.channel(&region, "x-1", role, of);
-        let request = v1::WatchRegionRequest {
-            region: "frankfurt".into(),
-        };
-        PeerClient::new(channel)
-            .watch_region(request)
-            .await
-            .map(drop)
+        let request = v1::WatchRegionRequest { region: "frankfurt".into() };
+        PeerClient::new(channel).watch_region(request).await.map(drop)
     };
     let worker = async |role, of: &str| {
         let channel = world.channel(&region, "x-1", role, of);
@@ -222,10 +164,7 @@ async fn each_service_is_for_its_role_only() {
     };
     let relay = async |role, of: &str| {
         let channel = world.channel(&region, "x-1", role, of);
-        FleetClient::new(channel)
-            .run_relay(tokio_stream::empty())
-            .await
-            .map(drop)
+        FleetClient::new(channel).run_relay(tokio_stream::empty()).await.map(drop)
     };
     for role in Role::ALL {
         let outcomes = [
@@ -240,15 +179,8 @@ async fn each_service_is_for_its_role_only() {
                 assert_ne!(code, Some(Code::PermissionDenied), "{role}");
             } else {
                 let status = outcome.unwrap_err();
-                assert_eq!(
-                    status.code(),
-                    Code::PermissionDenied,
-                    "{role} as {expected}"
-                );
-                assert!(
-                    status.message().contains(&format!("expected a {expected}")),
-                    "{status:?}"
-                );
+                assert_eq!(status.code(), Code::PermissionDenied, "{role} as {expected}");
+                assert!(status.message().contains(&format!("expected a {expected}")), "{status:?}");
             }
         }
     }
@@ -271,32 +203,16 @@ async fn registration_says_what_is_missing() {
     let world = World::new();
     let region = world.router("frankfurt").await;
     let worker = world.stand_in(&region, "w-1", 10).await;
-    let code = async || {
-        worker
-            .register(&world, &region)
-            .await
-            .map(drop)
-            .unwrap_err()
-            .code()
-    };
+    let code = async || worker.register(&world, &region).await.map(drop).unwrap_err().code();
     assert_eq!(code().await, Code::Unavailable);
-    let only_region = v1::ApplyRequest {
-        regions: vec![region.record(1, crate::world::FRANKFURT)],
-        ..v1::ApplyRequest::default()
-    };
+    let only_region =
+        v1::ApplyRequest { regions: vec![region.record(1, crate::world::FRANKFURT)], ..v1::ApplyRequest::default() };
     world.apply(&region, only_region).await.unwrap();
     assert_eq!(code().await, Code::FailedPrecondition);
-    world
-        .apply(&region, world.agent(&["frankfurt"]))
-        .await
-        .unwrap();
+    world.apply(&region, world.agent(&["frankfurt"])).await.unwrap();
     let mut hello = worker.hello();
     hello.name = "w-2".into();
-    let refused = worker
-        .register_with(&world, &region, hello)
-        .await
-        .map(drop)
-        .unwrap_err();
+    let refused = worker.register_with(&world, &region, hello).await.map(drop).unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
     assert!(refused.message().starts_with("name: "), "{refused:?}");
     assert!(worker.register(&world, &region).await.is_ok());
@@ -311,31 +227,17 @@ async fn records_are_applied_whole_and_keys_are_revoked_at_once() {
     bad.agents[0].rtt_ceiling_max_ms = 50;
     let refused = world.apply(&region, bad).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
-    assert!(
-        refused
-            .message()
-            .starts_with("agents[0].rtt_ceiling_max_ms: "),
-        "{refused:?}"
-    );
+    assert!(refused.message().starts_with("agents[0].rtt_ceiling_max_ms: "), "{refused:?}");
     let list = async || {
         let list = v1::ListSessionsRequest { limit: 0 };
-        let listed = region
-            .sessions()
-            .list_sessions(with_key(&world.key, list))
-            .await;
+        let listed = region.sessions().list_sessions(with_key(&world.key, list)).await;
         listed.map(drop).map_err(|s| s.code())
     };
     assert_eq!(list().await, Ok(()));
-    let keys = world
-        .operator(&region)
-        .list_keys(v1::ListKeysRequest {})
-        .await;
+    let keys = world.operator(&region).list_keys(v1::ListKeysRequest {}).await;
     let keys = keys.unwrap().into_inner().keys;
     assert_eq!((keys.len(), keys[0].id.as_str()), (1, world.key.id()));
-    let revoke = v1::ApplyRequest {
-        removed_keys: vec![world.key.id().to_owned()],
-        ..v1::ApplyRequest::default()
-    };
+    let revoke = v1::ApplyRequest { removed_keys: vec![world.key.id().to_owned()], ..v1::ApplyRequest::default() };
     world.apply(&region, revoke).await.unwrap();
     assert_eq!(list().await, Err(Code::Unauthenticated));
     let limited = v1::ApplyRequest {
@@ -343,16 +245,10 @@ async fn records_are_applied_whole_and_keys_are_revoked_at_once() {
         ..v1::ApplyRequest::default()
     };
     world.apply(&region, limited).await.unwrap();
-    let refused = region
-        .sessions()
-        .create_session(with_key(&world.key, create()))
-        .await;
+    let refused = region.sessions().create_session(with_key(&world.key, create())).await;
     assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
     let stranger = ApiKey::from_random(&[1; ApiKey::RANDOM]);
-    let refused = region
-        .sessions()
-        .create_session(with_key(&stranger, create()))
-        .await;
+    let refused = region.sessions().create_session(with_key(&stranger, create())).await;
     assert_eq!(refused.unwrap_err().code(), Code::Unauthenticated);
 }
 
@@ -365,9 +261,7 @@ async fn the_admin_port_tells_readiness_and_counts() {
         let io = hyper_util::rt::TokioIo::new(stream);
         let (mut client, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
         let request = http::Request::get(path).header("host", "admin");
-        let request = request
-            .body(http_body_util::Empty::<bytes::Bytes>::new())
-            .unwrap();
+        let request = request.body(http_body_util::Empty::<bytes::Bytes>::new()).unwrap();
         let answer = async {
             use http_body_util::BodyExt as _;
             let response = client.send_request(request).await.unwrap();
@@ -381,20 +275,14 @@ async fn the_admin_port_tells_readiness_and_counts() {
         }
     };
     assert_eq!(get("/livez").await.0, 200);
-    assert_eq!(
-        get("/readyz").await,
-        (503, "waiting for: region record\n".to_owned())
-    );
+    assert_eq!(get("/readyz").await, (503, "waiting for: region record\n".to_owned()));
     let mut change = world.agent(&["frankfurt"]);
     change.regions = vec![region.record(1, crate::world::FRANKFURT)];
     world.apply(&region, change).await.unwrap();
     eventually("ready", async || get("/readyz").await.0 == 200).await;
     let _worker = world.worker(&region, "w-1", 1).await;
     for _ in 0..2 {
-        let _ = region
-            .sessions()
-            .create_session(with_key(&world.key, create()))
-            .await;
+        let _ = region.sessions().create_session(with_key(&world.key, create())).await;
     }
     let unsigned = region.sessions().create_session(create()).await;
     assert!(unsigned.is_err());
@@ -409,11 +297,5 @@ async fn the_admin_port_tells_readiness_and_counts() {
     for line in expected {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
-    eventually("the worker is counted", async || {
-        get("/metrics")
-            .await
-            .1
-            .contains("antiphon_router_workers 1")
-    })
-    .await;
+    eventually("the worker is counted", async || get("/metrics").await.1.contains("antiphon_router_workers 1")).await;
 }

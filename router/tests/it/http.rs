@@ -25,77 +25,29 @@ async fn bad_json_is_refused_with_its_place_and_a_way_out() {
         (String::new(), "", "EOF"),
         ("{".into(), "", "EOF"),
         ("[]".into(), "", "expected an object"),
-        (
-            with(|b| b["location"] = json!([50, 8])),
-            "location",
-            "expected an object",
-        ),
+        (with(|b| b["location"] = json!([50, 8])), "location", "expected an object"),
         (format!("{} x", body()), "", "trailing"),
         (with(|b| b["agnet"] = json!("x")), "agnet", "unknown field"),
-        (
-            with(|b| drop(b.as_object_mut().unwrap().remove("agent"))),
-            "",
-            "missing field `agent`",
-        ),
+        (with(|b| drop(b.as_object_mut().unwrap().remove("agent"))), "", "missing field `agent`"),
         (with(|b| b["agent"] = json!(7)), "agent", "invalid type"),
-        (
-            with(|b| b["agent"] = json!("desk")),
-            "agent",
-            "namespace/name",
-        ),
-        (
-            with(|b| b["clientKey"] = json!("AAA=")),
-            "clientKey",
-            "base64url",
-        ),
-        (
-            with(|b| b["clientKey"] = json!("AAAA")),
-            "clientKey",
-            "32 bytes",
-        ),
+        (with(|b| b["agent"] = json!("desk")), "agent", "namespace/name"),
+        (with(|b| b["clientKey"] = json!("AAA=")), "clientKey", "base64url"),
+        (with(|b| b["clientKey"] = json!("AAAA")), "clientKey", "32 bytes"),
         (with(|b| b["codec"] = json!("mp3")), "codec", "l16-16k"),
         (with(|b| b["epoch"] = json!(0)), "epoch", "starts at 1"),
         (with(|b| b["epoch"] = json!(-1)), "epoch", "invalid value"),
-        (
-            with(|b| b["session"] = json!("abc")),
-            "session",
-            "26 characters",
-        ),
-        (
-            with(|b| b["location"] = json!({"latitude": 91, "longitude": 0})),
-            "location",
-            "-90..=90",
-        ),
-        (
-            with(|b| b["location"] = json!({"latitude": 1})),
-            "location",
-            "missing field",
-        ),
+        (with(|b| b["session"] = json!("abc")), "session", "26 characters"),
+        (with(|b| b["location"] = json!({"latitude": 91, "longitude": 0})), "location", "-90..=90"),
+        (with(|b| b["location"] = json!({"latitude": 1})), "location", "missing field"),
         (
             with(|b| b["location"] = json!({"latitude": 1, "longitude": 1, "altitude": 1})),
             "location.altitude",
             "unknown field",
         ),
-        (
-            with(|b| b["constraints"] = json!({"regions": ["ok", 7]})),
-            "constraints.regions[1]",
-            "invalid type",
-        ),
-        (
-            with(|b| b["constraints"] = json!({"regions": ["Not OK"]})),
-            "constraints.regions[0]",
-            "a-z",
-        ),
-        (
-            with(|b| b["constraints"] = json!({"maxRttMs": 20})),
-            "constraints.maxRttMs",
-            "needs location",
-        ),
-        (
-            with(|b| b["waitedMs"] = json!(1.5)),
-            "waitedMs",
-            "invalid type",
-        ),
+        (with(|b| b["constraints"] = json!({"regions": ["ok", 7]})), "constraints.regions[1]", "invalid type"),
+        (with(|b| b["constraints"] = json!({"regions": ["Not OK"]})), "constraints.regions[0]", "a-z"),
+        (with(|b| b["constraints"] = json!({"maxRttMs": 20})), "constraints.maxRttMs", "needs location"),
+        (with(|b| b["waitedMs"] = json!(1.5)), "waitedMs", "invalid type"),
     ];
     for (text, path, detail) in table {
         let request = http::Request::post("/v1/sessions")
@@ -109,10 +61,7 @@ async fn bad_json_is_refused_with_its_place_and_a_way_out() {
         assert_eq!(answer.headers["content-type"], "application/problem+json");
         assert_eq!(answer.body["path"], path, "{text}: {answer:?}");
         let found = answer.body["detail"].as_str().unwrap();
-        assert!(
-            found.contains(detail),
-            "{text}: {found:?} has no {detail:?}"
-        );
+        assert!(found.contains(detail), "{text}: {found:?} has no {detail:?}");
     }
 }
 
@@ -121,10 +70,7 @@ async fn keys_open_only_what_is_theirs() {
     let world = World::new();
     let region = world.region("frankfurt").await;
     let worker = world.worker(&region, "w-1", 10).await;
-    let (limited, other) = (
-        ApiKey::from_random(&[21; ApiKey::RANDOM]),
-        ApiKey::from_random(&[22; ApiKey::RANDOM]),
-    );
+    let (limited, other) = (ApiKey::from_random(&[21; ApiKey::RANDOM]), ApiKey::from_random(&[22; ApiKey::RANDOM]));
     let mut foreign = key_record(&other, &[]);
     foreign.tenant = "rival".into();
     let change = antiphon_proto::v1::ApplyRequest {
@@ -137,35 +83,20 @@ async fn keys_open_only_what_is_theirs() {
     assert_eq!(bare.status, 401);
     assert_eq!(bare.headers["www-authenticate"], "Bearer");
     let stranger = ApiKey::from_random(&[23; ApiKey::RANDOM]);
-    assert_eq!(
-        region
-            .ask(&stranger, "GET", "/v1/sessions", None)
-            .await
-            .status,
-        401
-    );
-    let refused = region
-        .ask(&limited, "POST", "/v1/sessions", Some(body()))
-        .await;
+    assert_eq!(region.ask(&stranger, "GET", "/v1/sessions", None).await.status, 401);
+    let refused = region.ask(&limited, "POST", "/v1/sessions", Some(body())).await;
     assert_eq!(refused.status, 403, "{refused:?}");
     // Another tenant neither sees nor ends what is not its own.
-    let session = region
-        .ask(&world.key, "POST", "/v1/sessions", Some(body()))
-        .await;
+    let session = region.ask(&world.key, "POST", "/v1/sessions", Some(body())).await;
     assert_eq!(session.status, 201, "{session:?}");
     let path = session.headers["location"].to_str().unwrap().to_owned();
-    let explain = region
-        .ask(&other, "GET", &format!("{path}/explain"), None)
-        .await;
+    let explain = region.ask(&other, "GET", &format!("{path}/explain"), None).await;
     assert_eq!(explain.status, 404);
     let list = region.ask(&other, "GET", "/v1/sessions", None).await;
     assert_eq!(list.body, json!({ "sessions": [], "missing": [] }));
     assert_eq!(region.ask(&other, "DELETE", &path, None).await.status, 204);
     assert_eq!(worker.held(), 1);
-    assert_eq!(
-        region.ask(&world.key, "DELETE", &path, None).await.status,
-        204
-    );
+    assert_eq!(region.ask(&world.key, "DELETE", &path, None).await.status, 204);
     assert_eq!(worker.held(), 0);
 }
 
@@ -175,13 +106,8 @@ async fn http2_and_http1_share_the_port() {
     let region = world.region("frankfurt").await;
     let _worker = world.worker(&region, "w-1", 10).await;
     // gRPC is HTTP/2; the JSON client here speaks HTTP/1.1.
-    let over_http1 = region
-        .ask(&world.key, "POST", "/v1/sessions", Some(body()))
-        .await;
+    let over_http1 = region.ask(&world.key, "POST", "/v1/sessions", Some(body())).await;
     assert_eq!(over_http1.status, 201);
-    let over_http2 = region
-        .sessions()
-        .create_session(crate::world::with_key(&world.key, crate::world::create()))
-        .await;
+    let over_http2 = region.sessions().create_session(crate::world::with_key(&world.key, crate::world::create())).await;
     assert!(over_http2.is_ok());
 }

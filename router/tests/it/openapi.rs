@@ -23,19 +23,12 @@ impl Checker {
     fn take(&mut self, method: &str, path: &str, answer: &Answer) {
         let status = answer.status.to_string();
         let response = &self.document["paths"][path][method]["responses"][&status];
-        assert!(
-            response.is_object(),
-            "{method} {path} {status} is not documented: {answer:?}"
-        );
+        assert!(response.is_object(), "{method} {path} {status} is not documented: {answer:?}");
         let response = response.clone();
-        self.seen
-            .insert((path.to_owned(), method.to_owned(), status));
+        self.seen.insert((path.to_owned(), method.to_owned(), status));
         let headers = response["headers"].as_object();
         for name in headers.iter().flat_map(|h| h.keys()) {
-            assert!(
-                answer.headers.contains_key(name.to_lowercase()),
-                "{name} is missing: {answer:?}"
-            );
+            assert!(answer.headers.contains_key(name.to_lowercase()), "{name} is missing: {answer:?}");
         }
         match response["content"].as_object() {
             None => assert_eq!(answer.body, Value::Null),
@@ -82,20 +75,13 @@ impl Checker {
                     // The two patterns in use describe texts whose types say the same.
                     let text = value.as_str().unwrap();
                     let session = text.parse::<antiphon_core::id::SessionId>().is_ok();
-                    let label = antiphon_runtime::pki::PeerName::new(
-                        text,
-                        antiphon_runtime::pki::Role::Worker,
-                        "x",
-                    );
+                    let label = antiphon_runtime::pki::PeerName::new(text, antiphon_runtime::pki::Role::Worker, "x");
                     assert!(session || label.is_ok(), "{at}: {value}");
                 }
                 "format" => {
                     assert_eq!(rule, "date-time");
                     let text = value.as_str().unwrap();
-                    assert!(
-                        text.parse::<prost_types::Timestamp>().is_ok(),
-                        "{at}: {text}"
-                    );
+                    assert!(text.parse::<prost_types::Timestamp>().is_ok(), "{at}: {text}");
                 }
                 "items" => {
                     for (index, item) in value.as_array().unwrap().iter().enumerate() {
@@ -106,19 +92,13 @@ impl Checker {
                     for (key, item) in value.as_object().unwrap() {
                         let property = &rule[key];
                         assert!(property.is_object(), "{at}: {key} is not documented");
-                        self.fields
-                            .entry(name.clone())
-                            .or_default()
-                            .insert(key.clone());
+                        self.fields.entry(name.clone()).or_default().insert(key.clone());
                         self.check(property, item, &format!("{at}.{key}"));
                     }
                 }
                 "required" => {
                     for key in rule.as_array().unwrap() {
-                        assert!(
-                            !value[key.as_str().unwrap()].is_null(),
-                            "{at}: {key} is missing"
-                        );
+                        assert!(!value[key.as_str().unwrap()].is_null(), "{at}: {key} is missing");
                     }
                 }
                 "description" | "additionalProperties" => {}
@@ -133,22 +113,11 @@ impl Checker {
             for (method, operation) in operations.as_object().unwrap() {
                 for status in operation["responses"].as_object().unwrap().keys() {
                     let key = (path.clone(), method.clone(), status.clone());
-                    assert!(
-                        self.seen.contains(&key),
-                        "{key:?} is documented and was not served"
-                    );
+                    assert!(self.seen.contains(&key), "{key:?} is documented and was not served");
                 }
             }
         }
-        let answers = [
-            "Session",
-            "Relay",
-            "Candidate",
-            "Explanation",
-            "SessionSummary",
-            "SessionList",
-            "Problem",
-        ];
+        let answers = ["Session", "Relay", "Candidate", "Explanation", "SessionSummary", "SessionList", "Problem"];
         for name in answers {
             let documented = self.document["components"]["schemas"][name]["properties"].as_object();
             let documented: BTreeSet<String> = documented.unwrap().keys().cloned().collect();
@@ -169,18 +138,10 @@ async fn the_document_matches_what_is_served() {
         request.body(Full::<Bytes>::default()).unwrap()
     };
     let document = region.http(bare("GET", "/openapi.json")).await;
-    let mut checker = Checker {
-        document: document.body.clone(),
-        seen: BTreeSet::new(),
-        fields: BTreeMap::new(),
-    };
+    let mut checker = Checker { document: document.body.clone(), seen: BTreeSet::new(), fields: BTreeMap::new() };
     checker.take("get", "/openapi.json", &document);
     let key = &world.key;
-    let (sessions, one, explain) = (
-        "/v1/sessions",
-        "/v1/sessions/{session}",
-        "/v1/sessions/{session}/explain",
-    );
+    let (sessions, one, explain) = ("/v1/sessions", "/v1/sessions/{session}", "/v1/sessions/{session}/explain");
     let post = async |change: fn(&mut Value)| {
         let mut value = body();
         change(&mut value);
@@ -194,18 +155,8 @@ async fn the_document_matches_what_is_served() {
     .await;
     checker.take("post", sessions, &placed);
     let id = placed.body["session"].as_str().unwrap().to_owned();
-    checker.take(
-        "get",
-        explain,
-        &region
-            .ask(key, "GET", &format!("/v1/sessions/{id}/explain"), None)
-            .await,
-    );
-    checker.take(
-        "get",
-        sessions,
-        &region.ask(key, "GET", "/v1/sessions?limit=5", None).await,
-    );
+    checker.take("get", explain, &region.ask(key, "GET", &format!("/v1/sessions/{id}/explain"), None).await);
+    checker.take("get", sessions, &region.ask(key, "GET", "/v1/sessions?limit=5", None).await);
 
     checker.take("post", sessions, &post(|b| b["codec"] = json!("mp3")).await);
     let conflict = post(|b| {
@@ -213,21 +164,11 @@ async fn the_document_matches_what_is_served() {
         b["codec"] = json!("l16-16k");
     });
     checker.take("post", sessions, &conflict.await);
-    checker.take(
-        "post",
-        sessions,
-        &post(|b| b["agent"] = json!("x".repeat(70_000))).await,
-    );
-    checker.take(
-        "post",
-        sessions,
-        &post(|b| b["agent"] = json!("shop/nobody")).await,
-    );
+    checker.take("post", sessions, &post(|b| b["agent"] = json!("x".repeat(70_000))).await);
+    checker.take("post", sessions, &post(|b| b["agent"] = json!("shop/nobody")).await);
     let mut unlabelled = bare("POST", sessions);
     let bearer = format!("Bearer {}", key.text());
-    unlabelled
-        .headers_mut()
-        .insert("authorization", bearer.parse().unwrap());
+    unlabelled.headers_mut().insert("authorization", bearer.parse().unwrap());
     checker.take("post", sessions, &region.http(unlabelled).await);
     assert_eq!(post(|_| ()).await.status, 201);
     let full = post(|_| ()).await;
@@ -236,16 +177,10 @@ async fn the_document_matches_what_is_served() {
 
     let limited = antiphon_proto::api_key::ApiKey::from_random(&[31; 28]);
     let mut change = world.agent(&["frankfurt"]);
-    change
-        .keys
-        .push(crate::world::key_record(&limited, &["other/*"]));
+    change.keys.push(crate::world::key_record(&limited, &["other/*"]));
     change.agents[0].sessions_per_tenant = 1;
     world.apply(&region, change).await.unwrap();
-    checker.take(
-        "post",
-        sessions,
-        &region.ask(&limited, "POST", sessions, Some(body())).await,
-    );
+    checker.take("post", sessions, &region.ask(&limited, "POST", sessions, Some(body())).await);
     checker.take("post", sessions, &post(|_| ()).await);
 
     for (method, path, concrete) in [
@@ -258,49 +193,17 @@ async fn the_document_matches_what_is_served() {
         assert_eq!(answer.status, 401);
         checker.take(method, path, &answer);
     }
-    checker.take(
-        "get",
-        sessions,
-        &region.ask(key, "GET", "/v1/sessions?limit=x", None).await,
-    );
-    checker.take(
-        "get",
-        sessions,
-        &region
-            .ask(key, "GET", "/v1/sessions?limit=10001", None)
-            .await,
-    );
-    checker.take(
-        "get",
-        explain,
-        &region
-            .ask(key, "GET", "/v1/sessions/bad/explain", None)
-            .await,
-    );
+    checker.take("get", sessions, &region.ask(key, "GET", "/v1/sessions?limit=x", None).await);
+    checker.take("get", sessions, &region.ask(key, "GET", "/v1/sessions?limit=10001", None).await);
+    checker.take("get", explain, &region.ask(key, "GET", "/v1/sessions/bad/explain", None).await);
     let unknown = "/v1/sessions/7zzzzzzzzzzzzzzzzzzzzzzzzz";
-    checker.take(
-        "get",
-        explain,
-        &region
-            .ask(key, "GET", &format!("{unknown}/explain"), None)
-            .await,
-    );
-    checker.take(
-        "delete",
-        one,
-        &region.ask(key, "DELETE", "/v1/sessions/bad", None).await,
-    );
-    checker.take(
-        "delete",
-        one,
-        &region.ask(key, "DELETE", unknown, None).await,
-    );
+    checker.take("get", explain, &region.ask(key, "GET", &format!("{unknown}/explain"), None).await);
+    checker.take("delete", one, &region.ask(key, "DELETE", "/v1/sessions/bad", None).await);
+    checker.take("delete", one, &region.ask(key, "DELETE", unknown, None).await);
     // With its only worker gone nobody can say whether a session is still there.
     drop(worker);
     crate::world::eventually("the worker's API is gone", async || {
-        let answer = region
-            .ask(key, "DELETE", &format!("/v1/sessions/{id}"), None)
-            .await;
+        let answer = region.ask(key, "DELETE", &format!("/v1/sessions/{id}"), None).await;
         let gone = answer.status == 503;
         if gone {
             checker.take("delete", one, &answer);
@@ -313,11 +216,7 @@ async fn the_document_matches_what_is_served() {
         let answer = region.http(bare(method, path)).await;
         assert_eq!(answer.status, status);
         assert_eq!(answer.headers["content-type"], "application/problem+json");
-        checker.check(
-            &json!({"$ref": "#/components/schemas/Problem"}),
-            &answer.body,
-            path,
-        );
+        checker.check(&json!({"$ref": "#/components/schemas/Problem"}), &answer.body, path);
     }
     checker.finish();
 }

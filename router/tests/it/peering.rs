@@ -3,18 +3,13 @@
 use antiphon_proto::v1;
 use tonic::Code;
 
-use crate::world::{
-    FRANKFURT, Region, Relay, VIRGINIA, World, create, eventually, point, with_key,
-};
+use crate::world::{FRANKFURT, Region, Relay, VIRGINIA, World, create, eventually, point, with_key};
 
 const SINGAPORE: (f64, f64) = (1.35, 103.82);
 
 /// Both regions know both.
 async fn pair(world: &World) -> (Region, Region) {
-    let (frankfurt, virginia) = (
-        world.router("frankfurt").await,
-        world.router("virginia").await,
-    );
+    let (frankfurt, virginia) = (world.router("frankfurt").await, world.router("virginia").await);
     for region in [&frankfurt, &virginia] {
         let mut change = world.agent(&["frankfurt", "virginia"]);
         change.regions = vec![frankfurt.record(1, FRANKFURT), virginia.record(2, VIRGINIA)];
@@ -32,10 +27,7 @@ async fn free_in(world: &World, region: &Region, other: &str) -> u32 {
 }
 
 async fn ask(world: &World, region: &Region, at: (f64, f64)) -> Result<v1::Session, tonic::Status> {
-    let request = v1::CreateSessionRequest {
-        location: Some(point(at)),
-        ..create()
-    };
+    let request = v1::CreateSessionRequest { location: Some(point(at)), ..create() };
     let mut client = region.sessions();
     let answer = client.create_session(with_key(&world.key, request)).await;
     answer.map(tonic::Response::into_inner)
@@ -48,17 +40,12 @@ async fn a_caller_is_placed_in_the_nearest_region_whoever_is_asked() {
     let here = world.worker(&frankfurt, "w-1", 10).await;
     let there = world.worker(&virginia, "w-1", 10).await;
     let _relay = Relay::register(&world, &virginia, "r-1").await;
-    eventually("frankfurt hears of virginia's leases", async || {
-        free_in(&world, &frankfurt, "virginia").await == 10
-    })
-    .await;
+    eventually("frankfurt hears of virginia's leases", async || free_in(&world, &frankfurt, "virginia").await == 10)
+        .await;
     let near = ask(&world, &frankfurt, (48.86, 2.35)).await.unwrap();
     assert_eq!(near.region, "frankfurt");
     let far = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap();
-    assert_eq!(
-        (far.region.as_str(), there.held(), here.held()),
-        ("virginia", 1, 1)
-    );
+    assert_eq!((far.region.as_str(), there.held(), here.held()), ("virginia", 1, 1));
     assert_eq!(far.server_name, "w-1.worker.virginia.antiphon.internal");
     eventually("frankfurt hears of virginia's relay", async || {
         let session = ask(&world, &frankfurt, (48.86, 2.35)).await.unwrap();
@@ -68,9 +55,7 @@ async fn a_caller_is_placed_in_the_nearest_region_whoever_is_asked() {
     assert_eq!(far.relays.len(), 1);
 
     let mut client = frankfurt.sessions();
-    let explain = v1::ExplainSessionRequest {
-        session: far.session.clone(),
-    };
+    let explain = v1::ExplainSessionRequest { session: far.session.clone() };
     let explained = client.explain_session(with_key(&world.key, explain)).await;
     let explained = explained.unwrap().into_inner();
     let verdict = |region: &str| {
@@ -81,33 +66,13 @@ async fn a_caller_is_placed_in_the_nearest_region_whoever_is_asked() {
     assert_eq!(verdict("frankfurt"), "eligible");
     // Each region lists and ends the fleet's sessions.
     let list = with_key(&world.key, v1::ListSessionsRequest { limit: 0 });
-    let listed = frankfurt
-        .sessions()
-        .list_sessions(list)
-        .await
-        .unwrap()
-        .into_inner();
-    assert!(
-        listed
-            .sessions
-            .iter()
-            .any(|s| s.session == far.session && s.region == "virginia")
-    );
-    let delete = v1::DeleteSessionRequest {
-        session: near.session.clone(),
-    };
+    let listed = frankfurt.sessions().list_sessions(list).await.unwrap().into_inner();
+    assert!(listed.sessions.iter().any(|s| s.session == far.session && s.region == "virginia"));
+    let delete = v1::DeleteSessionRequest { session: near.session.clone() };
     let mut other = virginia.sessions();
-    other
-        .delete_session(with_key(&world.key, delete))
-        .await
-        .unwrap();
-    let delete = v1::DeleteSessionRequest {
-        session: far.session,
-    };
-    client
-        .delete_session(with_key(&world.key, delete))
-        .await
-        .unwrap();
+    other.delete_session(with_key(&world.key, delete)).await.unwrap();
+    let delete = v1::DeleteSessionRequest { session: far.session };
+    client.delete_session(with_key(&world.key, delete)).await.unwrap();
     assert_eq!(there.held(), 0);
     let left = here.shared.sessions.lock();
     assert!(left.values().all(|s| s.session != near.session.as_bytes()));
@@ -119,34 +84,19 @@ async fn the_next_region_takes_what_the_best_one_cannot() {
     let (frankfurt, virginia) = pair(&world).await;
     let _here = world.worker(&frankfurt, "w-1", 10).await;
     let there = world.worker(&virginia, "w-1", 10).await;
-    eventually("frankfurt hears of virginia's leases", async || {
-        free_in(&world, &frankfurt, "virginia").await == 10
-    })
-    .await;
+    eventually("frankfurt hears of virginia's leases", async || free_in(&world, &frankfurt, "virginia").await == 10)
+        .await;
     // Its digest still says that there is room.
     *there.shared.stubborn.lock() = true;
     let session = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap();
     assert_eq!(session.region, "frankfurt");
-    let explain = v1::ExplainSessionRequest {
-        session: session.session,
-    };
-    let explained = frankfurt
-        .sessions()
-        .explain_session(with_key(&world.key, explain))
-        .await;
+    let explain = v1::ExplainSessionRequest { session: session.session };
+    let explained = frankfurt.sessions().explain_session(with_key(&world.key, explain)).await;
     let explained = explained.unwrap().into_inner();
     assert_eq!(explained.attempts, 2);
-    let virginia = explained
-        .candidates
-        .iter()
-        .find(|c| c.region == "virginia")
-        .unwrap();
+    let virginia = explained.candidates.iter().find(|c| c.region == "virginia").unwrap();
     assert_eq!(virginia.verdict, "refused");
-    assert!(
-        virginia.detail.starts_with("no_capacity: "),
-        "{}",
-        virginia.detail
-    );
+    assert!(virginia.detail.starts_with("no_capacity: "), "{}", virginia.detail);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -159,10 +109,8 @@ async fn a_region_whose_router_is_gone_is_skipped_and_stays_routed() {
     let mut relay = Relay::register(&world, &frankfurt, "r-1").await;
     relay.follow("both routes", |r| r.routes.len() == 2).await;
     assert!(relay.routes.contains_key(&remote));
-    eventually("frankfurt hears of virginia's leases", async || {
-        free_in(&world, &frankfurt, "virginia").await == 10
-    })
-    .await;
+    eventually("frankfurt hears of virginia's leases", async || free_in(&world, &frankfurt, "virginia").await == 10)
+        .await;
     drop(virginia);
     eventually("virginia is skipped", async || {
         let session = ask(&world, &frankfurt, (40.71, -74.01)).await;
@@ -187,31 +135,17 @@ async fn a_cordoned_region_gets_nothing_new_and_distance_limits_the_rest() {
     world.apply(&frankfurt, change).await.unwrap();
     let mut record = virginia.record(2, VIRGINIA);
     record.phase = v1::Phase::Cordoned.into();
-    let cordon = v1::ApplyRequest {
-        regions: vec![record],
-        ..v1::ApplyRequest::default()
-    };
+    let cordon = v1::ApplyRequest { regions: vec![record], ..v1::ApplyRequest::default() };
     world.apply(&virginia, cordon).await.unwrap();
     eventually("frankfurt hears of the cordon", async || {
         let refused = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap_err();
         let refusal = antiphon_proto::refusal::of_status(&refused).unwrap();
-        let verdicts: Vec<_> = refusal
-            .candidates
-            .iter()
-            .map(|c| c.verdict.as_str())
-            .collect();
+        let verdicts: Vec<_> = refusal.candidates.iter().map(|c| c.verdict.as_str()).collect();
         verdicts.contains(&"cordoned") && verdicts.contains(&"too_far")
     })
     .await;
-    let waited = v1::CreateSessionRequest {
-        location: Some(point((40.71, -74.01))),
-        waited_ms: 10_000,
-        ..create()
-    };
-    let session = frankfurt
-        .sessions()
-        .create_session(with_key(&world.key, waited))
-        .await;
+    let waited = v1::CreateSessionRequest { location: Some(point((40.71, -74.01))), waited_ms: 10_000, ..create() };
+    let session = frankfurt.sessions().create_session(with_key(&world.key, waited)).await;
     assert_eq!(session.unwrap().get_ref().region, "frankfurt");
     let never = ask(&world, &frankfurt, SINGAPORE).await.unwrap_err();
     assert_eq!(never.code(), Code::FailedPrecondition, "{never:?}");

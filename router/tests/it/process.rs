@@ -38,10 +38,7 @@ async fn the_binary_starts_from_files_and_stops_on_sigterm() {
 
     let mut child = start(dir.path(), "frankfurt");
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let line = soon("its first words", lines.next_line())
-        .await
-        .unwrap()
-        .unwrap();
+    let line = soon("its first words", lines.next_line()).await.unwrap().unwrap();
     assert!(line.contains("router starts"), "{line}");
     let pid = Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
     kill_process(pid, Signal::TERM).unwrap();

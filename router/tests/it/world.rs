@@ -17,9 +17,8 @@ use antiphon_core::{
 use antiphon_proto::{
     api_key::ApiKey,
     v1::{
-        self, admin_client::AdminClient, fleet_client::FleetClient, reserve_response,
-        sessions_client::SessionsClient, worker_directive::Directive, worker_message::Message,
-        worker_server,
+        self, admin_client::AdminClient, fleet_client::FleetClient, reserve_response, sessions_client::SessionsClient,
+        worker_directive::Directive, worker_message::Message, worker_server,
     },
 };
 use antiphon_router::{Memory, Ports};
@@ -38,7 +37,7 @@ use tokio::{
     sync::{Semaphore, mpsc, watch},
     time::{interval, timeout},
 };
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, transport::Channel};
 
 pub(crate) const AGENT: &str = "shop/desk";
@@ -90,11 +89,7 @@ impl Drop for Region {
 impl World {
     pub(crate) fn new() -> Self {
         let root = FleetRoot::from_bytes([7; 32]);
-        Self {
-            ca: FleetCa::from_seed(&root.ca_seed()).unwrap(),
-            root,
-            key: ApiKey::from_random(&[9; ApiKey::RANDOM]),
-        }
+        Self { ca: FleetCa::from_seed(&root.ca_seed()).unwrap(), root, key: ApiKey::from_random(&[9; ApiKey::RANDOM]) }
     }
 
     pub(crate) fn identity(&self, name: &str, role: Role, region: &str) -> Identity {
@@ -113,14 +108,7 @@ impl World {
         let tasks = Tasks::new();
         let store = Arc::new(Memory::default());
         antiphon_router::start(identity.clone(), self.root.clone(), store, ports, &tasks).unwrap();
-        Region {
-            name: name.to_owned(),
-            public,
-            internal,
-            admin,
-            tasks,
-            identity,
-        }
+        Region { name: name.to_owned(), public, internal, admin, tasks, identity }
     }
 
     /// A region alone, with the agent and the key.
@@ -134,10 +122,7 @@ impl World {
 
     /// The agent in these regions, and the key.
     pub(crate) fn agent(&self, regions: &[&str]) -> v1::ApplyRequest {
-        let region = |name: &&str| v1::AgentRegion {
-            region: (*name).to_owned(),
-            weight: 100,
-        };
+        let region = |name: &&str| v1::AgentRegion { region: (*name).to_owned(), weight: 100 };
         let agent = v1::AgentRecord {
             behaviour: Some(v1::AgentBehaviour {
                 agent: AGENT.into(),
@@ -148,11 +133,7 @@ impl World {
             regions: regions.iter().map(region).collect(),
             ..v1::AgentRecord::default()
         };
-        v1::ApplyRequest {
-            agents: vec![agent],
-            keys: vec![key_record(&self.key, &[])],
-            ..v1::ApplyRequest::default()
-        }
+        v1::ApplyRequest { agents: vec![agent], keys: vec![key_record(&self.key, &[])], ..v1::ApplyRequest::default() }
     }
 
     pub(crate) fn operator(&self, region: &Region) -> AdminClient<Channel> {
@@ -166,11 +147,7 @@ impl World {
         tls::channel(&address, &identity, Role::Router, &region.name).unwrap()
     }
 
-    pub(crate) async fn apply(
-        &self,
-        region: &Region,
-        change: v1::ApplyRequest,
-    ) -> Result<(), Status> {
+    pub(crate) async fn apply(&self, region: &Region, change: v1::ApplyRequest) -> Result<(), Status> {
         self.operator(region).apply(change).await.map(drop)
     }
 
@@ -192,10 +169,7 @@ impl World {
         let worker = self.stand_in(region, name, slots).await;
         let welcome = worker.register(self, region).await;
         welcome.unwrap();
-        eventually("the worker is in placement", async || {
-            self.placeable(region, name).await
-        })
-        .await;
+        eventually("the worker is in placement", async || self.placeable(region, name).await).await;
         worker
     }
 
@@ -229,12 +203,10 @@ impl World {
             .unwrap()
             .add_service(worker_server::WorkerServer::from_arc(shared))
             .serve_with_incoming_shutdown(
-                TcpListenerStream::new(listener),
+                tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true)),
                 worker.tasks.stopping().cancelled_owned(),
             );
-        worker
-            .tasks
-            .spawn("worker api", async move { Ok(server.await?) });
+        worker.tasks.spawn("worker api", async move { Ok(server.await?) });
         worker
     }
 }
@@ -249,10 +221,7 @@ pub(crate) fn key_record(key: &ApiKey, agents: &[&str]) -> v1::KeyRecord {
 }
 
 pub(crate) fn point((latitude, longitude): (f64, f64)) -> v1::Location {
-    v1::Location {
-        latitude,
-        longitude,
-    }
+    v1::Location { latitude, longitude }
 }
 
 /// An Ed25519 public key.
@@ -306,9 +275,7 @@ impl Region {
         let tcp = TcpStream::connect(self.public).await.unwrap();
         let name = shared_dns(Role::Router, &self.name).try_into().unwrap();
         let stream = connector.connect(name, tcp).await.unwrap();
-        let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .unwrap();
+        let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         // Both end together: the connection is only driven for this one answer.
         let answer = async {
             let response = client.send_request(request).await.unwrap();
@@ -327,13 +294,7 @@ impl Region {
     }
 
     /// A JSON request with an API key.
-    pub(crate) async fn ask(
-        &self,
-        key: &ApiKey,
-        method: &str,
-        path: &str,
-        body: Option<Value>,
-    ) -> Answer {
+    pub(crate) async fn ask(&self, key: &ApiKey, method: &str, path: &str, body: Option<Value>) -> Answer {
         let mut request = ::http::Request::builder()
             .method(method)
             .uri(path)
@@ -343,8 +304,7 @@ impl Region {
             request = request.header("content-type", "application/json");
         }
         let body = body.map_or_else(Vec::new, |b| b.to_string().into_bytes());
-        self.http(request.body(Full::new(body.into())).unwrap())
-            .await
+        self.http(request.body(Full::new(body.into())).unwrap()).await
     }
 }
 
@@ -413,21 +373,14 @@ impl Worker {
             agent: AGENT.into(),
             slots: self.shared.slots,
             incarnation: self.incarnation.lock().value(),
-            shards: vec![v1::Shard {
-                number: 0,
-                tunnel_address: "127.0.0.1:4000".into(),
-            }],
+            shards: vec![v1::Shard { number: 0, tunnel_address: "127.0.0.1:4000".into() }],
             control_address: self.control_address.to_string(),
             ..v1::WorkerHello::default()
         }
     }
 
     /// Registers and reports, at every change and at every tick, until [`Self::disconnect`].
-    pub(crate) async fn register(
-        &self,
-        world: &World,
-        region: &Region,
-    ) -> Result<Registered, Status> {
+    pub(crate) async fn register(&self, world: &World, region: &Region) -> Result<Registered, Status> {
         self.register_with(world, region, self.hello()).await
     }
 
@@ -439,9 +392,7 @@ impl Worker {
     ) -> Result<Registered, Status> {
         let channel = world.channel(region, &self.shared.name, Role::Worker, &region.name);
         let (messages, stream) = mpsc::channel(16);
-        let send = |message| v1::WorkerMessage {
-            message: Some(message),
-        };
+        let send = |message| v1::WorkerMessage { message: Some(message) };
         messages.try_send(send(Message::Hello(hello))).unwrap();
         let mut fleet = FleetClient::new(channel);
         let directives = fleet.run_worker(ReceiverStream::new(stream)).await?;
@@ -492,10 +443,7 @@ impl Worker {
             }
             Ok(())
         });
-        Ok(Registered {
-            welcome,
-            directives: look,
-        })
+        Ok(Registered { welcome, directives: look })
     }
 
     /// Breaks the registration's stream.
@@ -506,9 +454,7 @@ impl Worker {
     /// Says goodbye.
     pub(crate) async fn deregister(&self) {
         let stream = self.stream.lock().take().unwrap();
-        let goodbye = v1::WorkerMessage {
-            message: Some(Message::Deregister(v1::Deregister {})),
-        };
+        let goodbye = v1::WorkerMessage { message: Some(Message::Deregister(v1::Deregister {})) };
         stream.send(goodbye).await.unwrap();
     }
 
@@ -527,10 +473,7 @@ impl Worker {
 
 #[tonic::async_trait]
 impl worker_server::Worker for Shared {
-    async fn reserve(
-        &self,
-        request: Request<v1::ReserveRequest>,
-    ) -> Result<Response<v1::ReserveResponse>, Status> {
+    async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
         let request = request.into_inner();
         self.asked.fetch_add(1, Ordering::SeqCst);
         let permit = self.gate.acquire().await.unwrap();
@@ -559,19 +502,13 @@ impl worker_server::Worker for Shared {
         };
         drop(sessions);
         self.changed.send_replace(());
-        Ok(Response::new(v1::ReserveResponse {
-            result: Some(result),
-        }))
+        Ok(Response::new(v1::ReserveResponse { result: Some(result) }))
     }
 
-    async fn release(
-        &self,
-        request: Request<v1::ReleaseRequest>,
-    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         let request = request.into_inner();
         let mut sessions = self.sessions.lock();
-        let owned =
-            |s: &v1::ReserveRequest| request.tenant.is_empty() || s.tenant == request.tenant;
+        let owned = |s: &v1::ReserveRequest| request.tenant.is_empty() || s.tenant == request.tenant;
         let released = sessions.get(&request.session).is_some_and(owned);
         if released {
             sessions.remove(&request.session);
@@ -587,10 +524,7 @@ impl worker_server::Worker for Shared {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         let sessions = self.sessions.lock();
         let summary = |s: &v1::ReserveRequest| v1::SessionSummary {
-            session: antiphon_core::id::SessionId::from_bytes(
-                s.session.as_ref().try_into().unwrap(),
-            )
-            .to_string(),
+            session: antiphon_core::id::SessionId::from_bytes(s.session.as_ref().try_into().unwrap()).to_string(),
             agent: s.agent.clone(),
             region: self.region.clone(),
             worker: self.name.clone(),
@@ -601,9 +535,7 @@ impl worker_server::Worker for Shared {
             tenant: s.tenant.clone(),
             ..v1::SessionSummary::default()
         };
-        Ok(Response::new(v1::ListSessionsResponse {
-            sessions: sessions.values().map(summary).collect(),
-        }))
+        Ok(Response::new(v1::ListSessionsResponse { sessions: sessions.values().map(summary).collect() }))
     }
 }
 
@@ -629,9 +561,7 @@ impl Relay {
             relay_number: None,
         };
         let hello = v1::relay_message::Message::Hello(hello);
-        let hello = v1::RelayMessage {
-            message: Some(hello),
-        };
+        let hello = v1::RelayMessage { message: Some(hello) };
         messages.try_send(hello).unwrap();
         let mut fleet = FleetClient::new(channel);
         let directives = fleet.run_relay(ReceiverStream::new(stream)).await;

@@ -27,27 +27,20 @@ pub(super) fn check(file: &Path, text: &str, tests: &BTreeSet<String>) -> Vec<Vi
                 violations.push(Violation::new(file, index + 1, text));
             }
             if let Some(number) = current {
-                invariants
-                    .entry(number)
-                    .or_insert((index + 1, Vec::new(), false))
-                    .1
-                    .push(reference);
+                invariants.entry(number).or_insert((index + 1, Vec::new(), false)).1.push(reference);
             }
         }
         if let Some(number) = current {
-            let entry = invariants
-                .entry(number)
-                .or_insert((index + 1, Vec::new(), false));
+            let entry = invariants.entry(number).or_insert((index + 1, Vec::new(), false));
             entry.2 |= line.to_lowercase().contains("not built yet");
         }
     }
     for number in 1..=INVARIANTS {
         let problem = match invariants.get(&number) {
             None => Some((0, format!("invariant I{number} is not described"))),
-            Some((line, found, false)) if found.is_empty() => Some((
-                *line,
-                format!("invariant I{number} names no test that enforces it"),
-            )),
+            Some((line, found, false)) if found.is_empty() => {
+                Some((*line, format!("invariant I{number} names no test that enforces it")))
+            }
             Some(_) => None,
         };
         violations.extend(problem.map(|(line, text)| Violation::new(file, line, text)));
@@ -57,9 +50,7 @@ pub(super) fn check(file: &Path, text: &str, tests: &BTreeSet<String>) -> Vec<Vi
 
 /// The number of the invariant that a line begins.
 fn invariant(line: &str) -> Option<u32> {
-    let rest = line
-        .trim_start_matches(['#', '*', '|', '-', ' '])
-        .strip_prefix('I')?;
+    let rest = line.trim_start_matches(['#', '*', '|', '-', ' ']).strip_prefix('I')?;
     let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, after) = rest.split_at(digits);
     // "I1 One packet rule", not "I18n".
@@ -73,14 +64,9 @@ fn references(line: &str) -> Vec<String> {
     let named = quoted.filter(|path| {
         let segments: Vec<&str> = path.split("::").collect();
         let word = |segment: &&str| {
-            !segment.is_empty()
-                && segment
-                    .chars()
-                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+            !segment.is_empty() && segment.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
         };
-        segments.len() > 2
-            && segments.iter().all(word)
-            && segments.iter().any(|s| ["tests", "it"].contains(s))
+        segments.len() > 2 && segments.iter().all(word) && segments.iter().any(|s| ["tests", "it"].contains(s))
     });
     named.map(str::to_owned).collect()
 }
@@ -93,51 +79,31 @@ mod tests {
 
     fn found(text: &str) -> Vec<String> {
         let tests = ["relay::table::tests::exact", "relay::it::drain::whole"].map(str::to_owned);
-        check(Path::new("A.md"), text, &tests.into())
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        check(Path::new("A.md"), text, &tests.into()).iter().map(ToString::to_string).collect()
     }
 
     fn others(from: u32) -> String {
-        (from..=INVARIANTS)
-            .map(|number| format!("- **I{number}** Not built yet.\n"))
-            .collect()
+        (from..=INVARIANTS).map(|number| format!("- **I{number}** Not built yet.\n")).collect()
     }
 
     #[test]
     fn invariants_with_existing_tests_pass() {
         let text = "## I1 One packet rule\nText.\nTests: `relay::table::tests::exact`, see `relay::table`.\n";
-        assert_eq!(
-            found(&format!(
-                "{text}| I2 | x | `relay::it::drain::whole` |\n{}",
-                others(3)
-            )),
-            [""; 0]
-        );
+        assert_eq!(found(&format!("{text}| I2 | x | `relay::it::drain::whole` |\n{}", others(3))), [""; 0]);
     }
 
     #[test]
     fn invariants_without_a_test_are_found() {
-        let text = format!(
-            "**I1 One packet rule.** Always.\n# Other\n`relay::table::tests::exact`\n{}",
-            others(3)
-        );
+        let text = format!("**I1 One packet rule.** Always.\n# Other\n`relay::table::tests::exact`\n{}", others(3));
         assert_eq!(
             found(&text),
-            [
-                "A.md:1: invariant I1 names no test that enforces it",
-                "A.md: invariant I2 is not described",
-            ]
+            ["A.md:1: invariant I1 names no test that enforces it", "A.md: invariant I2 is not described",]
         );
     }
 
     #[test]
     fn tests_that_do_not_exist_are_found() {
         let text = format!("- I1: `relay::table::tests::gone`\n{}", others(2));
-        assert_eq!(
-            found(&text),
-            ["A.md:1: there is no test relay::table::tests::gone"]
-        );
+        assert_eq!(found(&text), ["A.md:1: there is no test relay::table::tests::gone"]);
     }
 }

@@ -24,18 +24,11 @@ enum Kind {
 impl Graph {
     /// The resolved graph of `cargo metadata`.
     pub(super) fn of_metadata(metadata: &Value) -> Result<Self> {
-        let packages = metadata["packages"]
-            .as_array()
-            .context("metadata has packages")?;
-        let name_of: BTreeMap<&str, &str> = packages
-            .iter()
-            .filter_map(|package| Some((package["id"].as_str()?, package["name"].as_str()?)))
-            .collect();
+        let packages = metadata["packages"].as_array().context("metadata has packages")?;
+        let name_of: BTreeMap<&str, &str> =
+            packages.iter().filter_map(|package| Some((package["id"].as_str()?, package["name"].as_str()?))).collect();
         let mut graph = Self::default();
-        for node in metadata["resolve"]["nodes"]
-            .as_array()
-            .context("metadata is resolved")?
-        {
+        for node in metadata["resolve"]["nodes"].as_array().context("metadata is resolved")? {
             let name = |id: &Value| id.as_str().and_then(|id| name_of.get(id).copied());
             let from = name(&node["id"]).context("a node is a package")?;
             for dependency in node["deps"].as_array().into_iter().flatten() {
@@ -54,10 +47,7 @@ impl Graph {
     }
 
     fn add(&mut self, from: &str, to: &str, kind: Kind) {
-        self.edges
-            .entry(from.to_owned())
-            .or_default()
-            .insert((to.to_owned(), kind));
+        self.edges.entry(from.to_owned()).or_default().insert((to.to_owned(), kind));
     }
 
     fn of(&self, package: &str) -> impl Iterator<Item = &(String, Kind)> {
@@ -70,11 +60,7 @@ impl Graph {
         let mut seen = BTreeSet::from([package.to_owned()]);
         while let Some(way) = queue.pop_front() {
             let last = way.last()?;
-            let kinds: &[Kind] = if way.len() == 1 {
-                first
-            } else {
-                &[Kind::Normal]
-            };
+            let kinds: &[Kind] = if way.len() == 1 { first } else { &[Kind::Normal] };
             for (next, _) in self.of(last).filter(|(_, kind)| kinds.contains(kind)) {
                 let longer = [&way[..], std::slice::from_ref(next)].concat();
                 if next == target {
@@ -94,11 +80,7 @@ pub(super) fn check(graph: &Graph) -> Vec<Violation> {
     let mut violations = Vec::new();
     let mut report = |package: &str, way: Vec<String>, why: &str| {
         let manifest = format!("{}/Cargo.toml", package.trim_start_matches("antiphon-"));
-        violations.push(Violation::new(
-            manifest.as_ref(),
-            0,
-            format!("{}: {why}", way.join(" → ")),
-        ));
+        violations.push(Violation::new(manifest.as_ref(), 0, format!("{}: {why}", way.join(" → "))));
     };
     for (package, forbidden, why) in FORBIDDEN {
         for target in *forbidden {
@@ -111,69 +93,26 @@ pub(super) fn check(graph: &Graph) -> Vec<Violation> {
     for package in BINARIES {
         for other in BINARIES.iter().filter(|other| *other != package) {
             if let Some(way) = graph.way(package, other, &[Kind::Normal, Kind::Build, Kind::Dev]) {
-                report(
-                    package,
-                    way,
-                    "binaries meet on the wire and never link each other",
-                );
+                report(package, way, "binaries meet on the wire and never link each other");
             }
         }
     }
     violations
 }
 
-const BINARIES: &[&str] = &[
-    "antiphon-cli",
-    "antiphon-operator",
-    "antiphon-relay",
-    "antiphon-router",
-    "antiphon-worker",
-];
+const BINARIES: &[&str] =
+    &["antiphon-cli", "antiphon-operator", "antiphon-relay", "antiphon-router", "antiphon-worker"];
 
-const IO: &[&str] = &[
-    "etcd-client",
-    "k8s-openapi",
-    "kube",
-    "mio",
-    "prost",
-    "quinn",
-    "quinn-proto",
-    "quinn-udp",
-    "tokio",
-    "tonic",
-];
+const IO: &[&str] =
+    &["etcd-client", "k8s-openapi", "kube", "mio", "prost", "quinn", "quinn-proto", "quinn-udp", "tokio", "tonic"];
 
 const FORBIDDEN: &[(&str, &[&str], &str)] = &[
-    (
-        "antiphon-core",
-        IO,
-        "the core does no I/O and knows no wire format",
-    ),
-    (
-        "antiphon-media",
-        IO,
-        "media does no I/O and knows no wire format",
-    ),
-    (
-        "antiphon-crds",
-        &["antiphon-core", "kube-client", "tokio", "tonic"],
-        "resource types are plain data",
-    ),
-    (
-        "antiphon-relay",
-        &["kube-client"],
-        "only the operator holds Kubernetes credentials",
-    ),
-    (
-        "antiphon-router",
-        &["kube-client"],
-        "only the operator holds Kubernetes credentials",
-    ),
-    (
-        "antiphon-worker",
-        &["kube-client"],
-        "only the operator holds Kubernetes credentials",
-    ),
+    ("antiphon-core", IO, "the core does no I/O and knows no wire format"),
+    ("antiphon-media", IO, "media does no I/O and knows no wire format"),
+    ("antiphon-crds", &["antiphon-core", "kube-client", "tokio", "tonic"], "resource types are plain data"),
+    ("antiphon-relay", &["kube-client"], "only the operator holds Kubernetes credentials"),
+    ("antiphon-router", &["kube-client"], "only the operator holds Kubernetes credentials"),
+    ("antiphon-worker", &["kube-client"], "only the operator holds Kubernetes credentials"),
 ];
 
 #[cfg(test)]
@@ -197,9 +136,7 @@ mod tests {
         ]);
         assert_eq!(
             found,
-            [
-                "core/Cargo.toml: antiphon-core → helper → tokio: the core does no I/O and knows no wire format"
-            ]
+            ["core/Cargo.toml: antiphon-core → helper → tokio: the core does no I/O and knows no wire format"]
         );
     }
 

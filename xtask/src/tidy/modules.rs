@@ -39,56 +39,32 @@ pub(super) struct Tree {
 
 /// The members of the workspace with their targets.
 pub(super) fn packages(metadata: &Value, root: &Path) -> Result<Vec<Package>> {
-    let members = metadata["workspace_members"]
-        .as_array()
-        .context("metadata has members")?;
-    let relative = |path: &Value| -> Option<PathBuf> {
-        Path::new(path.as_str()?)
-            .strip_prefix(root)
-            .ok()
-            .map(Path::to_owned)
-    };
-    let packages = metadata["packages"]
-        .as_array()
-        .context("metadata has packages")?;
-    let members = packages
-        .iter()
-        .filter(|package| members.contains(&package["id"]));
+    let members = metadata["workspace_members"].as_array().context("metadata has members")?;
+    let relative =
+        |path: &Value| -> Option<PathBuf> { Path::new(path.as_str()?).strip_prefix(root).ok().map(Path::to_owned) };
+    let packages = metadata["packages"].as_array().context("metadata has packages")?;
+    let members = packages.iter().filter(|package| members.contains(&package["id"]));
     members
         .map(|package| {
             let name = package["name"].as_str().context("a package has a name")?;
             let name = name.trim_start_matches("antiphon-").to_owned();
-            let manifest =
-                relative(&package["manifest_path"]).context("a member lies in the workspace")?;
+            let manifest = relative(&package["manifest_path"]).context("a member lies in the workspace")?;
             let targets = package["targets"].as_array().into_iter().flatten();
             let targets = targets.filter_map(|target| {
                 let kind = target["kind"][0].as_str()?;
-                let own = ["test", "bench", "example"]
-                    .contains(&kind)
-                    .then(|| target["name"].as_str());
-                let path = std::iter::once(name.clone())
-                    .chain(own.flatten().map(str::to_owned))
-                    .collect();
-                Some(Target {
-                    path,
-                    file: relative(&target["src_path"])?,
-                })
+                let own = ["test", "bench", "example"].contains(&kind).then(|| target["name"].as_str());
+                let path = std::iter::once(name.clone()).chain(own.flatten().map(str::to_owned)).collect();
+                Some(Target { path, file: relative(&target["src_path"])? })
             });
             let targets = targets.collect();
-            Ok(Package {
-                directory: manifest.parent().unwrap_or(Path::new("")).to_owned(),
-                targets,
-            })
+            Ok(Package { directory: manifest.parent().unwrap_or(Path::new("")).to_owned(), targets })
         })
         .collect()
 }
 
 /// Follows `mod` declarations from the root of every target.
 pub(super) fn walk(packages: &[Package], sources: &[Source]) -> Tree {
-    let by_file: BTreeMap<&Path, &Source> = sources
-        .iter()
-        .map(|source| (source.file.as_path(), source))
-        .collect();
+    let by_file: BTreeMap<&Path, &Source> = sources.iter().map(|source| (source.file.as_path(), source)).collect();
     let mut tree = Tree::default();
     for target in packages.iter().flat_map(|package| &package.targets) {
         if let Some(root) = by_file.get(target.file.as_path()) {
@@ -103,27 +79,14 @@ pub(super) fn walk(packages: &[Package], sources: &[Source]) -> Tree {
 impl Tree {
     /// Files that no target reaches and modules without a file.
     pub(super) fn check(&self, sources: &[Source]) -> Vec<Violation> {
-        let unreached = sources
-            .iter()
-            .filter(|source| !self.reached.contains(&source.file));
-        let unreached = unreached.map(|source| {
-            Violation::new(
-                &source.file,
-                0,
-                "no module declares this file: it is never compiled",
-            )
-        });
+        let unreached = sources.iter().filter(|source| !self.reached.contains(&source.file));
+        let unreached = unreached
+            .map(|source| Violation::new(&source.file, 0, "no module declares this file: it is never compiled"));
         self.missing.iter().cloned().chain(unreached).collect()
     }
 
     /// One file, whose modules lie in `directory`.
-    fn file(
-        &mut self,
-        by_file: &BTreeMap<&Path, &Source>,
-        source: &Source,
-        directory: &Path,
-        path: &[String],
-    ) {
+    fn file(&mut self, by_file: &BTreeMap<&Path, &Source>, source: &Source, directory: &Path, path: &[String]) {
         if !self.reached.insert(source.file.clone()) {
             return;
         }
@@ -143,8 +106,7 @@ impl Tree {
                 Some(child) => self.file(by_file, child, &inner.join(&item.name), &full),
                 None => {
                     let text = format!("module {} has no file {}", item.name, child.display());
-                    self.missing
-                        .push(Violation::new(&source.file, item.line, text));
+                    self.missing.push(Violation::new(&source.file, item.line, text));
                 }
             }
         }
@@ -187,21 +149,14 @@ fn items(text: &str) -> Vec<Item> {
         }
         if code.starts_with("#[") {
             in_attribute = !code.ends_with(']');
-            is_test |= ["#[test]", "#[tokio::test"]
-                .iter()
-                .any(|attribute| code.starts_with(attribute));
+            is_test |= ["#[test]", "#[tokio::test"].iter().any(|attribute| code.starts_with(attribute));
             if code.starts_with("#[path") {
                 path = line.split('"').nth(1).map(PathBuf::from);
             }
             continue;
         }
         let names = || inside.iter().map(|(_, name)| name.clone()).collect();
-        let item = |kind, name: &str| Item {
-            kind,
-            name: name.to_owned(),
-            inside: names(),
-            line: index + 1,
-        };
+        let item = |kind, name: &str| Item { kind, name: name.to_owned(), inside: names(), line: index + 1 };
         if let Some(name) = after(code, "mod ") {
             if let Some(name) = name.strip_suffix(';') {
                 items.push(item(Kind::Module { file: path.take() }, name));
@@ -233,30 +188,18 @@ mod tests {
     use super::*;
 
     fn tree(files: &[(&str, &str)]) -> (Vec<String>, Vec<String>) {
-        let sources: Vec<Source> = files
-            .iter()
-            .map(|(file, text)| Source {
-                file: file.into(),
-                text: (*text).to_owned(),
-            })
-            .collect();
+        let sources: Vec<Source> =
+            files.iter().map(|(file, text)| Source { file: file.into(), text: (*text).to_owned() }).collect();
         let target = |path: &[&str], file: &str| Target {
             path: path.iter().map(|name| (*name).to_owned()).collect(),
             file: file.into(),
         };
         let packages = [Package {
             directory: "relay".into(),
-            targets: vec![
-                target(&["relay"], "relay/src/lib.rs"),
-                target(&["relay", "it"], "relay/tests/it.rs"),
-            ],
+            targets: vec![target(&["relay"], "relay/src/lib.rs"), target(&["relay", "it"], "relay/tests/it.rs")],
         }];
         let tree = walk(&packages, &sources);
-        let violations = tree
-            .check(&sources)
-            .iter()
-            .map(ToString::to_string)
-            .collect();
+        let violations = tree.check(&sources).iter().map(ToString::to_string).collect();
         (violations, tree.tests.into_iter().collect())
     }
 
@@ -279,11 +222,7 @@ mod tests {
         assert_eq!(violations, [""; 0]);
         assert_eq!(
             tests,
-            [
-                "relay::it::it::drain::whole",
-                "relay::table::swap::tests::in_a_file",
-                "relay::table::tests::inline"
-            ]
+            ["relay::it::it::drain::whole", "relay::table::swap::tests::in_a_file", "relay::table::tests::inline"]
         );
     }
 
@@ -304,10 +243,8 @@ mod tests {
 
     #[test]
     fn path_attributes_are_followed() {
-        let (violations, _) = tree(&[
-            ("relay/src/lib.rs", "#[path = \"other.rs\"]\nmod named;\n"),
-            ("relay/src/other.rs", ""),
-        ]);
+        let (violations, _) =
+            tree(&[("relay/src/lib.rs", "#[path = \"other.rs\"]\nmod named;\n"), ("relay/src/other.rs", "")]);
         assert_eq!(violations, [""; 0]);
     }
 

@@ -8,15 +8,9 @@ use super::{Source, Violation};
 pub(super) fn check(source: &Source) -> Vec<Violation> {
     let Source { file, text } = source;
     let mut violations = Vec::new();
-    let production = if is_test_file(file) {
-        0
-    } else {
-        production_lines(text)
-    };
+    let production = if is_test_file(file) { 0 } else { production_lines(text) };
     if production > LONGEST_FILE {
-        let text = format!(
-            "{production} lines before the tests, more than {LONGEST_FILE}: split it by what it knows"
-        );
+        let text = format!("{production} lines before the tests, more than {LONGEST_FILE}: split it by what it knows");
         violations.push(Violation::new(file, 0, text));
     }
     let virtual_time = text.contains("start_paused = true") || text.contains("time::pause()");
@@ -36,17 +30,8 @@ pub(super) fn check(source: &Source) -> Vec<Violation> {
 
 /// What holds for the root file of a crate.
 pub(super) fn check_root(source: &Source) -> Option<Violation> {
-    let forbids = source
-        .text
-        .lines()
-        .any(|line| line == "#![forbid(unsafe_code)]");
-    (!forbids).then(|| {
-        Violation::new(
-            &source.file,
-            0,
-            "a crate's root says #![forbid(unsafe_code)]",
-        )
-    })
+    let forbids = source.text.lines().any(|line| line == "#![forbid(unsafe_code)]");
+    (!forbids).then(|| Violation::new(&source.file, 0, "a crate's root says #![forbid(unsafe_code)]"))
 }
 
 /// A line without its strings and its comment. Strings over several lines are not recognised.
@@ -75,39 +60,27 @@ pub(super) fn code(line: &str) -> String {
 fn production_lines(text: &str) -> usize {
     let lines: Vec<&str> = text.lines().collect();
     let tests = lines.windows(2).position(|pair| {
-        pair[0].starts_with("#[cfg(test)]")
-            && pair[1]
-                .trim_start_matches("pub(crate) ")
-                .starts_with("mod ")
+        pair[0].starts_with("#[cfg(test)]") && pair[1].trim_start_matches("pub(crate) ").starts_with("mod ")
     });
     tests.unwrap_or(lines.len())
 }
 
 fn is_test_file(file: &Path) -> bool {
-    file.ends_with("tests.rs")
-        || file
-            .components()
-            .any(|component| component.as_os_str() == "tests")
+    file.ends_with("tests.rs") || file.components().any(|component| component.as_os_str() == "tests")
 }
 
 fn calls_sleep(code: &str) -> bool {
     ["sleep(", "sleep_until(", "sleep_ms("].iter().any(|call| {
         code.match_indices(call).any(|(at, _)| {
             // `fn oversleep(` is another word.
-            !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_')
-                && !code[..at].ends_with("fn ")
+            !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_') && !code[..at].ends_with("fn ")
         })
     })
 }
 
 /// Metrics are `antiphon_<component>_<noun>[_<unit>]`; the registry adds `_total` to counters.
 fn check_metrics(source: &Source) -> Vec<Violation> {
-    let component = source
-        .file
-        .iter()
-        .next()
-        .unwrap_or_default()
-        .to_string_lossy();
+    let component = source.file.iter().next().unwrap_or_default().to_string_lossy();
     let expected = format!("antiphon_{component}");
     let mut violations = Vec::new();
     for (line, name) in arguments(&source.text, ".sub_registry_with_prefix(") {
@@ -131,10 +104,7 @@ fn check_metrics(source: &Source) -> Vec<Violation> {
 fn arguments<'a>(text: &'a str, call: &str) -> Vec<(usize, &'a str)> {
     let calls = text.match_indices(call).filter_map(|(at, _)| {
         let line = text[..at].matches('\n').count();
-        let is_code = text
-            .lines()
-            .nth(line)
-            .is_some_and(|line| code(line).contains(call));
+        let is_code = text.lines().nth(line).is_some_and(|line| code(line).contains(call));
         Some((line + 1, literal(&text[at + call.len()..])?)).filter(|_| is_code)
     });
     calls.collect()
@@ -149,9 +119,7 @@ fn literal(arguments: &str) -> Option<&str> {
 fn is_metric_name(name: &str) -> bool {
     let word = |word: &str| {
         word.starts_with(|c: char| c.is_ascii_lowercase())
-            && word
-                .chars()
-                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
+            && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
     };
     name.split('_').all(word) && !name.ends_with("_total") && !name.starts_with("antiphon_")
 }
@@ -164,10 +132,7 @@ mod tests {
     use super::*;
 
     fn found(file: &str, text: &str) -> Vec<String> {
-        let source = Source {
-            file: file.into(),
-            text: text.to_owned(),
-        };
+        let source = Source { file: file.into(), text: text.to_owned() };
         check(&source).iter().map(ToString::to_string).collect()
     }
 
@@ -175,31 +140,17 @@ mod tests {
     fn length_counts_what_comes_before_the_tests() {
         let production = "fn f() {}\n".repeat(450);
         let tests = "#[cfg(test)]\nmod tests {\n".to_owned() + &"fn t() {}\n".repeat(450);
-        assert_eq!(
-            found("core/src/a.rs", &format!("{production}{tests}")),
-            [""; 0]
-        );
+        assert_eq!(found("core/src/a.rs", &format!("{production}{tests}")), [""; 0]);
         let long = format!("{production}fn g() {{}}\n{tests}");
-        let expected =
-            "core/src/a.rs: 451 lines before the tests, more than 450: split it by what it knows";
+        let expected = "core/src/a.rs: 451 lines before the tests, more than 450: split it by what it knows";
         assert_eq!(found("core/src/a.rs", &long), [expected]);
         assert_eq!(found("core/src/a/tests.rs", &long), [""; 0]);
     }
 
     #[test]
     fn ignored_tests_are_found() {
-        assert_eq!(
-            found(
-                "core/src/a.rs",
-                "#[test]\n    #[ignore = \"slow\"]\nfn f() {}\n"
-            )
-            .len(),
-            1
-        );
-        assert_eq!(
-            found("core/src/a.rs", "// #[ignore]\nlet s = \"#[ignore]\";\n"),
-            [""; 0]
-        );
+        assert_eq!(found("core/src/a.rs", "#[test]\n    #[ignore = \"slow\"]\nfn f() {}\n").len(), 1);
+        assert_eq!(found("core/src/a.rs", "// #[ignore]\nlet s = \"#[ignore]\";\n"), [""; 0]);
     }
 
     #[test]
@@ -207,41 +158,18 @@ mod tests {
         let test = "#[cfg(test)]\nmod tests {\n    tokio::time::sleep(D).await;\n}\n";
         assert_eq!(
             found("core/src/a.rs", test),
-            [
-                "core/src/a.rs:3: tests do not sleep: wait for a condition with a deadline, or use virtual time"
-            ]
+            ["core/src/a.rs:3: tests do not sleep: wait for a condition with a deadline, or use virtual time"]
         );
-        assert_eq!(
-            found("core/src/a.rs", "fn pause() {\n    sleep(D).await;\n}\n"),
-            [""; 0]
-        );
-        assert_eq!(
-            found(
-                "core/tests/it/a.rs",
-                "fn pause() {\n    sleep(D).await;\n}\n"
-            )
-            .len(),
-            1
-        );
-        assert_eq!(
-            found(
-                "core/tests/it/a.rs",
-                "oversleep(D); // sleep(1)\nlet s = \"sleep(1)\";\n"
-            ),
-            [""; 0]
-        );
+        assert_eq!(found("core/src/a.rs", "fn pause() {\n    sleep(D).await;\n}\n"), [""; 0]);
+        assert_eq!(found("core/tests/it/a.rs", "fn pause() {\n    sleep(D).await;\n}\n").len(), 1);
+        assert_eq!(found("core/tests/it/a.rs", "oversleep(D); // sleep(1)\nlet s = \"sleep(1)\";\n"), [""; 0]);
         let paused = format!("{test}// start_paused = true\n");
         assert_eq!(found("core/src/a.rs", &paused), [""; 0]);
     }
 
     #[test]
     fn roots_forbid_unsafe_code() {
-        let root = |text: &str| {
-            check_root(&Source {
-                file: "a/src/lib.rs".into(),
-                text: text.to_owned(),
-            })
-        };
+        let root = |text: &str| check_root(&Source { file: "a/src/lib.rs".into(), text: text.to_owned() });
         assert!(root("//! A crate.\n#![forbid(unsafe_code)]\n").is_none());
         assert!(root("//! A crate.\n// #![forbid(unsafe_code)]\n").is_some());
     }
@@ -249,28 +177,10 @@ mod tests {
     #[test]
     fn metric_names_follow_the_pattern() {
         for name in ["slots", "dropped_frames", "answer_delay_seconds"] {
-            assert_eq!(
-                found(
-                    "relay/src/m.rs",
-                    &format!("r.register(\n  \"{name}\", \"Help\", m);\n")
-                ),
-                [""; 0]
-            );
+            assert_eq!(found("relay/src/m.rs", &format!("r.register(\n  \"{name}\", \"Help\", m);\n")), [""; 0]);
         }
-        for name in [
-            "Slots",
-            "dropped-frames",
-            "drops_total",
-            "antiphon_relay_drops",
-            "a__b",
-            "",
-            "1st",
-        ] {
-            assert_eq!(
-                found("relay/src/m.rs", &format!("r.register(\"{name}\", m);\n")).len(),
-                1,
-                "{name}"
-            );
+        for name in ["Slots", "dropped-frames", "drops_total", "antiphon_relay_drops", "a__b", "", "1st"] {
+            assert_eq!(found("relay/src/m.rs", &format!("r.register(\"{name}\", m);\n")).len(), 1, "{name}");
         }
         let prefix = |name: &str| format!("r.sub_registry_with_prefix(\"{name}\");\n");
         assert_eq!(found("relay/src/m.rs", &prefix("antiphon_relay")), [""; 0]);

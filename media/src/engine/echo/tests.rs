@@ -33,24 +33,10 @@ impl Caller {
         let began = self.at;
         let (onset, rest) = pcm.split_at(5 * FRAME);
         self.hear(engine, onset, &[]);
-        self.hear(
-            engine,
-            rest,
-            &[TurnEvent::SpeechStarted {
-                turn: self.turn,
-                at: began,
-            }],
-        );
+        self.hear(engine, rest, &[TurnEvent::SpeechStarted { turn: self.turn, at: began }]);
         let ended = self.at;
         self.hear(engine, &[0; 30 * FRAME], &[]);
-        self.hear(
-            engine,
-            &[0; FRAME],
-            &[TurnEvent::SpeechStopped {
-                turn: self.turn,
-                at: ended,
-            }],
-        );
+        self.hear(engine, &[0; FRAME], &[TurnEvent::SpeechStopped { turn: self.turn, at: ended }]);
     }
 }
 
@@ -81,69 +67,30 @@ fn an_answer_is_receipt_pause_and_the_exact_words() {
     caller.say(&mut engine, &said);
     let (frames, pcm) = answer(&mut engine);
     let chain = receipt::chain(0, 0x1a2f);
-    assert_eq!(
-        receipt_in(&pcm),
-        Receipt {
-            turn: 1,
-            chain,
-            nonce: 0xbeef,
-            epoch: 7
-        }
-    );
+    assert_eq!(receipt_in(&pcm), Receipt { turn: 1, chain, nonce: 0xbeef, epoch: 7 });
     let receipt = 16 * 1080;
-    assert!(
-        pcm[receipt..receipt + 16 * 120]
-            .iter()
-            .all(|&sample| sample == 0)
-    );
+    assert!(pcm[receipt..receipt + 16 * 120].iter().all(|&sample| sample == 0));
     // 20 ms of silence are kept before the first sound.
     let words = &pcm[receipt + 16 * 140..];
     assert_eq!(words[..said.len()], said);
     assert!(frames[0].first && frames[frames.len() - 1].last);
-    assert_eq!(
-        frames
-            .iter()
-            .filter(|frame| frame.first || frame.last)
-            .count(),
-        2
-    );
-    assert!(
-        frames
-            .iter()
-            .all(|frame| (frame.generation, frame.turn) == (1, 1))
-    );
+    assert_eq!(frames.iter().filter(|frame| frame.first || frame.last).count(), 2);
+    assert!(frames.iter().all(|frame| (frame.generation, frame.turn) == (1, 1)));
     assert!(!engine.is_speaking());
 }
 
 #[test]
 fn the_chain_holds_all_codes_and_zero_for_none() {
-    let (mut engine, mut caller) = (
-        engine(),
-        Caller {
-            at: 960 * 1000,
-            turn: 0,
-        },
-    );
+    let (mut engine, mut caller) = (engine(), Caller { at: 960 * 1000, turn: 0 });
     let words = Utterance::ALL[1].pcm();
     let mut chain = 0;
     for code in [0x0000, 0xffff, 0x00d0] {
-        let said = if code == 0 {
-            words.clone()
-        } else {
-            script::with_code(code, &words, RATE)
-        };
+        let said = if code == 0 { words.clone() } else { script::with_code(code, &words, RATE) };
         caller.say(&mut engine, &said);
         chain = receipt::chain(chain, code);
-        assert_eq!(
-            receipt_in(&answer(&mut engine).1).chain,
-            chain,
-            "{code:04x}"
-        );
+        assert_eq!(receipt_in(&answer(&mut engine).1).chain, chain, "{code:04x}");
     }
-    let memory: Vec<_> = engine
-        .memory()
-        .map(|turn| (turn.turn, turn.generation, turn.code))
-        .collect();
+    let memory: Vec<_> = engine.memory().map(|turn| (turn.turn, turn.generation, turn.code)).collect();
     assert_eq!(memory, [(1, 1, 0), (2, 2, 0xffff), (3, 3, 0x00d0)]);
 }
 
@@ -154,16 +101,8 @@ fn an_interruption_stops_within_the_frame_and_names_what_to_flush() {
     caller.say(&mut engine, &Utterance::ALL[0].pcm());
     let mut frame = [0; FRAME];
     assert!(engine.next_frame(&mut frame).is_some());
-    let events = [
-        TurnEvent::SpeechStarted {
-            turn: 2,
-            at: caller.at,
-        },
-        TurnEvent::Interrupted {
-            turn: 2,
-            at: caller.at,
-        },
-    ];
+    let events =
+        [TurnEvent::SpeechStarted { turn: 2, at: caller.at }, TurnEvent::Interrupted { turn: 2, at: caller.at }];
     caller.hear(&mut engine, &[900; FRAME], &events);
     assert_eq!(engine.next_frame(&mut frame), None);
     assert!(!engine.is_speaking());
@@ -171,59 +110,33 @@ fn an_interruption_stops_within_the_frame_and_names_what_to_flush() {
     // The interrupting turn is answered, and the chain goes on.
     caller.hear(&mut engine, &[900; 10 * FRAME], &[]);
     let ended = caller.at;
-    caller.hear(
-        &mut engine,
-        &[0; FRAME],
-        &[TurnEvent::SpeechStopped { turn: 2, at: ended }],
-    );
+    caller.hear(&mut engine, &[0; FRAME], &[TurnEvent::SpeechStopped { turn: 2, at: ended }]);
     let (frames, pcm) = answer(&mut engine);
     assert_eq!(frames[0].generation, 2);
-    assert_eq!(
-        receipt_in(&pcm).chain,
-        receipt::chain(receipt::chain(0, 0), 0)
-    );
+    assert_eq!(receipt_in(&pcm).chain, receipt::chain(receipt::chain(0, 0), 0));
 }
 
 #[test]
 fn what_was_heard_is_remembered() {
     let (mut engine, mut caller) = (engine(), Caller { at: 0, turn: 0 });
     caller.say(&mut engine, &Utterance::ALL[0].pcm());
-    let report = PlayoutReport {
-        generation: 1,
-        heard_samples: 12_345,
-        complete: false,
-    };
+    let report = PlayoutReport { generation: 1, heard_samples: 12_345, complete: false };
     engine.played(report);
-    engine.played(PlayoutReport {
-        generation: 99,
-        ..report
-    });
+    engine.played(PlayoutReport { generation: 99, ..report });
     assert_eq!(engine.memory().next().unwrap().heard, Some(report));
     let (_, pcm) = answer(&mut engine);
     let samples = engine.memory().next().unwrap().answer_samples;
-    assert!(
-        pcm.len() as u64 * 3 - samples < 960,
-        "but for the last frame's padding"
-    );
+    assert!(pcm.len() as u64 * 3 - samples < 960, "but for the last frame's padding");
 }
 
 #[test]
 fn a_turn_without_end_is_cut_and_the_cut_counted() {
-    let settings = EchoSettings {
-        longest_turn: Duration::from_secs(3),
-        ..EchoSettings::new(RATE, 1, 1)
-    };
+    let settings = EchoSettings { longest_turn: Duration::from_secs(3), ..EchoSettings::new(RATE, 1, 1) };
     let (mut engine, mut caller) = (EchoEngine::new(settings), Caller { at: 0, turn: 0 });
     caller.say(&mut engine, &[1000; 16_000 * 5]);
     let memory = *engine.memory().next().unwrap();
-    assert!(
-        (16_000 * 2..16_000 * 3).contains(&memory.dropped_samples),
-        "{memory:?}"
-    );
-    assert!(
-        memory.answer_samples <= 48_000 * 3 + 48 * 1200,
-        "{memory:?}"
-    );
+    assert!((16_000 * 2..16_000 * 3).contains(&memory.dropped_samples), "{memory:?}");
+    assert!(memory.answer_samples <= 48_000 * 3 + 48 * 1200, "{memory:?}");
 }
 
 #[test]
@@ -245,13 +158,7 @@ fn a_forgetful_echo_starts_its_chain_anew() {
     let mut engine = ForgetfulEcho::new(EchoSettings::new(RATE, 1, 1));
     let mut caller = Caller { at: 0, turn: 0 };
     for code in [0x1234, 0x5678] {
-        caller.say(
-            &mut engine,
-            &script::with_code(code, &Utterance::ALL[0].pcm(), RATE),
-        );
-        assert_eq!(
-            receipt_in(&answer(&mut engine).1).chain,
-            receipt::chain(0, code)
-        );
+        caller.say(&mut engine, &script::with_code(code, &Utterance::ALL[0].pcm(), RATE));
+        assert_eq!(receipt_in(&answer(&mut engine).1).chain, receipt::chain(0, code));
     }
 }

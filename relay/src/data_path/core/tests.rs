@@ -54,13 +54,7 @@ fn bench() -> Bench {
     let mut packet = vec![0x40];
     packet.extend_from_slice(minter.mint_connection().as_bytes());
     packet.resize(160, 0);
-    Bench {
-        core,
-        metrics,
-        front: front_address,
-        worker,
-        packet,
-    }
+    Bench { core, metrics, front: front_address, worker, packet }
 }
 
 #[test]
@@ -100,14 +94,7 @@ fn forwarding_for_10_000_clients_allocates_nothing() {
     let Core { outbox, back, .. } = &mut bench.core;
     let allocations = allocation_counter::measure(|| {
         for n in 0..10_000 {
-            let judged = outbox.up(
-                &table,
-                unix_seconds(),
-                &bench.packet,
-                clients(n),
-                Ecn::Ect0,
-                back,
-            );
+            let judged = outbox.up(&table, unix_seconds(), &bench.packet, clients(n), Ecn::Ect0, back);
             assert_eq!(judged, Ok(()));
         }
         outbox.flush(back, Way::Up);
@@ -133,10 +120,7 @@ fn a_batch_allocates_nothing() {
                 assert!(Instant::now() < deadline);
             }
         });
-        assert!(
-            round == 0 || allocations.count_total == 0,
-            "{allocations:?}"
-        );
+        assert!(round == 0 || allocations.count_total == 0, "{allocations:?}");
     }
 }
 
