@@ -1,5 +1,7 @@
 //! A live call.
 
+mod paths;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -15,6 +17,7 @@ use antiphon_proto::v1::{
 };
 use antiphon_quic::{ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow};
 use bytes::Bytes;
+use futures::FutureExt as _;
 use prost::Message as _;
 use quinn::{Connection, Endpoint};
 use tokio::{
@@ -25,9 +28,9 @@ use tokio::{
 use crate::{
     dial::{Dial, Opened},
     party::{Event, Party, Step},
-    path::{PathSelector, Switch},
+    path::PathSelector,
     playout::Playout,
-    report::{CallReport, Rebind, RelaySwitch, TurnTiming},
+    report::{CallReport, TurnTiming},
     socket::RelaySocket,
 };
 
@@ -182,9 +185,7 @@ impl Call {
                     Err(reason) => return Err(self.lost(reason)),
                 },
                 due = steps.tick() => {
-                    if due.elapsed() > FRAME {
-                        self.report.late_steps += 1;
-                    }
+                    self.catch_up(due).await;
                     if self.step(party, &mut say).await? == Step::HangUp {
                         return Ok(());
                     }
@@ -200,6 +201,21 @@ impl Call {
                     Some(Command::HangUp) | None => return Ok(()),
                 },
             }
+        }
+    }
+
+    /// Takes what has arrived before the next step asks for it.
+    async fn catch_up(&mut self, due: tokio::time::Instant) {
+        if due.elapsed() > FRAME {
+            self.report.late_steps += 1;
+            // What came meanwhile is still with the connection's drivers: heard late is better than not at all.
+            for _ in 0..YIELDS {
+                tokio::task::yield_now().await;
+            }
+        }
+        for _ in 0..DATAGRAMS_PER_STEP {
+            let Some(Ok(datagram)) = self.connection.read_datagram().now_or_never() else { break };
+            self.on_datagram(&datagram);
         }
     }
 
@@ -305,95 +321,6 @@ impl Call {
         Ok(())
     }
 
-    /// Notices silence and acts on it: another relay, then another local address, in the end an error.
-    fn watch_path(&mut self, party: &mut dyn Party, now: Duration) -> Result<(), CallError> {
-        for relay in 0..self.dial.relays.len() {
-            let Some(heard) = self.socket.last_heard(relay).filter(|heard| *heard > self.last_heard) else {
-                continue;
-            };
-            self.note_gap(heard, relay);
-            self.path.on_heard(relay, heard);
-        }
-        let silent = now.saturating_sub(self.last_heard);
-        if silent > GIVE_UP {
-            return Err(CallError::WorkerSilent { place: self.dial.place.clone(), silent });
-        }
-        let rtt = self.connection.rtt();
-        let pto = rtt + rtt / 2 + ACK_DELAY;
-        if let Some(switch) = self.path.poll(now, pto) {
-            self.switch(switch, now, party);
-            self.rebind_after = self.rebind_after.saturating_sub(1);
-            if self.rebind_after == 0 {
-                self.rebind_after = self.dial.relays.len();
-                self.rebind(party);
-            }
-        }
-        Ok(())
-    }
-
-    /// Something came at `heard`: how long had it been quiet, and what was it that ended?
-    fn note_gap(&mut self, heard: Duration, relay: usize) {
-        let gap = heard.saturating_sub(self.last_heard);
-        self.report.longest_gap = self.report.longest_gap.max(gap);
-        let pending = self.report.switches.last_mut().filter(|s| s.gap.is_none() && s.switch.to == relay);
-        if let Some(switch) = pending {
-            switch.gap = Some(gap);
-        }
-        if let Some(rebind) = self.report.rebinds.last_mut().filter(|r| r.gap.is_none() && heard > r.at) {
-            rebind.gap = Some(gap);
-        }
-        self.last_heard = heard;
-        self.rebind_after = self.dial.relays.len();
-    }
-
-    /// The system says that a relay's port is closed: no need to wait for silence.
-    fn leave_closed_relay(&mut self, party: &mut dyn Party) {
-        let (now, active) = (self.started.elapsed(), self.path.active());
-        let closed = self.socket.last_refused(active).is_some();
-        if closed && let Some(switch) = self.path.on_refused(active, now) {
-            self.switch(switch, now, party);
-        }
-    }
-
-    fn switch(&mut self, switch: Switch, now: Duration, party: &mut dyn Party) {
-        if let Err(error) = self.socket.use_relay(switch.to) {
-            // The relay before stays in use; the silence that follows brings the next try.
-            tracing::warn!(session = %self.dial.session, %error, "relay");
-            return;
-        }
-        tracing::debug!(session = %self.dial.session, ?switch, "relay");
-        self.open_path(now);
-        self.report.switches.push(RelaySwitch { at: now, switch, gap: None });
-        party.on_event(&Event::Switched(switch));
-    }
-
-    /// RTP packets received and lost so far.
-    fn audio_counts(&self) -> (u32, u32) {
-        let jitter = self.receiver.stats().jitter;
-        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        (count(jitter.received), count(jitter.lost))
-    }
-
-    /// The worker learns of the new path by the first packet on it; twice, as one may be lost.
-    fn open_path(&mut self, now: Duration) {
-        let (received, lost) = self.audio_counts();
-        for _ in 0..2 {
-            let opener = self.beats.path_opener(micros(now), received, lost);
-            self.send(datagram::heartbeat(&opener));
-        }
-    }
-
-    fn rebind(&mut self, party: &mut dyn Party) {
-        match self.socket.rebind() {
-            Ok(()) => {
-                self.report.rebinds.push(Rebind { at: self.started.elapsed(), gap: None });
-                party.on_event(&Event::Rebound);
-            }
-            // The old socket stays; the silence that follows brings the next try.
-            Err(error) => tracing::warn!(session = %self.dial.session, %error, "new local address"),
-        }
-    }
-
     fn ended(&self, code: EndCode) -> CallError {
         CallError::Ended { place: self.dial.place.clone(), code }
     }
@@ -422,8 +349,8 @@ fn frame_ticks() -> Interval {
 }
 
 const FRAME: Duration = Duration::from_millis(20);
-/// The other end delays acknowledgements by this much at most (RFC 9000, section 18.2).
-const ACK_DELAY: Duration = Duration::from_millis(25);
-/// Silence through every relay after which the worker counts as lost.
-const GIVE_UP: Duration = Duration::from_secs(5);
 const GOODBYE: Duration = Duration::from_millis(500);
+/// Datagrams taken at one step at most, so that a flood cannot hold the playout clock up.
+const DATAGRAMS_PER_STEP: usize = 64;
+/// Turns that the drivers of the connection get before a step that comes late.
+const YIELDS: usize = 4;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use quinn::{
-    TransportConfig, VarInt,
+    AckFrequencyConfig, TransportConfig, VarInt,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use rustls::{
@@ -66,6 +66,7 @@ pub fn transport(side: Side, budget: AudioBudget) -> TransportConfig {
         .initial_mtu(1200)
         .min_mtu(1200)
         .mtu_discovery_config(None)
+        .ack_frequency_config(Some(ack_frequency()))
         .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MS).into()))
         .datagram_receive_buffer_size(Some(64 * 1200))
         .datagram_send_buffer_size(AudioBudget::SEND_FRAMES * budget.frame_bytes)
@@ -73,6 +74,14 @@ pub fn transport(side: Side, budget: AudioBudget) -> TransportConfig {
             budget.window(AudioBudget::FLOOR),
             budget.window(Duration::from_secs(1)).max(14_720),
         )));
+    config
+}
+
+/// Asks the other end for fewer acknowledgements (draft-ietf-quic-ack-frequency): audio is never sent again, and at
+/// fifty packets a second the default would answer every other one.
+fn ack_frequency() -> AckFrequencyConfig {
+    let mut config = AckFrequencyConfig::default();
+    config.ack_eliciting_threshold(VarInt::from_u32(5)).max_ack_delay(Some(MAX_ACK_DELAY));
     config
 }
 
@@ -115,6 +124,8 @@ pub fn client_crypto(
 
 /// Application protocol of a session.
 pub const ALPN: &[u8] = b"antiphon/1";
+/// Longest that an end delays an acknowledgement.
+pub const MAX_ACK_DELAY: Duration = Duration::from_millis(80);
 /// After this long without a packet the connection is gone.
 pub const IDLE_TIMEOUT_MS: u32 = 30_000;
 /// The control stream carries small messages only.

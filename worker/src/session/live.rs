@@ -1,0 +1,362 @@
+//! A session with an active owner: datagrams, control messages and the 20 ms clock of one conversation.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use antiphon_core::id::RelayNumber;
+use antiphon_media::{
+    engine::{EchoEngine, EchoSettings, Engine, PlayoutReport},
+    stream::StreamOrigin,
+    turn::TurnTaking,
+};
+use antiphon_proto::v1::{
+    Activated, ClientMessage, EndCode, Ended, Heartbeat, MoveRelay, ServerMessage,
+    client_message::Message as FromClient, server_message::Message as ToClient,
+};
+use antiphon_quic::{ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow};
+use bytes::Bytes;
+use futures::FutureExt as _;
+use prost::Message as _;
+use quinn::Connection;
+use tokio::{
+    sync::watch,
+    time::{Instant, Interval, MissedTickBehavior, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::farewell;
+use crate::{
+    capacity::Terms,
+    conversation::{Conversation, Output, Setup},
+    shard::{DrainingRelays, ShardContext, audio_format},
+    socket::path_relay,
+};
+
+/// Why an active session is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// This end says so.
+    Told(EndCode),
+    /// The client said goodbye.
+    Goodbye,
+    /// The connection broke.
+    Lost,
+    /// The same client is back on another connection, which owns the session now.
+    TakenOver,
+}
+
+/// A session with an active owner.
+pub(super) struct Live {
+    context: Arc<ShardContext>,
+    terms: Arc<Terms>,
+    connection: Connection,
+    writer: ControlWriter<ServerMessage>,
+    reader: ControlReader<ClientMessage>,
+    owner: CancellationToken,
+    conversation: Conversation,
+    beats: Heartbeats,
+    began: Instant,
+    steps: u64,
+    /// The draining relay that the client has been told to leave.
+    told_to_leave: Option<RelayNumber>,
+}
+
+impl Live {
+    pub(super) fn begin(
+        context: Arc<ShardContext>,
+        terms: Arc<Terms>,
+        connection: Connection,
+        writer: ControlWriter<ServerMessage>,
+        reader: ControlReader<ClientMessage>,
+        owner: CancellationToken,
+    ) -> Result<Self, String> {
+        let format = audio_format(terms.codec).ok_or("codec")?;
+        let setup = Setup {
+            format,
+            flow: Flow::Audio.id().into(),
+            origin: StreamOrigin { ssrc: rand::random(), sequence: rand::random(), timestamp: rand::random() },
+            turn_taking: turn_taking(&terms),
+            engine: engine(&context, &terms, format.sample_rate())?,
+        };
+        let conversation = Conversation::new(setup).map_err(|e| e.to_string())?;
+        let beats = Heartbeats::new(0, terms.epoch);
+        let began = Instant::now();
+        Ok(Self {
+            context,
+            terms,
+            connection,
+            writer,
+            reader,
+            owner,
+            conversation,
+            beats,
+            began,
+            steps: 0,
+            told_to_leave: None,
+        })
+    }
+
+    pub(super) async fn run(mut self, stopping: CancellationToken) {
+        tracing::info!(session = %self.terms.session, epoch = %self.terms.epoch, "session active");
+        let end = match self.greet().await {
+            Ok(()) => self.converse(stopping).await,
+            Err(end) => end,
+        };
+        tracing::info!(session = %self.terms.session, ?end, stats = ?self.conversation.stats(), "session over");
+        // Whoever took over holds the lease now.
+        if end != End::TakenOver {
+            self.context.capacity.ended(&self.terms);
+        }
+        match end {
+            End::Told(code) => {
+                let ended = Ended { code: code.into(), detail: String::new() };
+                farewell(&self.connection, &mut self.writer, ToClient::Ended(ended)).await;
+            }
+            End::Goodbye | End::Lost | End::TakenOver => self.connection.close(0_u32.into(), b""),
+        }
+    }
+
+    async fn greet(&mut self) -> Result<(), End> {
+        let heartbeat_interval_ms = u32::try_from(Heartbeats::QUIET.as_millis()).unwrap_or(u32::MAX);
+        let activated = Activated {
+            codec: self.terms.codec.into(),
+            audio_flow: Flow::Audio.id(),
+            heartbeat_flow: Flow::Heartbeat.id(),
+            heartbeat_interval_ms,
+            agent_revision: self.terms.behaviour.revision.clone(),
+            longest_session_s: self.terms.behaviour.longest_session_s,
+        };
+        self.tell(ToClient::Activated(activated)).await
+    }
+
+    /// Until the session ends, one way or another.
+    async fn converse(&mut self, stopping: CancellationToken) -> End {
+        let (mut end, owner) = (self.terms.end.subscribe(), self.owner.clone());
+        let mut draining = self.context.draining_relays.clone();
+        let mut steps = frame_ticks();
+        loop {
+            let connection = self.connection.clone();
+            let outcome = tokio::select! {
+                datagram = connection.read_datagram() => match datagram {
+                    Ok(datagram) => { self.on_datagram(&datagram); Ok(()) }
+                    Err(_) => Err(End::Lost),
+                },
+                due = steps.tick() => self.step(due).await,
+                message = self.reader.read() => self.on_control(message),
+                code = end_code(&mut end) => Err(End::Told(code)),
+                changed = draining.changed() => match changed {
+                    Ok(()) => {
+                        let relays = draining.borrow_and_update().clone();
+                        self.leave_draining_relay(&relays).await
+                    }
+                    Err(_) => Err(End::Told(EndCode::WorkerStopping)),
+                },
+                () = owner.cancelled() => Err(End::TakenOver),
+                () = stopping.cancelled() => Err(End::Told(EndCode::WorkerStopping)),
+            };
+            if let Err(end) = outcome {
+                return end;
+            }
+        }
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn on_datagram(&mut self, datagram: &Bytes) {
+        let now_us = self.now_us();
+        self.beats.on_heard(now_us);
+        match split_flow(datagram) {
+            Some((Flow::Audio, payload)) => {
+                let packet = datagram.slice_ref(payload);
+                if let Err(error) = self.conversation.on_audio(std::time::Instant::now(), &packet) {
+                    tracing::trace!(session = %self.terms.session, %error, "audio packet");
+                }
+            }
+            Some((Flow::Heartbeat, payload)) => {
+                if let Ok(beat) = Heartbeat::decode(payload) {
+                    self.beats.on_heartbeat(now_us, &beat);
+                }
+            }
+            None => tracing::trace!(session = %self.terms.session, "datagram of an unknown flow"),
+        }
+    }
+
+    fn on_control(&mut self, message: Result<Option<ClientMessage>, ControlError>) -> Result<(), End> {
+        match message {
+            Ok(Some(ClientMessage { message: Some(FromClient::PlayoutReport(report)) })) => {
+                self.beats.on_heard(self.now_us());
+                self.conversation.on_playout(PlayoutReport {
+                    generation: report.generation,
+                    heard_samples: report.heard_samples,
+                    complete: report.complete,
+                });
+                Ok(())
+            }
+            // A newer client may say more: what is not understood is not acted on.
+            Ok(Some(ClientMessage { message: Some(FromClient::Activate(_)) | None })) => Ok(()),
+            Ok(Some(ClientMessage { message: Some(FromClient::Goodbye(_)) }) | None) => Err(End::Goodbye),
+            Err(ControlError::Read(_) | ControlError::Write(_)) => Err(End::Lost),
+            Err(error) => {
+                tracing::debug!(session = %self.terms.session, "control stream: {error}");
+                Err(End::Told(EndCode::Internal))
+            }
+        }
+    }
+
+    /// The next 20 ms of the session clock.
+    async fn step(&mut self, due: Instant) -> Result<(), End> {
+        if due.elapsed() > FRAME {
+            self.context.metrics.late_ticks.inc();
+            // What came meanwhile is still with the connection's drivers: heard late is better than not at all.
+            for _ in 0..YIELDS {
+                tokio::task::yield_now().await;
+            }
+        }
+        for _ in 0..DATAGRAMS_PER_STEP {
+            let Some(Ok(datagram)) = self.connection.read_datagram().now_or_never() else { break };
+            self.on_datagram(&datagram);
+        }
+        let now_us = self.now_us();
+        let silence = self.beats.silence(now_us);
+        if silence > CLIENT_GONE {
+            return Err(End::Told(EndCode::ClientSilent));
+        }
+        let longest = self.terms.behaviour.longest_session_s;
+        if longest > 0 && self.began.elapsed() > Duration::from_secs(longest.into()) {
+            return Err(End::Told(EndCode::LongestSession));
+        }
+        if let Err(error) = self.conversation.step(std::time::Instant::now(), silence > PAUSE) {
+            tracing::error!(session = %self.terms.session, "conversation: {error}");
+            return Err(End::Told(EndCode::Internal));
+        }
+        while let Some(output) = self.conversation.poll_output() {
+            self.carry_out(output, now_us).await?;
+        }
+        let jitter = self.conversation.stats().jitter;
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        if let Some(beat) = self.beats.poll(now_us, count(jitter.received), count(jitter.lost)) {
+            self.send(datagram::heartbeat(&beat));
+        }
+        self.steps += 1;
+        if self.steps.is_multiple_of(SLOW_STEPS) {
+            if let Some(relay) = path_relay(self.connection.remote_address()) {
+                self.terms.set_relay(relay.value());
+            }
+            let draining = self.context.draining_relays.borrow().clone();
+            self.leave_draining_relay(&draining).await?;
+        }
+        Ok(())
+    }
+
+    async fn carry_out(&mut self, output: Output, now_us: u64) -> Result<(), End> {
+        let (session, metrics) = (self.terms.session, &self.context.metrics);
+        match output {
+            Output::Datagram(bytes) => {
+                self.beats.on_sent(now_us);
+                self.send(bytes);
+            }
+            Output::Control(message) => self.tell(message).await?,
+            Output::TurnEnded { turn } => {
+                self.terms.turns.store(turn, Ordering::Relaxed);
+                metrics.turns.inc();
+                tracing::info!(%session, turn, "turn");
+            }
+            Output::Interrupted { turn } => {
+                metrics.interruptions.inc();
+                tracing::info!(%session, turn, "interrupted");
+            }
+            Output::AnswerBegan { turn, delay_samples } => {
+                let delay = delay_samples as f64 / 48_000.0;
+                metrics.answer_delay.observe(delay);
+                tracing::debug!(%session, turn, delay, "answer");
+            }
+            Output::Concealed => {
+                metrics.concealed.inc();
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, datagram: Bytes) {
+        // Lost connections show when reading; a frame that does not fit the path now is lost like any other.
+        let _ = self.connection.send_datagram(datagram);
+    }
+
+    /// Bounded: a client that does not read its control stream ends its own session only.
+    async fn tell(&mut self, message: ToClient) -> Result<(), End> {
+        let message = ServerMessage { message: Some(message) };
+        match timeout(CONTROL_PATIENCE, self.writer.write(&message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(End::Lost),
+        }
+    }
+
+    /// Tells the client once to leave a relay that will stop.
+    async fn leave_draining_relay(&mut self, draining: &DrainingRelays) -> Result<(), End> {
+        let Some(relay) = path_relay(self.connection.remote_address()) else {
+            return Ok(());
+        };
+        let Some(until) = draining.get(&relay).filter(|until| **until > Instant::now()) else {
+            return Ok(());
+        };
+        if self.told_to_leave == Some(relay) {
+            return Ok(());
+        }
+        self.told_to_leave = Some(relay);
+        let deadline_ms = u32::try_from(until.duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
+        self.tell(ToClient::MoveRelay(MoveRelay { relay: relay.value().into(), deadline_ms })).await
+    }
+}
+
+/// Completes when somebody ends the session from outside.
+async fn end_code(end: &mut watch::Receiver<Option<EndCode>>) -> EndCode {
+    end.wait_for(Option::is_some).await.ok().and_then(|code| *code).unwrap_or(EndCode::Internal)
+}
+
+fn turn_taking(terms: &Terms) -> TurnTaking {
+    let Some(wanted) = &terms.behaviour.turn_taking else {
+        return TurnTaking::default();
+    };
+    let or = |ms: u32, default: Duration| {
+        if ms == 0 { default } else { Duration::from_millis(ms.into()) }
+    };
+    let default = TurnTaking::default();
+    TurnTaking {
+        end_silence: or(wanted.end_silence_ms, default.end_silence),
+        min_speech: or(wanted.min_speech_ms, default.min_speech),
+        interruptible: wanted.interruptible,
+    }
+}
+
+fn engine(context: &ShardContext, terms: &Terms, rate: u32) -> Result<Box<dyn Engine>, String> {
+    match terms.behaviour.engine.as_str() {
+        "echo" => {
+            let settings = EchoSettings::new(rate, context.process_nonce, terms.epoch.value());
+            Ok(Box::new(EchoEngine::new(settings)))
+        }
+        other => Err(format!("engine {other:?} is not built into this worker")),
+    }
+}
+
+fn frame_ticks() -> Interval {
+    let mut ticks = tokio::time::interval(FRAME);
+    // The session clock never skips: late frames are made up for at once.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    ticks
+}
+
+const FRAME: Duration = Duration::from_millis(20);
+const CONTROL_PATIENCE: Duration = Duration::from_secs(1);
+/// Silence of the client after which the agent stops speaking, and after which the session is over (invariant I6).
+const PAUSE: Duration = Duration::from_secs(3);
+const CLIENT_GONE: Duration = Duration::from_secs(10);
+/// Once a second.
+const SLOW_STEPS: u64 = 50;
+/// Datagrams taken at one step at most, so that a flood cannot hold the session clock up.
+const DATAGRAMS_PER_STEP: usize = 64;
+/// Turns that the drivers of the connection get before a step that comes late.
+const YIELDS: usize = 4;
