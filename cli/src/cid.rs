@@ -285,3 +285,181 @@ const PLAIN: &str = "plaintext";
 const EXPIRY_SHIFT: u32 = 40;
 const EXPIRY_MODULUS: u64 = 1 << 22;
 const COUNTER_MASK: u64 = (1 << EXPIRY_SHIFT) - 1;
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    const KEY: &str = "8f95f09245765f80256934e50c66207f";
+    const NOW: u64 = 1_800_000_000;
+
+    /// `antiphon cid …` up to what it prints.
+    fn cid(arguments: &[&str]) -> anyhow::Result<String> {
+        let cli = Cli::try_parse_from(["antiphon", "cid"].iter().chain(arguments))?;
+        let Command::Cid(args) = cli.command else { panic!("{arguments:?} is another command") };
+        match &args.command {
+            CidCommand::Encode(args) => Ok(encode(args, key(&args.key, Path::new("/nonexistent"))?)?.to_string()),
+            CidCommand::Decode(args) => {
+                let key = key(&args.key, Path::new("/nonexistent"))?;
+                Ok(decode(args, key, Duration::from_secs(NOW))?.to_string())
+            }
+        }
+    }
+
+    /// Draft 21 of QUIC-LB, appendix B and section 5.4.2.4. Left out: row 1 of B.1, whose digits are incomplete there.
+    /// The 18-octet row of B.2 says configuration 3 but prints the first octet of configuration 0.
+    #[test]
+    fn published_vectors_are_encoded_and_decoded() {
+        let example = "fdf726a9893ec05c0632d3956680baf0";
+        for (config, server_id, nonce, key, encryption, expected) in [
+            ("0", "c4605e", "4504cc4f", None, "plaintext", "07c4605e4504cc4f"),
+            ("0", "ed793a", "ee080dbf", Some(KEY), "four-pass", "0720b1d07b359d3c"),
+            (
+                "2",
+                "ed793a51d49b8f5f",
+                "ee080dbf48c0d1e5",
+                Some(KEY),
+                "single-pass",
+                "504dd2d05a7b0de9b2b9907afb5ecf8cc3",
+            ),
+            (
+                "0",
+                "ed793a51d49b8f5fab",
+                "ee080dbf48c0d1e55d",
+                Some(KEY),
+                "four-pass",
+                "125779c9cc86beb3a3a4a3ca96fce4bfe0cdbc",
+            ),
+            ("0", "31441a", "9c69c275", Some(example), "four-pass", "0767947d29be054a"),
+        ] {
+            let key: Vec<_> = key.into_iter().flat_map(|key| ["--key", key]).collect();
+            let made = cid(&[&["encode", server_id, nonce, "--config", config], &key[..]].concat()).unwrap();
+            assert_eq!(made, expected);
+            let length = (server_id.len() / 2).to_string();
+            let taken = cid(&[&["decode", expected, "--server-id-len", &length], &key[..]].concat()).unwrap();
+            let lines = format!(
+                "configuration  {config}\nencryption     {encryption}\n\
+                 server ID      {server_id}\nnonce          {nonce}\n"
+            );
+            assert!(taken.starts_with(&lines), "{taken}");
+        }
+    }
+
+    /// The frozen connection IDs of the layout's own tests: region 3, worker 7, shard 1, expiring at [`NOW`].
+    #[test]
+    fn antiphons_own_layout_is_spelled_out() {
+        let decode = |cid_hex| cid(&["decode", cid_hex, "--key", "11111111111111111111111111111111"]).unwrap();
+        let initial = "\
+configuration  2
+encryption     single-pass
+server ID      00c001c1deadbeef
+nonce          49d200123456789a
+
+as Antiphon's own layout
+server         3.7.1#deadbeef  (region.worker.shard#incarnation)
+kind           initial: for a client's first packet
+expires        2027-01-15T08:00:00Z (in 0s)
+counter        78187493530
+";
+        assert_eq!(decode("50e37afbbb303e8e4beed1ce6b41856885"), initial);
+        let connection = decode("50321e808ee40bb87d8406cce0828668e7");
+        assert!(connection.contains("kind           connection: of a live connection\ncounter        78187493531\n"));
+    }
+
+    #[test]
+    fn expiry_is_the_nearest_time_that_fits() {
+        let expiry = |end: u64| Expiry::of(SessionNonce::initial(end, 5), NOW);
+        for (end, text) in [
+            (NOW + 25, "2027-01-15T08:00:25Z (in 25s)"),
+            (NOW - 185, "2027-01-15T07:56:55Z (expired 3m05s ago)"),
+            (NOW + 601, "2027-01-15T08:10:01Z (in 10m01s: further ahead than relays accept)"),
+        ] {
+            assert_eq!(expiry(end).to_string(), text);
+            assert_eq!(expiry(end).in_s, end as i64 - NOW as i64);
+        }
+    }
+
+    #[test]
+    fn every_legal_shape_can_be_named() {
+        assert_eq!(cid(&["encode", "aa", "bbccddee", "--random-bits", "31", "--config", "6"]).unwrap(), "dfaabbccddee");
+        let taken = cid(&["decode", "dfaabbccddee", "--random-bits", "--server-id-len", "1"]).unwrap();
+        assert!(taken.contains("server ID      aa\nnonce          bbccddee\n"), "{taken}");
+        let taken = cid(&["decode", "07aabbccddee0102", "--server-id-len", "1", "--nonce-len", "4"]).unwrap();
+        assert!(taken.contains("nonce          bbccddee\nserver use     0102\n"), "{taken}");
+        let plain = cid(&["decode", "07c4605e4504cc4f", "--server-id-len", "3"]).unwrap();
+        for spelled in ["0x07c4605e4504cc4f", "07:c4:60:5e:45:04:cc:4f", " 07C4605E 4504CC4F\n"] {
+            assert_eq!(cid(&["decode", spelled, "--server-id-len", "3"]).unwrap(), plain, "{spelled}");
+        }
+    }
+
+    #[test]
+    fn mistakes_name_the_argument_and_the_remedy() {
+        let short = "07c4605e4504cc4f";
+        for (arguments, expected) in [
+            (&["decode", "07:zz"][..], "CID: 'z' at position 4 is no hex digit: expected 0-9 and a-f"),
+            (&["decode", " 0x0g"], "CID: 'g' at position 5 is no hex digit"),
+            (&["decode", "07:c:46"], "CID: ':' at position 5 parts an octet"),
+            (&["decode", "07c"], "CID: odd number of hex digits"),
+            (&["decode", ""], "CID: empty: expected hex digits"),
+            (&["decode", "0x"], "CID: empty"),
+            (&["decode", "07aabb"], "CID: the first octet says that 7 octets follow it, 2 do: is it cut off?"),
+            (&["decode", "07c4605e4504cc4faa"], "7 octets follow it, 8 do: give the first 8 octets only"),
+            (&["decode", "1fc4605e"], "31 octets follow it, 3 do: that cannot be a length"),
+            (&["decode", "e7c4605e4504cc4f"], "unroutable codepoint 7"),
+            (&["decode", &"11".repeat(21)], "CID: 21 octets: a connection ID of QUIC version 1 has at most 20"),
+            (&["decode", short], "leave 0 for the nonce, which takes at least 4: is the server ID shorter than 8?"),
+            (
+                &["decode", short, "--server-id-len", "0"],
+                "--server-id-len: server ID of 0 octets is out of range 1..=15",
+            ),
+            (&["decode", short, "--server-id-len", "3", "--nonce-len", "3"], "--nonce-len: nonce of 3 octets"),
+            (&["decode", short, "--server-id-len", "3", "--nonce-len", "5"], "has 8 octets, the configuration needs 9"),
+            (&["decode", short, "--key", "abcd"], "--key: 2 octets: an AES-128 key has 16, 32 hex digits"),
+            (&["decode", short, "--fleet"], "--fleet: /nonexistent/root.hex"),
+            (&["decode", short, "--fleet", "--key", KEY], "cannot be used with"),
+            (&["encode", "", "aabbccdd"], "SERVER_ID: empty"),
+            (&["encode", "aa", "bb"], "NONCE: nonce of 1 octets is out of range 4..=18"),
+            (
+                &["encode", "00112233445566778899", "00112233445566778899"],
+                "SERVER_ID and NONCE: server ID and nonce take 20",
+            ),
+            (&["encode", "aa", "bbccddee", "--config", "7"], "--config: configuration 7 is out of range 0..=6"),
+            (&["encode", "aa", "bbccddee", "--random-bits", "32"], "32 is not in 0..=31"),
+        ] {
+            let error = cid(arguments).map_err(|error| format!("{error:#}")).unwrap_err();
+            assert!(error.contains(expected), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn json_has_the_same_parts() {
+        let args = CidDecodeArgs {
+            cid: "50e37afbbb303e8e4beed1ce6b41856885".into(),
+            key: CidKeyArgs { key: None, fleet: false, generation: 1 },
+            server_id_len: 8,
+            nonce_len: None,
+            random_bits: false,
+        };
+        let taken = decode(&args, Some([0x11; 16]), Duration::from_secs(NOW + 1)).unwrap();
+        let expected = json!({
+            "configuration": 2,
+            "encryption": "single-pass",
+            "serverId": "00c001c1deadbeef",
+            "nonce": "49d200123456789a",
+            "antiphon": {
+                "server": "3.7.1#deadbeef",
+                "region": 3,
+                "worker": 7,
+                "shard": 1,
+                "incarnation": 0xdead_beef_u32,
+                "kind": "initial",
+                "counter": 0x12_3456_789a_u64,
+                "expiry": {"at": "2027-01-15T08:00:00Z", "inS": -1, "expired": true},
+            },
+        });
+        assert_eq!(serde_json::to_value(&taken).unwrap(), expected);
+    }
+}

@@ -4,21 +4,21 @@ use std::{path::Path, process::ExitCode, time::SystemTime};
 
 use antiphon_core::id::SessionId;
 use antiphon_proto::v1::{Candidate, Explanation};
-use anyhow::{Context as _, bail};
+use anyhow::{anyhow, bail};
 use serde::Serialize;
 
 use crate::{
     args::ExplainArgs,
     fleet::Context,
     present,
-    sessions::{age, in_turn, routers},
+    sessions::{Failed, PATIENCE, age, in_turn, routers},
 };
 
 pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let session = args.session.trim().parse::<SessionId>();
-    let session = session.context("`antiphon sessions` lists those that there are")?.to_string();
+    let session = session.map_err(|error| anyhow!("{error}, as `antiphon sessions` lists them"))?.to_string();
     let routers = routers(&Context::load(dir)?, args.api_key.as_deref())?;
-    let asked = in_turn(routers, async |router| router.explain(&session).await).await?;
+    let asked = in_turn(routers, PATIENCE, async |router| router.explain(&session).await).await?;
     let Some(explanation) = asked.answer else {
         bail!("{}", unknown(&session, &asked.silent));
     };
@@ -33,14 +33,14 @@ pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::R
 }
 
 /// Only the region that placed a session remembers why, and only for a while.
-fn unknown(session: &str, silent: &[String]) -> String {
+fn unknown(session: &str, silent: &Failed) -> String {
     if silent.is_empty() {
         return format!(
             "no router remembers session {session}: it was placed too long ago or before a router's start, \
              is another tenant's, or was never placed"
         );
     }
-    format!("no router that answers remembers session {session} ({})", silent.join("; "))
+    format!("no router that answers remembers session {session} ({})", silent)
 }
 
 /// Where, why, when, at which attempt.
@@ -125,3 +125,82 @@ impl<'a> Explained<'a> {
 
 const HEADER: [&str; 7] = ["REGION", "WORKER", "VERDICT", "RTT", "FREE", "SCORE", "DETAIL"];
 const RIGHT: [usize; 3] = [3, 4, 5];
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn explanation() -> Explanation {
+        let candidate = |region: &str, verdict: &str| Candidate {
+            region: region.into(),
+            verdict: verdict.into(),
+            ..Candidate::default()
+        };
+        Explanation {
+            session: "00000000000000000000000001".into(),
+            agent: "shop/desk".into(),
+            region: "frankfurt".into(),
+            worker: "desk-0".into(),
+            reason: "nearest".into(),
+            decided_at: Some((SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)).into()),
+            candidates: vec![
+                Candidate { estimated_rtt_ms: 23, free: 60, score: 23.45, ..candidate("frankfurt", "chosen") },
+                Candidate { worker: "desk-0".into(), detail: "took it".into(), ..candidate("frankfurt", "chosen") },
+            ],
+            attempts: 2,
+        }
+    }
+
+    #[test]
+    fn the_headline_says_where_why_when_and_at_which_attempt() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_185);
+        let expected = "\
+session   00000000000000000000000001
+agent     shop/desk
+placed    frankfurt/desk-0
+reason    nearest
+decided   2027-01-15T08:00:00Z (3m05s ago)
+attempts  2
+";
+        assert_eq!(headline(&explanation(), now), expected);
+        let undated = Explanation { decided_at: None, ..explanation() };
+        assert!(headline(&undated, now).contains("decided   -\n"));
+    }
+
+    #[test]
+    fn what_is_unknown_is_a_dash_and_absent_from_json() {
+        let rows: Vec<_> = explanation().candidates.iter().map(row).collect();
+        assert_eq!(rows[0], ["frankfurt", "-", "chosen", "23 ms", "60", "23.4", "-"]);
+        assert_eq!(rows[1], ["frankfurt", "desk-0", "chosen", "-", "0", "-", "took it"]);
+        let json = serde_json::to_value(Explained::of(&explanation())).unwrap();
+        assert_eq!(json["decidedAt"], "2027-01-15T08:00:00Z");
+        let region = serde_json::json!({
+            "region": "frankfurt", "verdict": "chosen", "detail": "", "estimatedRttMs": 23, "free": 60, "score": 23.45,
+        });
+        assert_eq!(json["candidates"][0], region);
+        let worker = serde_json::json!({
+            "region": "frankfurt", "worker": "desk-0", "verdict": "chosen", "detail": "took it", "free": 0,
+        });
+        assert_eq!(json["candidates"][1], worker);
+    }
+
+    #[test]
+    fn an_unknown_session_is_told_apart_from_a_router_that_was_not_asked() {
+        assert!(unknown("x", &Failed::default()).contains("another tenant's"));
+        let mut silent = Failed::default();
+        silent.add("frankfurt", "Connection refused");
+        let text = unknown("x", &silent);
+        assert_eq!(text, "no router that answers remembers session x (frankfurt: Connection refused)");
+    }
+
+    #[tokio::test]
+    async fn a_malformed_session_id_is_refused_before_a_fleet_is_looked_for() {
+        for bad in ["", "abc", "8zzzzzzzzzzzzzzzzzzzzzzzzz", "0000000000000000000000000u"] {
+            let args = ExplainArgs { session: bad.into(), api_key: None };
+            let error = run(&args, Path::new("/nonexistent"), false).await.unwrap_err().to_string();
+            assert!(error.contains("is not a session id: expected 26 characters"), "{error}");
+        }
+    }
+}

@@ -8,7 +8,6 @@ use std::{
     fs, io,
     path::Path,
     process::ExitCode,
-    time::Duration,
 };
 
 use antiphon_proto::{
@@ -26,6 +25,7 @@ use crate::{
     args::{KeysArgs, KeysCommand},
     fleet::{Context, key_record, new_key},
     present,
+    sessions::{Failed, PATIENCE, no_answer},
 };
 
 pub(crate) async fn run(args: &KeysArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
@@ -52,14 +52,14 @@ async fn create(
     change_stored(dir, |keys| keys.push(record.clone()))?;
     let request = ApplyRequest { keys: vec![record.clone()], ..ApplyRequest::default() };
     let failed = apply(context, &request).await;
-    if failed.len() == context.routers.len() {
+    if failed.regions().len() == context.routers.len() {
         change_stored(dir, |keys| keys.retain(|stored| stored.id != record.id))?;
-        bail!("no key was made, as no router took it: {}", reasons(&failed));
+        bail!("no key was made, as no router took it ({failed})");
     }
     if json {
-        let missing: Vec<_> = failed.iter().map(|(region, _)| region).collect();
         let made = json!({
-            "key": key.text(), "id": record.id, "tenant": record.tenant, "agents": record.agents, "missing": missing,
+            "key": key.text(), "id": record.id, "tenant": record.tenant, "agents": record.agents,
+            "missing": failed.regions(),
         });
         println!("{}", serde_json::to_string_pretty(&made)?);
     } else {
@@ -70,9 +70,8 @@ async fn create(
         return Ok(ExitCode::SUCCESS);
     }
     present::error(&anyhow!(
-        "the key works, but not in every region: {}. A router gets it when `antiphon up` starts it again; \
+        "the key does not work in every region ({failed}). A router gets it when `antiphon up` starts it again; \
          or revoke it (`antiphon keys revoke {}`) and create another when all routers answer",
-        reasons(&failed),
         record.id
     ));
     Ok(ExitCode::FAILURE)
@@ -80,7 +79,7 @@ async fn create(
 
 async fn list(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
     let (lists, failed) = lists(context).await;
-    ensure!(!lists.is_empty(), "no router answers: {}", reasons(&failed));
+    ensure!(!lists.is_empty(), "no router answers ({failed}): is the fleet running?");
     let (keys, differences) = merge(lists);
     if json {
         let keys: Vec<_> =
@@ -92,8 +91,8 @@ async fn list(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
         let rows = keys.iter().map(|key| vec![key.id.clone(), key.tenant.clone(), allowed(&key.agents)]);
         present::print(&present::table(&["ID", "TENANT", "AGENTS"], &[], rows));
     }
-    for (region, reason) in &failed {
-        eprintln!("router of {region} not asked: {reason}");
+    if !failed.is_empty() {
+        eprintln!("not every router answers ({failed}): its keys may differ");
     }
     for difference in differences {
         eprintln!("{difference}");
@@ -118,15 +117,14 @@ async fn revoke(context: &Context, dir: &Path, id: &str, json: bool) -> anyhow::
     let (lists, failed) = lists(context).await;
     let has_it = |keys: &[KeyRecord]| keys.iter().any(|key| key.id == id);
     if !has_it(&stored(dir)?) && !lists.iter().any(|(_, keys)| has_it(keys)) {
-        ensure!(failed.is_empty(), "no router that answers has key {id}: {}", reasons(&failed));
+        ensure!(failed.is_empty(), "no router that answers has key {id} ({failed})");
         bail!("there is no key {id}: `antiphon keys list` prints those that there are");
     }
     change_stored(dir, |keys| keys.retain(|stored| stored.id != id))?;
     let request = ApplyRequest { removed_keys: vec![id.to_owned()], ..ApplyRequest::default() };
     let failed = apply(context, &request).await;
     if json {
-        let missing: Vec<_> = failed.iter().map(|(region, _)| region).collect();
-        println!("{}", serde_json::to_string_pretty(&json!({"revoked": id, "missing": missing}))?);
+        println!("{}", serde_json::to_string_pretty(&json!({"revoked": id, "missing": failed.regions()}))?);
     }
     if failed.is_empty() {
         if !json {
@@ -135,15 +133,11 @@ async fn revoke(context: &Context, dir: &Path, id: &str, json: bool) -> anyhow::
         return Ok(ExitCode::SUCCESS);
     }
     present::error(&anyhow!(
-        "key {id} is not revoked everywhere: {}. Such a router may take it until it starts again: \
-         run `antiphon keys revoke {id}` again when it answers",
-        reasons(&failed)
+        "key {id} is not revoked everywhere ({failed}). Such a router may accept it until it starts again: \
+         run `antiphon keys revoke {id}` again when it answers"
     ));
     Ok(ExitCode::FAILURE)
 }
-
-/// Region and reason of each router that did not do as asked.
-type Failed = Vec<(String, String)>;
 
 /// Tells every router at once.
 async fn apply(context: &Context, request: &ApplyRequest) -> Failed {
@@ -165,17 +159,17 @@ async fn ask_all<T>(
         let answer = match context.admin(router) {
             Err(error) => Err(format!("{error:#}")),
             Ok(admin) => match timeout(PATIENCE, ask(admin)).await {
-                Err(_) => Err(format!("no answer within {} s", PATIENCE.as_secs())),
+                Err(_) => Err(no_answer(PATIENCE)),
                 Ok(answer) => answer.map(Response::into_inner).map_err(|status| what_happened(&status)),
             },
         };
         (router.region.clone(), answer)
     });
-    let (mut answers, mut failed) = (Vec::new(), Failed::new());
+    let (mut answers, mut failed) = (Vec::new(), Failed::default());
     for (region, answer) in futures::future::join_all(questions).await {
         match answer {
             Ok(answer) => answers.push((region, answer)),
-            Err(reason) => failed.push((region, reason)),
+            Err(reason) => failed.add(&region, reason),
         }
     }
     (answers, failed)
@@ -190,16 +184,6 @@ fn what_happened(status: &Status) -> String {
         source = error.source();
     }
     text
-}
-
-/// `frankfurt: reason; virginia: reason`, regions with the same reason together.
-fn reasons(failed: &[(String, String)]) -> String {
-    let mut regions: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (region, reason) in failed {
-        regions.entry(reason).or_default().push(region);
-    }
-    let parts: Vec<_> = regions.iter().map(|(reason, of)| format!("router of {}: {reason}", of.join(", "))).collect();
-    parts.join("; ")
 }
 
 /// All keys by tenant and id, and a line for each router that lacks one.
@@ -276,7 +260,224 @@ fn change_stored(dir: &Path, change: impl FnOnce(&mut Vec<KeyRecord>)) -> anyhow
     store().with_context(|| path.display().to_string())
 }
 
-const PATIENCE: Duration = Duration::from_secs(5);
 const FILE: &str = "keys.json";
 const NEXT: &str = "keys.json.next";
 const LOCK: &str = "keys.json.lock";
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::PermissionsExt as _, sync::Arc, time::SystemTime};
+
+    use antiphon_proto::v1::{
+        ApplyResponse, FleetStatusRequest, FleetStatusResponse, ListKeysResponse,
+        admin_server::{Admin, AdminServer},
+    };
+    use antiphon_runtime::{
+        pki::{FleetCa, PeerName, Role, shared_dns},
+        tls,
+    };
+    use parking_lot::Mutex;
+    use tempfile::TempDir;
+    use tokio::net::TcpListener;
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic::{Request, transport::Server};
+
+    use super::*;
+    use crate::fleet::RouterContext;
+
+    fn record(id: u8, tenant: &str) -> KeyRecord {
+        let id = format!("{id:012}");
+        KeyRecord { id, sha256: vec![7; 32].into(), tenant: tenant.into(), agents: vec!["shop/*".into()] }
+    }
+
+    #[test]
+    fn stored_keys_are_hashes_that_only_their_owner_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(stored(dir.path()).unwrap(), []);
+        change_stored(dir.path(), |keys| keys.extend([record(1, "acme"), record(2, "beta")])).unwrap();
+        change_stored(dir.path(), |keys| keys.retain(|key| key.tenant == "beta")).unwrap();
+        assert_eq!(stored(dir.path()).unwrap(), [record(2, "beta")]);
+        let file = fs::metadata(dir.path().join(FILE)).unwrap();
+        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+        assert!(!dir.path().join(NEXT).exists());
+    }
+
+    #[test]
+    fn commands_at_once_lose_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for id in 0..8 {
+                let dir = dir.path();
+                scope.spawn(move || change_stored(dir, |keys| keys.push(record(id, "acme"))).unwrap());
+            }
+        });
+        assert_eq!(stored(dir.path()).unwrap().len(), 8);
+    }
+
+    #[test]
+    fn a_damaged_list_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let short = r#"[{"id": "000000000001", "sha256": "07", "tenant": "acme", "agents": []}]"#;
+        for (text, why) in [("[", "EOF"), (r#"[{"key": 1}]"#, "unknown field"), (short, "sha256 is not 64 hex digits")]
+        {
+            fs::write(dir.path().join(FILE), text).unwrap();
+            let error = change_stored(dir.path(), |keys| keys.clear()).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(error.contains("keys.json is not a fleet's list of keys") && error.contains(why), "{error}");
+            assert_eq!(fs::read_to_string(dir.path().join(FILE)).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn lists_are_merged_and_differences_named() {
+        let of = |region: &str, ids: &[u8]| (region.to_owned(), ids.iter().map(|id| record(*id, "acme")).collect());
+        let (keys, differences) = merge(vec![of("osaka", &[1, 2]), of("quito", &[2]), of("oregon", &[1, 2])]);
+        assert_eq!(keys, [record(1, "acme"), record(2, "acme")]);
+        assert_eq!(differences, ["the router of quito does not have 000000000001"]);
+    }
+
+    /// Keeps keys as a router does, without its checks: what these tests are about is who is told what.
+    #[derive(Debug, Default)]
+    struct Keys(Mutex<BTreeMap<String, KeyRecord>>);
+
+    #[derive(Debug, Clone, Default)]
+    struct Told(Arc<Keys>);
+
+    #[tonic::async_trait]
+    impl Admin for Told {
+        async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
+            let change = request.into_inner();
+            if change.keys.iter().any(|key| key.tenant == "refused") {
+                return Err(Status::invalid_argument("no such tenant"));
+            }
+            let mut keys = self.0.0.lock();
+            keys.extend(change.keys.into_iter().map(|key| (key.id.clone(), key)));
+            keys.retain(|id, _| !change.removed_keys.contains(id));
+            Ok(Response::new(ApplyResponse {}))
+        }
+
+        async fn list_keys(&self, _: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
+            Ok(Response::new(ListKeysResponse { keys: self.0.0.lock().values().cloned().collect() }))
+        }
+
+        async fn fleet_status(&self, _: Request<FleetStatusRequest>) -> Result<Response<FleetStatusResponse>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+    }
+
+    impl Told {
+        fn ids(&self) -> Vec<String> {
+            self.0.0.lock().keys().cloned().collect()
+        }
+    }
+
+    /// A fleet of one router per address, and an operator who may talk to them.
+    fn context(dir: &TempDir, ca: &FleetCa, addresses: &[String]) -> Context {
+        let operator = PeerName::new("operator", Role::Operator, "local").unwrap();
+        let identity = dir.path().join("operator");
+        ca.issue(&operator, &[], SystemTime::now()).unwrap().save(&identity).unwrap();
+        let router = |(index, address): (usize, &String)| RouterContext {
+            region: format!("region-{index}"),
+            public: address.clone(),
+            internal: address.clone(),
+            server_name: shared_dns(Role::Router, &format!("region-{index}")),
+            latitude: 0.0,
+            longitude: 0.0,
+        };
+        Context {
+            routers: addresses.iter().enumerate().map(router).collect(),
+            ca_pem: ca.certificate_pem().to_owned(),
+            operator_identity: identity,
+            api_key_file: dir.path().join("api-key"),
+        }
+    }
+
+    /// Runs `body` against the router of `region-0`, over mTLS as in a fleet.
+    async fn with_router<F: Future>(ca: &FleetCa, told: Told, body: impl FnOnce(String) -> F) -> F::Output {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let name = PeerName::new("router-0", Role::Router, "region-0").unwrap();
+        let identity = ca.issue(&name, &[], SystemTime::now()).unwrap();
+        let mut server = Server::builder().tls_config(tls::grpc_server(&identity)).unwrap();
+        let server = server.add_service(AdminServer::new(told)).serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::select! {
+            served = server => panic!("the server ended: {served:?}"),
+            output = body(address) => output,
+        }
+    }
+
+    /// Privileged, and nothing has listened there for decades (tcpmux, RFC 1078).
+    const NOBODY: &str = "127.0.0.1:1";
+
+    #[tokio::test]
+    async fn a_key_is_created_listed_and_revoked_everywhere() {
+        let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::default());
+        with_router(&ca, told.clone(), async |address| {
+            let context = context(&dir, &ca, &[address]);
+            let made = create(&context, dir.path(), "acme", &["desk".into(), "shop/*".into()], false).await.unwrap();
+            assert_eq!(made, ExitCode::SUCCESS);
+            let kept = stored(dir.path()).unwrap();
+            assert_eq!(kept[0].agents, ["default/desk", "shop/*"]);
+            assert_eq!(
+                kept,
+                told.0.0.lock().values().cloned().collect::<Vec<_>>(),
+                "what a router has is what is kept"
+            );
+            let revoked = revoke(&context, dir.path(), &kept[0].id, false).await.unwrap();
+            assert_eq!((revoked, told.ids(), stored(dir.path()).unwrap()), (ExitCode::SUCCESS, Vec::new(), Vec::new()));
+            let again = revoke(&context, dir.path(), &kept[0].id, false).await.unwrap_err().to_string();
+            assert!(again.starts_with(&format!("there is no key {}", kept[0].id)), "{again}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_router_that_is_away_fails_the_command_but_not_the_others() {
+        let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::default());
+        with_router(&ca, told.clone(), async |address| {
+            let context = context(&dir, &ca, &[address, NOBODY.into()]);
+            let made = create(&context, dir.path(), "acme", &[], false).await.unwrap();
+            assert_eq!(made, ExitCode::FAILURE);
+            let kept = stored(dir.path()).unwrap();
+            assert_eq!(told.ids(), [kept[0].id.clone()]);
+            assert_eq!(list(&context, false).await.unwrap(), ExitCode::SUCCESS);
+            let unknown = revoke(&context, dir.path(), "000000000000", false).await.unwrap_err().to_string();
+            assert!(unknown.starts_with("no router that answers has key 000000000000 (region-1: "), "{unknown}");
+            let revoked = revoke(&context, dir.path(), &kept[0].id, false).await.unwrap();
+            assert_eq!((revoked, told.ids(), stored(dir.path()).unwrap()), (ExitCode::FAILURE, Vec::new(), Vec::new()));
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_key_that_no_router_takes_is_not_kept() {
+        let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::default());
+        with_router(&ca, told.clone(), async |address| {
+            let context = context(&dir, &ca, &[address]);
+            let error = create(&context, dir.path(), "refused", &[], false).await.unwrap_err().to_string();
+            assert_eq!(error, "no key was made, as no router took it (region-0: no such tenant)");
+        })
+        .await;
+        let away = context(&dir, &ca, &[NOBODY.into()]);
+        let error = create(&away, dir.path(), "acme", &[], false).await.unwrap_err().to_string();
+        assert!(error.starts_with("no key was made") && error.contains("refused"), "{error}");
+        assert_eq!(stored(dir.path()).unwrap(), []);
+        let error = list(&away, false).await.unwrap_err().to_string();
+        assert!(error.ends_with("is the fleet running?"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn only_what_can_be_revoked_is() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap());
+        let context = context(&dir, &ca, &[NOBODY.into()]);
+        let own = new_key();
+        fs::write(&context.api_key_file, own.text()).unwrap();
+        for id in [own.id(), own.text()] {
+            let error = revoke(&context, dir.path(), id, false).await.unwrap_err().to_string();
+            assert!(error.contains("is the fleet's own key"), "{error}");
+            assert!(!error.contains(own.text()), "a secret is not repeated");
+        }
+        let error = revoke(&context, dir.path(), "nope", false).await.unwrap_err().to_string();
+        assert!(error.starts_with("not the public part of a key"), "{error}");
+    }
+}

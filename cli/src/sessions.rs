@@ -1,6 +1,8 @@
 //! `antiphon sessions`: live sessions of all regions, as any one router lists them.
 
 use std::{
+    collections::BTreeMap,
+    fmt,
     path::Path,
     process::ExitCode,
     time::{Duration, SystemTime},
@@ -16,12 +18,12 @@ use crate::{args::SessionsArgs, fleet::Context, present};
 
 pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let routers = routers(&Context::load(dir)?, args.api_key.as_deref())?;
-    let asked = in_turn(routers, async |router| router.list(args.limit).await).await?;
+    let asked = in_turn(routers, PATIENCE, async |router| router.list(args.limit).await).await?;
     let Some(sessions) = asked.answer else {
-        bail!("no router answers ({}): is the fleet running?", asked.silent.join("; "));
+        bail!("no router answers ({}): is the fleet running?", asked.silent);
     };
-    for silent in &asked.silent {
-        eprintln!("{silent}; calls in its region may be missing here");
+    if !asked.silent.is_empty() {
+        eprintln!("not every router answers ({}): calls of its region may be missing", asked.silent);
     }
     if json {
         let sessions: Vec<_> = sessions.iter().map(Listed::of).collect();
@@ -42,13 +44,40 @@ pub(crate) fn routers(context: &Context, key: Option<&str>) -> anyhow::Result<Ve
     context.routers.iter().map(|router| Ok((router.region.clone(), client(router)?))).collect()
 }
 
+/// Routers that did not do as asked, by reason.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Failed(BTreeMap<String, Vec<String>>);
+
+impl Failed {
+    pub(crate) fn add(&mut self, region: &str, reason: impl Into<String>) {
+        self.0.entry(reason.into()).or_default().push(region.to_owned());
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Regions of these routers.
+    pub(crate) fn regions(&self) -> Vec<&str> {
+        self.0.values().flatten().map(String::as_str).collect()
+    }
+}
+
+/// `frankfurt, virginia: connection refused; osaka: no answer within 5 s`.
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts: Vec<_> = self.0.iter().map(|(reason, of)| format!("{}: {reason}", of.join(", "))).collect();
+        f.write_str(&parts.join("; "))
+    }
+}
+
 /// What asking one router after the other came to.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Asked<T> {
     /// The first answer; `None` if no router has one.
     pub(crate) answer: Option<T>,
-    /// Who did not answer before that, and why: a line for each.
-    pub(crate) silent: Vec<String>,
+    /// Who did not answer before that.
+    pub(crate) silent: Failed,
 }
 
 /// Asks routers until one has an answer. One that does not know, or does not answer, leaves the question to the next.
@@ -57,19 +86,24 @@ pub(crate) struct Asked<T> {
 /// What every router would say again: the key is refused, the request is wrong.
 pub(crate) async fn in_turn<R, T>(
     routers: impl IntoIterator<Item = (String, R)>,
+    patience: Duration,
     ask: impl AsyncFn(R) -> Result<T, RouterError>,
 ) -> Result<Asked<T>, RouterError> {
-    let mut silent = Vec::new();
+    let mut silent = Failed::default();
     for (region, router) in routers {
-        match timeout(PATIENCE, ask(router)).await {
+        match timeout(patience, ask(router)).await {
             Ok(Ok(answer)) => return Ok(Asked { answer: Some(answer), silent }),
             Ok(Err(RouterError::NotFound(_))) => {}
-            Ok(Err(error @ RouterError::Unavailable { .. })) => silent.push(format!("{region}: {error}")),
+            Ok(Err(RouterError::Unavailable { message, .. })) => silent.add(&region, message),
             Ok(Err(error)) => return Err(error),
-            Err(_) => silent.push(format!("{region}: the router gives no answer within {} s", PATIENCE.as_secs())),
+            Err(_) => silent.add(&region, no_answer(patience)),
         }
     }
     Ok(Asked { answer: None, silent })
+}
+
+pub(crate) fn no_answer(patience: Duration) -> String {
+    format!("no answer within {} s", patience.as_secs())
 }
 
 /// One session for machines, in the form of `GET /v1/sessions`.
@@ -136,6 +170,86 @@ pub(crate) fn age(age: Duration) -> String {
 }
 
 /// Longest wait for one router; it waits for other regions itself.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 const HEADER: [&str; 10] = ["SESSION", "AGENT", "REGION", "WORKER", "STATE", "EPOCH", "AGE", "TURNS", "RELAY", "CODEC"];
 const RIGHT: [usize; 4] = [5, 6, 7, 8];
+
+#[cfg(test)]
+mod tests {
+    use antiphon_proto::v1::Codec;
+
+    use super::*;
+
+    fn unavailable() -> RouterError {
+        RouterError::Unavailable { address: "127.0.0.1:1".into(), message: "connection refused".into() }
+    }
+
+    async fn ask(answers: Vec<Result<u32, RouterError>>) -> Result<Asked<u32>, RouterError> {
+        let names = ["osaka", "virginia", "oregon", "quito"].map(String::from);
+        let answers = answers.into_iter().map(|answer| parking_lot::Mutex::new(Some(answer)));
+        let ask = async |answer: parking_lot::Mutex<Option<_>>| answer.into_inner().expect("asked once");
+        in_turn(names.into_iter().zip(answers), PATIENCE, ask).await
+    }
+
+    #[tokio::test]
+    async fn the_first_router_that_knows_is_believed_and_the_silent_are_named() {
+        let unknown = || RouterError::NotFound("nothing".into());
+        let asked = ask(vec![Err(unavailable()), Err(unknown()), Ok(1), Ok(2)]).await.unwrap();
+        assert_eq!((asked.answer, asked.silent.to_string()), (Some(1), "osaka: connection refused".into()));
+        let asked = ask(vec![Err(unknown()), Err(unknown())]).await.unwrap();
+        assert_eq!(asked, Asked { answer: None, silent: Failed::default() });
+        let asked = ask(vec![Err(unavailable()), Err(unavailable())]).await.unwrap();
+        assert_eq!((asked.answer, asked.silent.to_string()), (None, "osaka, virginia: connection refused".into()));
+    }
+
+    #[tokio::test]
+    async fn a_refused_key_is_not_tried_elsewhere() {
+        let refused = ask(vec![Err(RouterError::NotAllowed("no such key".into())), Ok(1)]).await;
+        assert_eq!(refused.unwrap_err().to_string(), "not allowed: no such key");
+    }
+
+    #[tokio::test]
+    async fn a_router_that_hangs_does_not_keep_the_next_from_answering() {
+        let routers = [("osaka".to_owned(), true), ("quito".to_owned(), false)];
+        let ask = async |hangs| if hangs { std::future::pending().await } else { Ok(7) };
+        let asked = in_turn(routers, Duration::ZERO, ask).await.unwrap();
+        assert_eq!((asked.answer, asked.silent.to_string()), (Some(7), "osaka: no answer within 0 s".into()));
+    }
+
+    #[test]
+    fn ages_have_two_units_at_most() {
+        let of = |s| age(Duration::from_secs(s));
+        assert_eq!([0, 12, 59].map(of), ["0s", "12s", "59s"]);
+        assert_eq!([60, 185, 3599].map(of), ["1m00s", "3m05s", "59m59s"]);
+        assert_eq!([3600, 7620, 86_399].map(of), ["1h00m", "2h07m", "23h59m"]);
+        assert_eq!([86_400, 442_800].map(of), ["1d00h", "5d03h"]);
+    }
+
+    #[test]
+    fn rows_and_json_say_the_same() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let session = SessionSummary {
+            session: "00000000000000000000000001".into(),
+            agent: "shop/desk".into(),
+            region: "frankfurt".into(),
+            worker: "desk-0".into(),
+            state: "active".into(),
+            epoch: 1,
+            since: Some((now - Duration::from_secs(185)).into()),
+            turns: 4,
+            relay: 65,
+            codec: Codec::L1624k.into(),
+            tenant: "acme".into(),
+        };
+        let cells = ["00000000000000000000000001", "shop/desk", "frankfurt", "desk-0", "active", "1"];
+        assert_eq!(row(&session, now), [&cells[..], &["3m05s", "4", "65", "l16-24k"]].concat());
+        let json = serde_json::to_value(Listed::of(&session)).unwrap();
+        assert_eq!(json["since"], "2027-01-15T07:56:55Z");
+        assert_eq!((&json["relay"], &json["codec"]), (&65.into(), &"l16-24k".into()));
+
+        let fresh = SessionSummary { relay: 0, since: Some((now + Duration::from_secs(1)).into()), ..session };
+        assert_eq!(row(&fresh, now)[6..9], ["0s", "4", "-"], "another clock may be ahead");
+        let unborn = SessionSummary { since: None, ..fresh };
+        assert_eq!(row(&unborn, now)[6], "-");
+    }
+}
