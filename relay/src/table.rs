@@ -210,8 +210,9 @@ impl Routing {
 
     /// Applies a change.
     ///
-    /// Removing more than a tenth of [`GUARDED_ROUTES`] routes or more is refused unless it is marked as intended:
-    /// a router that lost its store must not take the fleet away with it. What it adds is in force all the same.
+    /// Removing more than a tenth of the routes is refused unless it is marked as intended: a router that lost its
+    /// store must not take the fleet away with it. Deltas of a table smaller than [`GUARDED_ROUTES`] name each route
+    /// and are taken at their word. What a refused change adds is in force all the same.
     ///
     /// # Errors
     /// [`ChangeError::Gap`]; nothing is changed then.
@@ -222,7 +223,8 @@ impl Routing {
         }
         let gone = self.removed_by(&change);
         let (removals, of) = (gone.len(), self.shards.len());
-        let refused = of >= GUARDED_ROUTES && removals * 10 > of && !change.mass_removal_intended;
+        let guarded = change.full || of >= GUARDED_ROUTES;
+        let refused = guarded && removals * 10 > of && !change.mass_removal_intended;
         if !refused {
             for server_id in &gone {
                 self.shards.remove(server_id);
@@ -291,12 +293,29 @@ const fn shard_of(server_id: u64) -> u32 {
     (server_id >> 32) as u32
 }
 
-/// From how many routes on a mass removal needs the mark.
+/// From how many routes on a mass removal by a delta needs the mark.
 pub const GUARDED_ROUTES: usize = 10;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_router_that_knows_little_takes_no_route_of_a_small_fleet_away() {
+        let mut routing = Routing::new();
+        let full = |version, ids: &[u64]| RouteChange {
+            version,
+            full: true,
+            upserts: ids.iter().map(|n| (shard(*n), address(*n))).collect(),
+            ..RouteChange::default()
+        };
+        routing.apply(full(9, &[1, 2, 3])).unwrap();
+        assert!(matches!(routing.apply(full(1, &[2])).unwrap(), Outcome::RemovalsRefused { .. }));
+        assert_eq!(routing.shards.len(), 3);
+        let named = RouteChange { version: 2, removals: vec![shard(1)], ..RouteChange::default() };
+        routing.apply(named).unwrap();
+        assert_eq!(routing.shards.len(), 2);
+    }
 
     fn shard(n: u64) -> ServerId {
         ServerId::from_u64(n << 32 | 7)
@@ -388,7 +407,7 @@ mod tests {
         let marked = RouteChange { mass_removal_intended: true, ..full(3, 0..1) };
         assert_eq!(routing.apply(marked), Ok(Outcome::Applied));
         assert_eq!(routing.table().len(), 1);
-        assert_eq!(routing.apply(full(4, 0..0)), Ok(Outcome::Applied), "small tables are not guarded");
+        assert_eq!(routing.apply(removal(4, 1)), Ok(Outcome::Applied), "a delta of a small table names what is gone");
     }
 
     #[test]

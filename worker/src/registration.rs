@@ -175,7 +175,7 @@ impl Registration {
                 // Connection IDs of live sessions name the old number: only a new process can take a new one.
                 return Err(Fatal("the router numbered this worker anew while it is running").into());
             }
-            return shards.update(welcome);
+            return self.take_over(shards, welcome);
         }
         let incarnation = Incarnation::new(self.hello.incarnation)?;
         let sockets = self.sockets.take().context("the first registration failed half way")?;
@@ -200,6 +200,14 @@ impl Registration {
         Ok(())
     }
 
+    /// A later welcome brings what was missed while there was no router: keys, relays, behaviour.
+    fn take_over(&self, shards: &Shards, welcome: &WorkerWelcome) -> anyhow::Result<()> {
+        if let Some(behaviour) = welcome.behaviour.clone() {
+            self.capacity.set_behaviour(behaviour);
+        }
+        shards.update(welcome)
+    }
+
     fn carry_out(&self, directive: WorkerDirective) -> anyhow::Result<()> {
         let shards = self.shards.as_ref().context("directive before the welcome")?;
         match directive.directive {
@@ -209,7 +217,7 @@ impl Registration {
                 self.capacity.set_behaviour(behaviour);
                 Ok(())
             }
-            Some(Directive::Welcome(welcome)) => shards.update(&welcome),
+            Some(Directive::Welcome(welcome)) => self.take_over(shards, &welcome),
             // A newer router may know more: what is not understood is not acted on.
             None => Ok(()),
         }

@@ -77,6 +77,18 @@ impl RelayTable {
         Ok(table)
     }
 
+    /// A newer table that also keeps what it does not name: a router that has just started knows few relays, and a
+    /// relay left out is no evidence that it is gone (invariant I8). What is kept can only be used by the one who
+    /// holds its keys.
+    pub(crate) fn keeping(mut self, older: &Self) -> Self {
+        for (number, relay) in &older.relays {
+            if self.relays.len() < MOST_RELAYS {
+                self.relays.entry(*number).or_insert_with(|| relay.clone());
+            }
+        }
+        self
+    }
+
     /// Verifies a frame. `None` when its relay or key generation is unknown.
     pub(crate) fn open<'a>(&self, now_s: u64, frame: &'a [u8]) -> Option<Result<(Header, &'a [u8]), OpenError>> {
         let header = match Header::parse(frame) {
@@ -121,9 +133,22 @@ impl RelayTable {
     }
 }
 
+/// Relays of all regions that a worker remembers.
+const MOST_RELAYS: usize = 4_096;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_relay_left_out_is_kept_and_one_that_moved_is_not() {
+        let mut other = relay("127.0.0.1:2", vec![2; 16]);
+        other.number = 66;
+        let older = RelayTable::new(&[relay("127.0.0.1:1", vec![1; 16]), other], 0).unwrap();
+        let newer = RelayTable::new(&[relay("127.0.0.1:9", vec![1; 16])], 0).unwrap().keeping(&older);
+        let address = |n: u16| newer.relays[&RelayNumber::new(n).unwrap()].address.to_string();
+        assert_eq!((address(65), address(66)), ("127.0.0.1:9".into(), "127.0.0.1:2".into()));
+    }
 
     fn relay(address: &str, key: Vec<u8>) -> v1::WorkerRelay {
         let keys = v1::TunnelKeys { shard: 0, generation: 1, up: key.clone().into(), down: key.into() };

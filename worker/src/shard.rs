@@ -165,11 +165,11 @@ impl Shards {
         self.set_relays(&welcome.relays)
     }
 
-    /// Replaces the relays that frames are accepted from, all shards or none.
+    /// Takes over the relays that frames are accepted from, all shards or none.
     pub(crate) fn set_relays(&self, relays: &[WorkerRelay]) -> anyhow::Result<()> {
         let tables: Result<Vec<_>, _> = (0..).zip(&self.relays).map(|(n, _)| RelayTable::new(relays, n)).collect();
         for (slot, table) in self.relays.iter().zip(tables?) {
-            slot.store(Arc::new(table));
+            slot.store(Arc::new(table.keeping(&slot.load())));
         }
         Ok(())
     }
