@@ -62,10 +62,13 @@ impl Admission {
         let (session, epoch) = (attempt.create.session, attempt.create.epoch.value());
         let tenant = attempt.tenant.to_owned();
         self.tasks.spawn("give back", async move {
-            let released = this.give_back(&target, session, epoch, &tenant).await;
-            if let Some(claim) = claim.filter(|_| released == Some(true)) {
-                claim.released();
+            for pause in RELEASE_PAUSES {
+                if this.give_back(&target, session, epoch, &tenant).await.is_some() {
+                    break;
+                }
+                tokio::time::sleep(pause).await;
             }
+            drop(claim);
             drop(turn);
             Ok(())
         });
@@ -201,7 +204,13 @@ impl Admission {
             }
         };
         match timeout(RELEASE_DEADLINE, release).await {
-            Ok(Ok(response)) => Some(response.into_inner().released),
+            Ok(Ok(response)) => {
+                let released = response.into_inner().released;
+                if let (true, Target::Worker(number, _)) = (released, target) {
+                    self.fleet.released(*number);
+                }
+                Some(released)
+            }
             // Its lease ends by itself.
             Ok(Err(error)) => {
                 tracing::debug!(%error, %session, "release failed");
@@ -229,3 +238,5 @@ const LEASE_TTL_MS: u32 = 30_000;
 const RESERVE_DEADLINE: Duration = Duration::from_secs(1);
 const PLACE_DEADLINE: Duration = Duration::from_secs(2);
 const RELEASE_DEADLINE: Duration = Duration::from_secs(1);
+/// After each try to give back; then the lease is left to expire.
+const RELEASE_PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(400), Duration::ZERO];

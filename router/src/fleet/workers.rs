@@ -246,6 +246,17 @@ impl Fleet {
         Some(claim)
     }
 
+    /// The worker gave a lease or session up on our word; its next report says what is true.
+    pub(crate) fn released(&self, number: WorkerNumber) {
+        let mut state = self.state.lock();
+        if let Some(worker) = state.workers.get_mut(&number) {
+            worker.taken = worker.taken.saturating_sub(1);
+            state.refresh_worker(number);
+        }
+        drop(state);
+        self.settled.send_modify(|n| *n += 1);
+    }
+
     /// The channel of a registered worker.
     pub(crate) fn worker_channel(&self, number: WorkerNumber) -> Option<Channel> {
         let state = self.state.lock();
@@ -287,18 +298,6 @@ impl Claim {
             && worker.hello.incarnation == self.incarnation
         {
             worker.taken = worker.taken.max(worker.slots().saturating_sub(free));
-        }
-    }
-}
-
-impl Claim {
-    /// A lease that the worker had given, maybe unheard, is free again.
-    pub(crate) fn released(&self) {
-        let mut state = self.fleet.state.lock();
-        if let Some(worker) = state.workers.get_mut(&self.number)
-            && worker.hello.incarnation == self.incarnation
-        {
-            worker.taken = worker.taken.saturating_sub(1);
         }
     }
 }

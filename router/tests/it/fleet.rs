@@ -256,24 +256,7 @@ async fn records_are_applied_whole_and_keys_are_revoked_at_once() {
 async fn the_admin_port_tells_readiness_and_counts() {
     let world = World::new();
     let region = world.router("frankfurt").await;
-    let get = async |path: &str| {
-        let stream = tokio::net::TcpStream::connect(region.admin).await.unwrap();
-        let io = hyper_util::rt::TokioIo::new(stream);
-        let (mut client, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
-        let request = http::Request::get(path).header("host", "admin");
-        let request = request.body(http_body_util::Empty::<bytes::Bytes>::new()).unwrap();
-        let answer = async {
-            use http_body_util::BodyExt as _;
-            let response = client.send_request(request).await.unwrap();
-            let status = response.status().as_u16();
-            let body = response.into_body().collect().await.unwrap().to_bytes();
-            (status, String::from_utf8(body.to_vec()).unwrap())
-        };
-        tokio::select! {
-            answer = answer => answer,
-            ended = connection => panic!("ended early: {ended:?}"),
-        }
-    };
+    let get = async |path: &str| region.admin_get(path).await;
     assert_eq!(get("/livez").await.0, 200);
     assert_eq!(get("/readyz").await, (503, "waiting for: region record\n".to_owned()));
     let mut change = world.agent(&["frankfurt"]);

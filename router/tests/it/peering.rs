@@ -128,7 +128,7 @@ async fn a_cordoned_region_gets_nothing_new_and_distance_limits_the_rest() {
     let world = World::new();
     let (frankfurt, virginia) = pair(&world).await;
     let _here = world.worker(&frankfurt, "w-1", 10).await;
-    let _there = world.worker(&virginia, "w-1", 10).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
     let mut change = world.agent(&["frankfurt", "virginia"]);
     change.agents[0].rtt_ceiling_ms = 60;
     change.agents[0].rtt_ceiling_max_ms = 120;
@@ -138,15 +138,19 @@ async fn a_cordoned_region_gets_nothing_new_and_distance_limits_the_rest() {
     let cordon = v1::ApplyRequest { regions: vec![record], ..v1::ApplyRequest::default() };
     world.apply(&virginia, cordon).await.unwrap();
     eventually("frankfurt hears of the cordon", async || {
-        let refused = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap_err();
-        let refusal = antiphon_proto::refusal::of_status(&refused).unwrap();
-        let verdicts: Vec<_> = refusal.candidates.iter().map(|c| c.verdict.as_str()).collect();
-        verdicts.contains(&"cordoned") && verdicts.contains(&"too_far")
+        let status = world.status(&frankfurt).await;
+        let digests = status.regions.into_iter().filter_map(|r| r.digest);
+        digests.filter(|d| d.region == "virginia").any(|d| d.phase == i32::from(v1::Phase::Cordoned))
     })
     .await;
-    let waited = v1::CreateSessionRequest { location: Some(point((40.71, -74.01))), waited_ms: 10_000, ..create() };
-    let session = frankfurt.sessions().create_session(with_key(&world.key, waited)).await;
-    assert_eq!(session.unwrap().get_ref().region, "frankfurt");
+    // The nearest that can serve is above the preferred ceiling and within the hard one.
+    let session = ask(&world, &frankfurt, (40.71, -74.01)).await.unwrap();
+    assert_eq!((session.region.as_str(), there.held()), ("frankfurt", 0));
+    let explain = v1::ExplainSessionRequest { session: session.session };
+    let explained = frankfurt.sessions().explain_session(with_key(&world.key, explain)).await;
+    let explained = explained.unwrap().into_inner();
+    assert!(explained.candidates.iter().any(|c| c.region == "virginia" && c.verdict == "cordoned"));
     let never = ask(&world, &frankfurt, SINGAPORE).await.unwrap_err();
     assert_eq!(never.code(), Code::FailedPrecondition, "{never:?}");
+    assert_eq!(antiphon_proto::refusal::of_status(&never).unwrap().reason, "too_far");
 }

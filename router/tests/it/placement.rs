@@ -79,7 +79,9 @@ async fn a_thousand_requests_for_a_hundred_slots_give_exactly_a_hundred_tickets(
         // The region and each of its workers.
         assert_eq!(refusal.candidates.len(), 11);
         for candidate in &refusal.candidates {
-            assert!(["full", "refused"].contains(&candidate.verdict.as_str()), "{candidate:?}");
+            // A machine that is out of breath may let a worker answer too late.
+            let known = ["full", "refused", "unreachable"];
+            assert!(known.contains(&candidate.verdict.as_str()), "{candidate:?}");
         }
     }
 }
@@ -138,25 +140,24 @@ async fn a_caller_who_goes_away_leaves_no_lease_behind() {
     let all = tokio::sync::Semaphore::MAX_PERMITS;
     worker.shared.gate.forget_permits(all);
     {
-        let mut client = region.sessions();
-        let request = client.create_session(with_key(&world.key, create()));
+        let request = region.ask(&world.key, "POST", "/v1/sessions", Some(crate::http::body()));
         tokio::pin!(request);
         eventually("the worker is asked", async || {
-            let poll = futures::poll!(request.as_mut());
-            assert!(poll.is_pending());
+            assert!(futures::poll!(request.as_mut()).is_pending());
             worker.asked() == 1
         })
         .await;
     }
+    eventually("the router sees the connection close", async || region.counts("antiphon_router_connections 0").await)
+        .await;
     worker.shared.gate.add_permits(all);
-    eventually("the lease was given and given back", async || worker.granted() == 1 && worker.held() == 0).await;
-    // The slot is free again for somebody who stays.
-    eventually("the slot is free again", async || {
-        let answer = region.sessions().create_session(with_key(&world.key, create())).await;
-        answer.is_ok()
+    eventually("nobody waits for the ticket", async || {
+        region.counts("antiphon_router_tickets_total{outcome=\"cancelled\"} 1").await
     })
     .await;
-    assert_eq!(worker.held(), 1);
+    eventually("the lease is given back", async || worker.held() == 0).await;
+    let session = region.ask(&world.key, "POST", "/v1/sessions", Some(crate::http::body())).await;
+    assert_eq!((session.status, worker.held()), (201, 1), "{session:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

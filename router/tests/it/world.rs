@@ -185,7 +185,6 @@ impl World {
             server_id: Mutex::default(),
             sessions: Mutex::default(),
             asked: AtomicU32::new(0),
-            granted: AtomicU32::new(0),
             mute: AtomicBool::new(false),
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
             stubborn: Mutex::new(false),
@@ -293,6 +292,30 @@ impl Region {
         }
     }
 
+    /// A request to the admin port.
+    pub(crate) async fn admin_get(&self, path: &str) -> (u16, String) {
+        let stream = TcpStream::connect(self.admin).await.unwrap();
+        let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let request = ::http::Request::get(path).header("host", "admin");
+        let request = request.body(Full::<Bytes>::default()).unwrap();
+        let answer = async {
+            let response = client.send_request(request).await.unwrap();
+            let status = response.status().as_u16();
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            (status, String::from_utf8(body.to_vec()).unwrap())
+        };
+        tokio::select! {
+            answer = answer => answer,
+            ended = connection => panic!("connection ended early: {ended:?}"),
+        }
+    }
+
+    /// Whether the metrics have this line.
+    pub(crate) async fn counts(&self, line: &str) -> bool {
+        let (_, metrics) = self.admin_get("/metrics").await;
+        metrics.lines().any(|l| l == line)
+    }
+
     /// A JSON request with an API key.
     pub(crate) async fn ask(&self, key: &ApiKey, method: &str, path: &str, body: Option<Value>) -> Answer {
         let mut request = ::http::Request::builder()
@@ -348,8 +371,6 @@ pub(crate) struct Shared {
     pub(crate) sessions: Mutex<BTreeMap<Bytes, v1::ReserveRequest>>,
     /// How often it was asked to reserve.
     pub(crate) asked: AtomicU32,
-    /// How often it granted.
-    pub(crate) granted: AtomicU32,
     /// Permits for answers to `Reserve`.
     pub(crate) gate: Semaphore,
     /// Stays connected and says nothing.
@@ -462,10 +483,6 @@ impl Worker {
         self.shared.sessions.lock().len()
     }
 
-    pub(crate) fn granted(&self) -> u32 {
-        self.shared.granted.load(Ordering::SeqCst)
-    }
-
     pub(crate) fn asked(&self) -> u32 {
         self.shared.asked.load(Ordering::SeqCst)
     }
@@ -484,7 +501,6 @@ impl worker_server::Worker for Shared {
         let result = if room && !*self.stubborn.lock() {
             let server_id = self.server_id.lock().unwrap().to_u64();
             sessions.insert(request.session.clone(), request);
-            self.granted.fetch_add(1, Ordering::SeqCst);
             reserve_response::Result::Grant(v1::ReserveGrant {
                 lease: 42,
                 initial_connection_ids: vec![vec![1; 17].into(), vec![2; 17].into()],
