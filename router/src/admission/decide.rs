@@ -155,21 +155,8 @@ impl Admission {
         let create = attempt.create;
         amend(&mut candidates, &session.region, "", Verdict::Chosen, None);
         amend(&mut candidates, &session.region, &session.worker, Verdict::Chosen, None);
-        let line = candidates.iter().find(|c| c.region == session.region && c.worker.is_empty());
-        let eligible = |c: &&v1::Candidate| c.worker.is_empty() && c.score > 0.0;
         let attempts = attempt.tried.len();
-        session.reason = format!(
-            "{} of {} eligible region(s){}; {} took it at attempt {attempts}",
-            session.region,
-            candidates.iter().filter(eligible).count().max(1),
-            match line {
-                Some(line) if line.estimated_rtt_ms > 0 =>
-                    format!(", about {} ms away, {} free", line.estimated_rtt_ms, line.free),
-                Some(line) => format!(", {} free", line.free),
-                None => String::new(),
-            },
-            session.worker,
-        );
+        session.reason = reason(&session, &candidates, attempts);
         let records = self.fleet.records();
         if let (Some(location), Some(region)) = (create.location, records.regions.get(&session.region)) {
             let now = self.fleet.clock.now();
@@ -233,3 +220,20 @@ fn gone() -> Failure {
 /// Workers and regions asked for one request.
 const MAX_ATTEMPTS: usize = 8;
 const RETRY_MS: u32 = 1000;
+
+/// Why the session is where it is, in one line: the kind of reason, a colon, the figures.
+fn reason(session: &v1::Session, candidates: &[v1::Candidate], attempts: usize) -> String {
+    let regions = || candidates.iter().filter(|c| c.worker.is_empty());
+    let Some(chosen) = regions().find(|c| c.region == session.region) else {
+        return format!("placed: {} took it at attempt {attempts}", session.worker);
+    };
+    let (rtt, free) = (chosen.estimated_rtt_ms, chosen.free);
+    let nearer = regions().filter(|c| c.estimated_rtt_ms > 0 && c.estimated_rtt_ms < rtt);
+    let kind = match nearer.min_by_key(|c| c.estimated_rtt_ms) {
+        _ if rtt == 0 => "best region for a caller whose place is unknown".to_owned(),
+        None => "nearest region".to_owned(),
+        Some(nearest) => format!("best region, {} is {}", nearest.region, nearest.verdict.replace('_', " ")),
+    };
+    let distance = if rtt == 0 { String::new() } else { format!("about {rtt} ms away, ") };
+    format!("{kind}: {distance}{free} free; {} took it at attempt {attempts}", session.worker)
+}
