@@ -1,4 +1,6 @@
 //! Compiles the protobuf files without a `protoc` binary.
+#![forbid(unsafe_code)]
+
 use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -18,6 +18,7 @@ use antiphon_proto::v1::Codec;
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 
+use crate::present::out;
 use crate::{
     args::{CallArgs, CodecArg},
     caller::{self, Called, Stage, Wanted},
@@ -56,7 +57,7 @@ pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Resu
     }
     let found = called.verify(&wanted.turns);
     if json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&called, &found, args.save.as_deref()))?);
+        out!("{}", serde_json::to_string_pretty(&as_json(&called, &found, args.save.as_deref()))?);
     } else {
         print_timeline(&called, &found, args.save.as_deref());
     }
@@ -124,16 +125,16 @@ fn writable(path: &Path) -> anyhow::Result<()> {
 
 fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>) {
     let (session, report) = (&called.session, &called.report);
-    println!("session      {}", session.session);
-    println!("placed       {}/{}: {}", session.region, session.worker, session.reason);
-    println!("ticket       {}", duration(called.ticket));
-    println!("handshake    {} (attempt {})", duration(report.handshake), report.attempts);
-    println!("active       {}", duration(report.activated));
+    out!("session      {}", session.session);
+    out!("placed       {}/{}: {}", session.region, session.worker, session.reason);
+    out!("ticket       {}", duration(called.ticket));
+    out!("handshake    {} (attempt {})", duration(report.handshake), report.attempts);
+    out!("active       {}", duration(report.activated));
     if let Some(first) = report.first_audio {
-        println!("first audio  {}", duration(first));
+        out!("first audio  {}", duration(first));
     }
-    println!("lasted       {}", duration(report.ended));
-    println!();
+    out!("lasted       {}", duration(report.ended));
+    out!();
     let rows = found.turns.iter().map(|turn| {
         let receipt = turn.receipt.map_or("none".into(), |r| format!("{:08x} by {:04x}", r.chain, r.nonce));
         let delay = turn.response_delay.map_or("-".into(), duration);
@@ -144,9 +145,9 @@ fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>)
     });
     let header = ["TURN", "ANSWERED AFTER", "RECEIPT", "LIKENESS", "LONGEST PAUSE", "ANSWER"];
     present::print(&present::table(&header, &[0, 1, 3, 4], rows));
-    println!();
+    out!();
     let jitter = report.received.jitter;
-    println!(
+    out!(
         "network      loss {:.2} %, concealed {} frames, jitter {}, buffer {}, round trip {}",
         called.loss() * 100.0,
         jitter.concealed,
@@ -158,10 +159,10 @@ fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>)
         let gap = switch.gap.map_or("nothing heard since".into(), |gap| format!("quiet for {}", duration(gap)));
         let relay = |index: usize| session.relays.get(index).map_or(0, |relay| relay.number);
         let (from, to) = (relay(switch.switch.from), relay(switch.switch.to));
-        println!("relay        {from} -> {to} at {}: {:?}, {gap}", duration(switch.at), switch.switch.reason);
+        out!("relay        {from} -> {to} at {}: {:?}, {gap}", duration(switch.at), switch.switch.reason);
     }
     if let Some(saved) = saved {
-        println!("saved        {}", saved.display());
+        out!("saved        {}", saved.display());
     }
 }
 

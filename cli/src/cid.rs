@@ -15,6 +15,7 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::present::out;
 use crate::{
     args::{CidArgs, CidCommand, CidDecodeArgs, CidEncodeArgs, CidKeyArgs},
     fleet::read_root,
@@ -26,16 +27,16 @@ pub(crate) fn run(args: &CidArgs, dir: &Path, json: bool) -> anyhow::Result<Exit
         CidCommand::Encode(args) => {
             let cid = encode(args, key(&args.key, dir)?)?.to_string();
             if json {
-                println!("{}", serde_json::to_string_pretty(&json!({ "cid": cid }))?);
+                out!("{}", serde_json::to_string_pretty(&json!({ "cid": cid }))?);
             } else {
-                println!("{cid}");
+                out!("{cid}");
             }
         }
         CidCommand::Decode(args) => {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
             let taken = decode(args, key(&args.key, dir)?, now)?;
             if json {
-                println!("{}", serde_json::to_string_pretty(&taken)?);
+                out!("{}", serde_json::to_string_pretty(&taken)?);
             } else {
                 print!("{taken}");
             }

@@ -23,6 +23,7 @@ use antiphon_runtime::{Tasks, shutdown};
 use anyhow::{Context as _, bail, ensure};
 use tokio::{sync::oneshot, time::timeout};
 
+use crate::present::out;
 use crate::{
     args::DemoArgs,
     caller::{self, Stage, Wanted},
@@ -51,7 +52,7 @@ pub(crate) async fn run(args: &DemoArgs, json: bool) -> anyhow::Result<ExitCode>
     progress.clear();
     let outcome = outcome?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&show::as_json(&outcome))?);
+        out!("{}", serde_json::to_string_pretty(&show::as_json(&outcome))?);
     } else {
         show::print(&outcome);
     }

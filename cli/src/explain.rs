@@ -7,6 +7,7 @@ use antiphon_proto::v1::{Candidate, Explanation};
 use anyhow::{anyhow, bail};
 use serde::Serialize;
 
+use crate::present::out;
 use crate::{
     args::ExplainArgs,
     fleet::Context,
@@ -23,10 +24,10 @@ pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::R
         bail!("{}", unknown(&session, &asked.silent));
     };
     if json {
-        println!("{}", serde_json::to_string_pretty(&Explained::of(&explanation))?);
+        out!("{}", serde_json::to_string_pretty(&Explained::of(&explanation))?);
     } else {
         print!("{}", headline(&explanation, SystemTime::now()));
-        println!();
+        out!();
         present::print(&present::table(&HEADER, &RIGHT, explanation.candidates.iter().map(row)));
     }
     Ok(ExitCode::SUCCESS)

@@ -17,7 +17,7 @@ use std::{
 
 use antiphon_core::keys::FleetRoot;
 use antiphon_crds::compile::FleetPlan;
-use antiphon_proto::{api_key::ApiKey, v1::admin_client::AdminClient};
+use antiphon_proto::v1::{KeyRecord, admin_client::AdminClient};
 use antiphon_runtime::{
     pki::{FleetCa, PeerName, Role, shared_dns},
     tls,
@@ -40,7 +40,7 @@ pub struct Options {
     pub dir: PathBuf,
     /// How long a process may take to stop before it is killed.
     pub stop_deadline: Duration,
-    /// Lease and tenant of the first API key.
+    /// Tenant of the fleet's own API key.
     pub tenant: String,
 }
 
@@ -110,7 +110,7 @@ impl Fleet {
     ///
     /// # Errors
     /// A router refuses or cannot be reached.
-    pub async fn apply(&self, keys: &[(ApiKey, String)]) -> anyhow::Result<()> {
+    pub async fn apply(&self, keys: Vec<KeyRecord>) -> anyhow::Result<()> {
         let request = records::of(&self.plan, &self.context, keys);
         for router in &self.context.routers {
             let mut admin = self.admin(router)?;
@@ -134,8 +134,10 @@ impl Fleet {
             progress(&process.spec().title());
             process.wait_live(READY).await?;
         }
-        let key = context::load_or_make_key(&self.options.dir)?;
-        self.apply(&[(key, self.options.tenant.clone())]).await?;
+        let own = context::load_or_make_key(&self.options.dir)?;
+        let mut keys = crate::keys::stored(&self.options.dir)?;
+        keys.push(key_record(&own, &self.options.tenant, Vec::new()));
+        self.apply(keys).await?;
         self.wait_for(Kind::Router, progress).await
     }
 
@@ -234,7 +236,7 @@ fn layout(
         Ok(dir)
     };
     for region in &plan.regions {
-        let ip = subnet.next()?;
+        let ip = subnet.take()?;
         let dir = identity("router-0", Role::Router, &region.name, ip)?;
         let spec = ProcessSpec::router(&region.name, ip, dir, root::path(&options.dir));
         routers.push(RouterContext {
@@ -248,14 +250,14 @@ fn layout(
         let internal = format!("{ip}:{}", process::ROUTER_INTERNAL);
         specs.push(spec);
         for index in 0..region.relays {
-            let (name, ip) = (format!("relay-{index}"), subnet.next()?);
+            let (name, ip) = (format!("relay-{index}"), subnet.take()?);
             let dir = identity(&name, Role::Relay, &region.name, ip)?;
             specs.push(ProcessSpec::relay(&name, &region.name, ip, dir, &internal, options.stop_deadline));
         }
         for pool in plan.pools.iter().filter(|pool| pool.region == region.name) {
             for index in 0..pool.replicas {
                 let name = format!("{}-{index}", pool.agent.replace('/', "-"));
-                let ip = subnet.next()?;
+                let ip = subnet.take()?;
                 let dir = identity(&name, Role::Worker, &region.name, ip)?;
                 specs.push(ProcessSpec::worker(&name, pool, ip, dir, &internal, options.stop_deadline));
             }

@@ -21,6 +21,7 @@ use serde_json::json;
 use tokio::time::timeout;
 use tonic::{Response, Status, transport::Channel};
 
+use crate::present::out;
 use crate::{
     args::{KeysArgs, KeysCommand},
     fleet::{Context, key_record, new_key},
@@ -61,9 +62,9 @@ async fn create(
             "key": key.text(), "id": record.id, "tenant": record.tenant, "agents": record.agents,
             "missing": failed.regions(),
         });
-        println!("{}", serde_json::to_string_pretty(&made)?);
+        out!("{}", serde_json::to_string_pretty(&made)?);
     } else {
-        println!("{}", key.text());
+        out!("{}", key.text());
         eprintln!("shown once, store it now: for {}, tenant {tenant}", allowed(&record.agents));
     }
     if failed.is_empty() {
@@ -84,7 +85,7 @@ async fn list(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
     if json {
         let keys: Vec<_> =
             keys.iter().map(|key| json!({"id": key.id, "tenant": key.tenant, "agents": key.agents})).collect();
-        println!("{}", serde_json::to_string_pretty(&keys)?);
+        out!("{}", serde_json::to_string_pretty(&keys)?);
     } else if keys.is_empty() {
         eprintln!("no keys");
     } else {
@@ -124,11 +125,11 @@ async fn revoke(context: &Context, dir: &Path, id: &str, json: bool) -> anyhow::
     let request = ApplyRequest { removed_keys: vec![id.to_owned()], ..ApplyRequest::default() };
     let failed = apply(context, &request).await;
     if json {
-        println!("{}", serde_json::to_string_pretty(&json!({"revoked": id, "missing": failed.regions()}))?);
+        out!("{}", serde_json::to_string_pretty(&json!({"revoked": id, "missing": failed.regions()}))?);
     }
     if failed.is_empty() {
         if !json {
-            println!("revoked {id}");
+            out!("revoked {id}");
         }
         return Ok(ExitCode::SUCCESS);
     }

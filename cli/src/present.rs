@@ -1,6 +1,10 @@
 //! What people see: errors, tables, progress.
 
-use std::{borrow::Cow, io::IsTerminal as _, time::Duration};
+use std::{
+    borrow::Cow,
+    io::{IsTerminal as _, Write as _},
+    time::Duration,
+};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,8 +32,9 @@ pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<It
     for row in rows {
         table.add_row(row);
     }
-    for column in right {
-        if let Some(column) = table.column_mut(*column) {
+    for (index, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        if right.contains(&index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
@@ -38,8 +43,23 @@ pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<It
 
 /// Prints a table without trailing blanks.
 pub(crate) fn print(table: &Table) {
-    for line in table.to_string().lines() {
-        println!("{}", line.trim_end());
+    for text in table.to_string().lines() {
+        line(text.trim_end());
+    }
+}
+
+/// `println!` by way of [`line`].
+macro_rules! out {
+    () => { $crate::present::line("") };
+    ($($arg:tt)*) => { $crate::present::line(&format!($($arg)*)) };
+}
+pub(crate) use out;
+
+/// Prints a line. A reader that has seen enough (`| head`) is no error: the command ends quietly.
+pub(crate) fn line(text: &str) {
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        let code = if error.kind() == std::io::ErrorKind::BrokenPipe { 0 } else { 1 };
+        std::process::exit(code);
     }
 }
 

@@ -14,6 +14,7 @@ use anyhow::{bail, ensure};
 use serde::Serialize;
 use tokio::time::timeout;
 
+use crate::present::out;
 use crate::{args::SessionsArgs, fleet::Context, present};
 
 pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
@@ -27,7 +28,7 @@ pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::
     }
     if json {
         let sessions: Vec<_> = sessions.iter().map(Listed::of).collect();
-        println!("{}", serde_json::to_string_pretty(&sessions)?);
+        out!("{}", serde_json::to_string_pretty(&sessions)?);
     } else if sessions.is_empty() {
         eprintln!("no sessions");
     } else {

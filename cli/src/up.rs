@@ -8,6 +8,7 @@ use antiphon_runtime::shutdown;
 use serde_json::json;
 use tokio::time::timeout;
 
+use crate::present::out;
 use crate::{
     args::UpArgs,
     fleet::{Fleet, Options},
@@ -66,7 +67,7 @@ fn announce(fleet: &Fleet, dir: &std::path::Path, json: bool) -> anyhow::Result<
             })
             .collect();
         let agents: Vec<_> = fleet.plan().agents.iter().map(|agent| &agent.agent).collect();
-        println!(
+        out!(
             "{}",
             json!({"ready": true, "dir": dir, "processes": list, "agents": agents, "routers": fleet.context().routers})
         );
@@ -78,15 +79,15 @@ fn announce(fleet: &Fleet, dir: &std::path::Path, json: bool) -> anyhow::Result<
         vec![spec.region.clone(), spec.kind.label().into(), spec.name.clone(), spec.ip.to_string(), pid]
     });
     present::print(&present::table(&["REGION", "KIND", "NAME", "ADDRESS", "PID"], &[4], rows));
-    println!();
+    out!();
     for router in &fleet.context().routers {
-        println!("https://{}/v1/sessions  ({})", router.public, router.region);
+        out!("https://{}/v1/sessions  ({})", router.public, router.region);
     }
-    println!("logs, keys and identities in {}", dir.display());
+    out!("logs, keys and identities in {}", dir.display());
     if let Some(agent) = fleet.plan().agents.first() {
-        println!("try: antiphon call {} --save answer.wav", agent.agent);
+        out!("try: antiphon call {} --save answer.wav", agent.agent);
     }
-    println!("Ctrl-C stops everything.");
+    out!("Ctrl-C stops everything.");
     Ok(())
 }
 

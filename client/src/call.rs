@@ -251,9 +251,11 @@ impl Call {
             self.beats.on_sent(micros(now));
             self.send(datagram);
         }
-        let jitter = self.receiver.stats().jitter;
-        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        if let Some(beat) = self.beats.poll(micros(now), count(jitter.received), count(jitter.lost)) {
+        let (received, lost) = self.audio_counts();
+        if let Some(beat) = self.beats.poll(micros(now), received, lost) {
+            self.send(datagram::heartbeat(&beat));
+        } else if self.is_overdue(now) {
+            let beat = self.beats.beat(micros(now), received, lost);
             self.send(datagram::heartbeat(&beat));
         }
         if let Some(report) = finished {

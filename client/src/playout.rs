@@ -31,6 +31,11 @@ struct Unheard {
 }
 
 impl Playout {
+    /// Whether an answer is being played: then a packet is due every 20 ms.
+    pub(crate) const fn is_playing(&self) -> bool {
+        self.playing.is_some()
+    }
+
     /// The worker began an answer.
     pub(crate) fn on_started(&mut self, generation: u32) {
         self.announced = self.announced.max(generation);

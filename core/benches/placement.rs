@@ -1,5 +1,7 @@
 //! Decisions per second with 10,000 workers in 100 regions, as a router of one region sees them, and with all of them
 //! in its own region.
+#![forbid(unsafe_code)]
+
 use std::{hint::black_box, time::Duration};
 
 use antiphon_core::{

@@ -1,6 +1,7 @@
 //! What encoding and decoding cost per frame of 20 ms, with recorded speech: `cargo bench -p antiphon-media`.
 //!
 //! Each iteration is one whole utterance; the item count is its frames, so divan's throughput is frames per second.
+#![forbid(unsafe_code)]
 
 use antiphon_media::codec::{Decoder, Encoder, EncoderSettings};
 use antiphon_media::format::AudioFormat;

@@ -99,7 +99,8 @@ impl Heartbeats {
         Heartbeat { padding, ..self.beat(now_us, received, lost) }
     }
 
-    fn beat(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
+    /// A heartbeat whether one is due or not.
+    pub fn beat(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
         self.sequence = self.sequence.wrapping_add(1);
         self.last_sent_us = now_us;
         self.last_beat_us = now_us;

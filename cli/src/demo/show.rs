@@ -5,22 +5,23 @@ use std::{collections::BTreeMap, time::Duration};
 use serde_json::{Value, json};
 
 use super::outcome::{Outcome, Placed};
+use crate::present::out;
 use crate::present::{self, duration, quantile};
 
 pub(super) fn print(outcome: &Outcome) {
-    println!();
+    out!();
     placements(outcome);
-    println!();
+    out!();
     figures(outcome);
-    println!();
+    out!();
     incidents(outcome);
-    println!();
+    out!();
     failures(outcome);
     let calls = outcome.verdicts.len();
     let complete = outcome.verdicts.iter().filter(|verdict| verdict.passed()).count();
     let answers: usize = outcome.verdicts.iter().map(|verdict| verdict.answers).sum();
     let turns: usize = outcome.verdicts.iter().map(|verdict| verdict.turns).sum();
-    println!(
+    out!(
         "{complete} of {calls} calls complete, {answers} of {turns} answers were the caller's own words with the right receipt; {}",
         duration(outcome.took)
     );
@@ -107,16 +108,16 @@ fn failures(outcome: &Outcome) {
     for verdict in failed.iter().take(MOST_FAILURES) {
         let city = outcome.places.get(verdict.caller).map_or("", |place| place.city);
         let answers = format!("{} of {} answers", verdict.answers, verdict.turns);
-        println!("caller {:03} in {city}: {answers}: {}", verdict.caller, verdict.problems.join("; "));
+        out!("caller {:03} in {city}: {answers}: {}", verdict.caller, verdict.problems.join("; "));
     }
     if failed.len() > MOST_FAILURES {
-        println!("… and {} more callers", failed.len() - MOST_FAILURES);
+        out!("… and {} more callers", failed.len() - MOST_FAILURES);
     }
     for incident in outcome.unnoticed() {
-        println!("{}: no caller was concerned, so it proves nothing", incident.what);
+        out!("{}: no caller was concerned, so it proves nothing", incident.what);
     }
     if !failed.is_empty() {
-        println!();
+        out!();
     }
 }
 
@@ -139,6 +140,10 @@ pub(super) fn as_json(outcome: &Outcome) -> Value {
                 "longestGapMs": call.map(|call| ms(call.report.longest_gap)),
                 "loss": call.map(|call| call.loss),
                 "similarity": call.map(|call| call.similarity),
+                "switches": call.map(|call| call.report.switches.iter().map(|s| json!({
+                    "atMs": ms(s.at), "from": s.switch.from, "to": s.switch.to,
+                    "reason": format!("{:?}", s.switch.reason), "gapMs": s.gap.map(ms),
+                })).collect::<Vec<_>>()),
                 "lateSteps": call.map(|call| call.report.late_steps),
                 "answers": verdict.answers,
                 "turns": verdict.turns,

@@ -32,7 +32,7 @@ impl Subnet {
     ///
     /// # Errors
     /// More than 253 processes.
-    pub fn next(&mut self) -> anyhow::Result<Ipv4Addr> {
+    pub fn take(&mut self) -> anyhow::Result<Ipv4Addr> {
         if self.last == 254 {
             bail!("a fleet on one machine has at most 253 processes: lower minReplicas or relay.replicas");
         }
@@ -50,10 +50,10 @@ mod tests {
     #[test]
     fn two_fleets_never_share_an_address() {
         let (mut a, mut b) = (Subnet::claim().unwrap(), Subnet::claim().unwrap());
-        assert_ne!(a.next().unwrap(), b.next().unwrap());
-        let rest = std::iter::from_fn(|| a.next().ok()).count();
+        assert_ne!(a.take().unwrap(), b.take().unwrap());
+        let rest = std::iter::from_fn(|| a.take().ok()).count();
         assert_eq!(rest, 252);
-        let error = a.next().unwrap_err().to_string();
+        let error = a.take().unwrap_err().to_string();
         assert!(error.contains("at most 253"), "{error}");
     }
 }

@@ -12,11 +12,11 @@ use antiphon_proto::{
 
 use super::Context;
 
-pub(super) fn of(plan: &FleetPlan, context: &Context, keys: &[(ApiKey, String)]) -> ApplyRequest {
+pub(super) fn of(plan: &FleetPlan, context: &Context, keys: Vec<KeyRecord>) -> ApplyRequest {
     ApplyRequest {
         regions: plan.regions.iter().map(|r| region(r, context)).collect(),
         agents: plan.agents.iter().map(agent).collect(),
-        keys: keys.iter().map(|(key, tenant)| key_record(key, tenant, Vec::new())).collect(),
+        keys,
         removed_keys: Vec::new(),
         removed_agents: Vec::new(),
     }

@@ -7,7 +7,7 @@ use antiphon_quic::datagram;
 use super::{Call, CallError, micros};
 use crate::{
     party::{Event, Party},
-    path::Switch,
+    path::{PathSelector, Switch},
     report::{Rebind, RelaySwitch},
 };
 
@@ -74,6 +74,13 @@ impl Call {
         party.on_event(&Event::Switched(switch));
     }
 
+    /// In the middle of an answer something should have come by now. A packet sent at once makes the host of a relay
+    /// that is gone say so, before the next heartbeat would.
+    pub(super) fn is_overdue(&self, now: Duration) -> bool {
+        let quiet = now.saturating_sub(self.last_heard);
+        self.playout.is_playing() && (OVERDUE..PathSelector::SUSPICION).contains(&quiet)
+    }
+
     /// RTP packets received and lost so far.
     pub(super) fn audio_counts(&self) -> (u32, u32) {
         let jitter = self.receiver.stats().jitter;
@@ -93,7 +100,9 @@ impl Call {
     pub(super) fn rebind(&mut self, party: &mut dyn Party) {
         match self.socket.rebind() {
             Ok(()) => {
-                self.report.rebinds.push(Rebind { at: self.started.elapsed(), gap: None });
+                let now = self.started.elapsed();
+                self.open_path(now);
+                self.report.rebinds.push(Rebind { at: now, gap: None });
                 party.on_event(&Event::Rebound);
             }
             // The old socket stays; the silence that follows brings the next try.
@@ -104,5 +113,7 @@ impl Call {
 
 /// RFC 9000's default. Silence is judged by heartbeats, which do not wait for acknowledgements.
 const ACK_DELAY: Duration = Duration::from_millis(25);
+/// A frame and a half.
+const OVERDUE: Duration = Duration::from_millis(30);
 /// Silence through every relay after which the worker counts as lost.
 const GIVE_UP: Duration = Duration::from_secs(5);
