@@ -195,9 +195,9 @@ impl Call {
                     Ok(None) => return Err(self.ended(EndCode::Unspecified)),
                     Err(error) => return Err(self.broken(error)),
                 },
-                () = socket.refused() => self.leave_closed_relay(party),
+                () = socket.refused() => self.leave_closed_relay(party).await,
                 command = self.commands.1.recv() => match command {
-                    Some(Command::Rebind) => self.rebind(party),
+                    Some(Command::Rebind) => self.rebind(party).await,
                     Some(Command::HangUp) | None => return Ok(()),
                 },
             }
@@ -239,7 +239,7 @@ impl Call {
     /// 20 ms pass.
     async fn step(&mut self, party: &mut dyn Party, say: &mut [i16]) -> Result<Step, CallError> {
         let now = self.started.elapsed();
-        self.watch_path(party, now)?;
+        self.watch_path(party, now).await?;
         say.fill(0);
         let heard = self.receiver.pull(Instant::now());
         let step = party.step(&heard, say);
@@ -251,11 +251,11 @@ impl Call {
             self.beats.on_sent(micros(now));
             self.send(datagram);
         }
-        let (received, lost) = self.audio_counts();
-        if let Some(beat) = self.beats.poll(micros(now), received, lost) {
+        let audio = self.audio_received();
+        if let Some(beat) = self.beats.poll(micros(now), audio) {
             self.send(datagram::heartbeat(&beat));
         } else if self.is_overdue(now) {
-            let beat = self.beats.beat(micros(now), received, lost);
+            let beat = self.beats.beat(micros(now), audio);
             self.send(datagram::heartbeat(&beat));
         }
         if let Some(report) = finished {
@@ -309,7 +309,7 @@ impl Call {
             Some(FromWorker::MoveRelay(m)) => {
                 let relay = self.dial.relay_numbers.iter().position(|number| *number == m.relay);
                 if let Some(switch) = relay.and_then(|relay| self.path.on_draining(relay, now)) {
-                    self.switch(switch, now, party);
+                    self.switch(switch, now, party).await;
                 }
             }
             Some(FromWorker::Ended(m)) => {

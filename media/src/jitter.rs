@@ -173,6 +173,11 @@ impl JitterBuffer {
         self.gap = Gap::default();
     }
 
+    /// Low 16 bits of the highest sequence number received.
+    pub fn highest(&self) -> Option<u16> {
+        self.tracker.highest()
+    }
+
     /// Counts and delays.
     pub fn stats(&self) -> JitterStats {
         let report = self.tracker.report();

@@ -1,5 +1,6 @@
 //! Both ends of an audio stream: datagrams to paced PCM, paced PCM to datagrams.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -111,6 +112,11 @@ impl Receiver {
         self.jitter.flush(generation);
     }
 
+    /// Low 16 bits of the highest sequence number received; `None` before the first packet.
+    pub fn highest(&self) -> Option<u16> {
+        self.jitter.highest()
+    }
+
     /// Counts and delays.
     pub fn stats(&self) -> ReceiverStats {
         ReceiverStats { jitter: self.jitter.stats(), undecodable: self.undecodable }
@@ -155,6 +161,8 @@ pub struct Sender {
     generation: Option<u16>,
     /// The next packet is the first after a silence.
     marker: bool,
+    /// The newest datagrams with their sequence numbers, for [`Self::after`].
+    recent: VecDeque<(u16, Bytes)>,
     stats: SenderStats,
 }
 
@@ -168,8 +176,8 @@ impl Sender {
     ) -> Result<Self, EncodeError> {
         let encoder = Encoder::new(format, settings)?;
         let StreamOrigin { ssrc, sequence, timestamp } = origin;
-        let stats = SenderStats::default();
-        Ok(Self { encoder, flow, ssrc, sequence, timestamp, generation: None, marker: true, stats })
+        let (stats, recent) = (SenderStats::default(), VecDeque::with_capacity(RECENT));
+        Ok(Self { encoder, flow, ssrc, sequence, timestamp, generation: None, marker: true, recent, stats })
     }
 
     /// The stream's format.
@@ -200,12 +208,34 @@ impl Sender {
             self.skip();
             return Ok(None);
         }
+        let datagram = Bytes::from(datagram);
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((self.sequence, datagram.clone()));
         self.timestamp = self.timestamp.wrapping_add(format.rtp_timestamp_step());
         self.sequence = self.sequence.wrapping_add(1);
         self.marker = false;
         self.stats.packets += 1;
         self.stats.bytes += datagram.len() as u64;
-        Ok(Some(datagram.into()))
+        Ok(Some(datagram))
+    }
+
+    /// What was sent after the packet with this sequence number, oldest first: a path that died may have taken it
+    /// along. At most the newest [`RECENT`]; with `None` (the other end has nothing yet) all of those.
+    pub fn after(&self, highest: Option<u16>) -> impl Iterator<Item = Bytes> + use<> {
+        // Serial number arithmetic (RFC 1982).
+        let later = |sequence: u16| highest.is_none_or(|highest| (sequence.wrapping_sub(highest) as i16) > 0);
+        let sent: Vec<Bytes> =
+            self.recent.iter().filter(|(sequence, _)| later(*sequence)).map(|(_, datagram)| datagram.clone()).collect();
+        sent.into_iter()
+    }
+
+    /// The last `count` packets, oldest first.
+    pub fn newest(&self, count: usize) -> impl Iterator<Item = Bytes> + use<> {
+        let skipped = self.recent.len().saturating_sub(count);
+        let sent: Vec<Bytes> = self.recent.iter().skip(skipped).map(|(_, datagram)| datagram.clone()).collect();
+        sent.into_iter()
     }
 
     /// Lets 20 ms pass without sound.
@@ -220,6 +250,9 @@ impl Sender {
         self.stats
     }
 }
+
+/// Packets that a sender keeps: 400 ms, longer than it takes to notice a dead path.
+pub const RECENT: usize = 20;
 
 #[cfg(test)]
 mod tests;

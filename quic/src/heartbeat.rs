@@ -10,6 +10,17 @@ use antiphon_core::id::Epoch;
 use antiphon_proto::v1::Heartbeat;
 use bytes::Bytes;
 
+/// What an end tells the other of its audio.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AudioReceived {
+    /// RTP packets received so far.
+    pub received: u32,
+    /// RTP packets missing so far.
+    pub lost: u32,
+    /// Low 16 bits of the highest sequence number received.
+    pub highest: Option<u16>,
+}
+
 /// What an end knows of the other.
 #[derive(Debug, Clone)]
 pub struct Heartbeats {
@@ -82,25 +93,25 @@ impl Heartbeats {
         }
     }
 
-    /// The heartbeat that is due now, if one is. `received` and `lost` are RTP packet counts so far.
-    pub fn poll(&mut self, now_us: u64, received: u32, lost: u32) -> Option<Heartbeat> {
+    /// The heartbeat that is due now, if one is.
+    pub fn poll(&mut self, now_us: u64, audio: AudioReceived) -> Option<Heartbeat> {
         let quiet = now_us.saturating_sub(self.last_sent_us) >= Self::QUIET.as_micros() as u64;
         let regular = now_us.saturating_sub(self.last_beat_us) >= Self::INTERVAL.as_micros() as u64;
         if !quiet && !regular {
             return None;
         }
-        Some(self.beat(now_us, received, lost))
+        Some(self.beat(now_us, audio))
     }
 
     /// The first message on a new path: padded, because the other end may send no more than three times what it got
     /// there until it has validated the path (RFC 9000, section 8.2), and its challenge alone takes 1,200 bytes.
-    pub fn path_opener(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
+    pub fn path_opener(&mut self, now_us: u64, audio: AudioReceived) -> Heartbeat {
         let padding = vec![0; Self::OPENER_PADDING].into();
-        Heartbeat { padding, ..self.beat(now_us, received, lost) }
+        Heartbeat { padding, new_path: true, ..self.beat(now_us, audio) }
     }
 
     /// A heartbeat whether one is due or not.
-    pub fn beat(&mut self, now_us: u64, received: u32, lost: u32) -> Heartbeat {
+    pub fn beat(&mut self, now_us: u64, audio: AudioReceived) -> Heartbeat {
         self.sequence = self.sequence.wrapping_add(1);
         self.last_sent_us = now_us;
         self.last_beat_us = now_us;
@@ -111,8 +122,10 @@ impl Heartbeats {
             sent_us: now_us,
             echoed_us,
             echo_delay_us: u32::try_from(held_us).unwrap_or(u32::MAX),
-            audio_received: received,
-            audio_lost: lost,
+            audio_received: audio.received,
+            audio_lost: audio.lost,
+            audio_highest: audio.highest.map(u32::from),
+            new_path: false,
             padding: Bytes::new(),
         }
     }
@@ -145,12 +158,12 @@ mod tests {
     #[test]
     fn a_quiet_end_speaks_up_and_a_talking_one_acknowledges_in_time() {
         let mut quiet = Heartbeats::new(0, Epoch::FIRST);
-        assert!(quiet.poll(79 * MS, 0, 0).is_none());
-        assert!(quiet.poll(80 * MS, 0, 0).is_some());
+        assert!(quiet.poll(79 * MS, AudioReceived::default()).is_none());
+        assert!(quiet.poll(80 * MS, AudioReceived::default()).is_some());
         let mut talking = Heartbeats::new(0, Epoch::FIRST);
         let beats = (1..=50).filter(|frame| {
             talking.on_sent(frame * 20 * MS);
-            talking.poll(frame * 20 * MS, 0, 0).is_some()
+            talking.poll(frame * 20 * MS, AudioReceived::default()).is_some()
         });
         assert_eq!(beats.count(), 5, "five a second between audio");
     }
@@ -158,9 +171,9 @@ mod tests {
     #[test]
     fn round_trip_leaves_out_the_time_held() {
         let (mut a, mut b) = (Heartbeats::new(0, Epoch::FIRST), Heartbeats::new(500 * MS, Epoch::FIRST));
-        let beat = a.poll(100 * MS, 0, 0).unwrap();
+        let beat = a.poll(100 * MS, AudioReceived::default()).unwrap();
         b.on_heartbeat(600 * MS, &beat);
-        let answer = b.poll(650 * MS, 0, 0).unwrap();
+        let answer = b.poll(650 * MS, AudioReceived::default()).unwrap();
         a.on_heartbeat(180 * MS, &answer);
         assert_eq!(a.rtt(), Some(Duration::from_millis(30)));
         assert!(a.epoch_acknowledged(580 * MS) && !a.epoch_acknowledged(581 * MS));

@@ -12,5 +12,5 @@ pub mod profile;
 pub use activation::{ClientKey, activation_message, verify_activation};
 pub use control::{ControlError, ControlReader, ControlWriter};
 pub use datagram::{Flow, split_flow};
-pub use heartbeat::Heartbeats;
+pub use heartbeat::{AudioReceived, Heartbeats};
 pub use profile::{AudioBudget, Side, client_crypto, server_crypto, transport};

@@ -126,6 +126,16 @@ impl Conversation {
         self.out.pop_front()
     }
 
+    /// Highest sequence number of the caller's packets, low 16 bits.
+    pub(crate) fn highest(&self) -> Option<u16> {
+        self.receiver.highest()
+    }
+
+    /// What the agent's side sent after the packet with this sequence number, as datagrams.
+    pub(crate) fn sent_after(&self, highest: Option<u16>) -> impl Iterator<Item = Bytes> + use<> {
+        self.sender.after(highest)
+    }
+
     /// Counts of the caller's stream.
     pub(crate) fn stats(&self) -> ReceiverStats {
         self.receiver.stats()

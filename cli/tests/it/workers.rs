@@ -34,7 +34,7 @@ async fn a_killed_worker_gets_no_more_calls_and_its_caller_is_told() {
         assert_ne!(other.worker, session.worker);
     }
     // Silence is no evidence that its route may go.
-    assert_eq!(fleet.metric(Kind::Relay, 0, "antiphon_relay_table_routes").await, 2.0);
+    assert_eq!(fleet.metric(Kind::Relay, 0, "antiphon_relay_routes").await, 2.0);
 
     let finished = tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap();
     let error = finished.outcome.unwrap_err();
@@ -61,7 +61,7 @@ async fn a_worker_asked_to_stop_ends_its_calls_first_and_leaves_the_route_table(
     assert!(status.success(), "{status}");
     let mut routes = 1.0;
     while routes > 0.0 {
-        routes = fleet.metric(Kind::Relay, 0, "antiphon_relay_table_routes").await;
+        routes = fleet.metric(Kind::Relay, 0, "antiphon_relay_routes").await;
     }
     fleet.fleet.stop().await;
 }

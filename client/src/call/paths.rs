@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use antiphon_quic::datagram;
+use antiphon_quic::{AudioReceived, datagram};
 
 use super::{Call, CallError, micros};
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
 
 impl Call {
     /// Notices silence and acts on it: another relay, then another local address, in the end an error.
-    pub(super) fn watch_path(&mut self, party: &mut dyn Party, now: Duration) -> Result<(), CallError> {
+    pub(super) async fn watch_path(&mut self, party: &mut dyn Party, now: Duration) -> Result<(), CallError> {
         for relay in 0..self.dial.relays.len() {
             let Some(heard) = self.socket.last_heard(relay).filter(|heard| *heard > self.last_heard) else {
                 continue;
@@ -28,11 +28,11 @@ impl Call {
         let rtt = self.connection.rtt();
         let pto = rtt + rtt / 2 + ACK_DELAY;
         if let Some(switch) = self.path.poll(now, pto) {
-            self.switch(switch, now, party);
+            self.switch(switch, now, party).await;
             self.rebind_after = self.rebind_after.saturating_sub(1);
             if self.rebind_after == 0 {
                 self.rebind_after = self.dial.relays.len();
-                self.rebind(party);
+                self.rebind(party).await;
             }
         }
         Ok(())
@@ -54,22 +54,22 @@ impl Call {
     }
 
     /// The system says that a relay's port is closed: no need to wait for silence.
-    pub(super) fn leave_closed_relay(&mut self, party: &mut dyn Party) {
+    pub(super) async fn leave_closed_relay(&mut self, party: &mut dyn Party) {
         let (now, active) = (self.started.elapsed(), self.path.active());
         let closed = self.socket.last_refused(active).is_some();
         if closed && let Some(switch) = self.path.on_refused(active, now) {
-            self.switch(switch, now, party);
+            self.switch(switch, now, party).await;
         }
     }
 
-    pub(super) fn switch(&mut self, switch: Switch, now: Duration, party: &mut dyn Party) {
+    pub(super) async fn switch(&mut self, switch: Switch, now: Duration, party: &mut dyn Party) {
         if let Err(error) = self.socket.use_relay(switch.to) {
             // The relay before stays in use; the silence that follows brings the next try.
             tracing::warn!(session = %self.dial.session, %error, "relay");
             return;
         }
         tracing::debug!(session = %self.dial.session, ?switch, "relay");
-        self.open_path(now);
+        self.open_path(now).await;
         self.report.switches.push(RelaySwitch { at: now, switch, gap: None });
         party.on_event(&Event::Switched(switch));
     }
@@ -81,27 +81,36 @@ impl Call {
         self.playout.is_playing() && (OVERDUE..PathSelector::SUSPICION).contains(&quiet)
     }
 
-    /// RTP packets received and lost so far.
-    pub(super) fn audio_counts(&self) -> (u32, u32) {
+    /// What has come of the worker's audio.
+    pub(super) fn audio_received(&self) -> AudioReceived {
         let jitter = self.receiver.stats().jitter;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        (count(jitter.received), count(jitter.lost))
+        let highest = self.receiver.highest();
+        AudioReceived { received: count(jitter.received), lost: count(jitter.lost), highest }
     }
 
     /// The worker learns of the new path by the first packet on it; twice, as one may be lost.
-    fn open_path(&mut self, now: Duration) {
-        let (received, lost) = self.audio_counts();
+    async fn open_path(&mut self, now: Duration) {
+        let audio = self.audio_received();
         for _ in 0..2 {
-            let opener = self.beats.path_opener(micros(now), received, lost);
+            let opener = self.beats.path_opener(micros(now), audio);
             self.send(datagram::heartbeat(&opener));
+            tokio::task::yield_now().await;
+        }
+        // What was said since the worker was last heard may have gone where nobody listens. It drops what it has.
+        let quiet = now.saturating_sub(self.last_heard) + self.connection.rtt();
+        let frames = usize::try_from(quiet.as_millis() / 20).unwrap_or(usize::MAX).saturating_add(2);
+        for frame in self.sender.newest(frames) {
+            self.send(frame);
+            tokio::task::yield_now().await;
         }
     }
 
-    pub(super) fn rebind(&mut self, party: &mut dyn Party) {
+    pub(super) async fn rebind(&mut self, party: &mut dyn Party) {
         match self.socket.rebind() {
             Ok(()) => {
                 let now = self.started.elapsed();
-                self.open_path(now);
+                self.open_path(now).await;
                 self.report.rebinds.push(Rebind { at: now, gap: None });
                 party.on_event(&Event::Rebound);
             }

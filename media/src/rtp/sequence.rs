@@ -85,6 +85,11 @@ impl SequenceTracker {
         }
     }
 
+    /// Low 16 bits of the highest sequence number received.
+    pub fn highest(&self) -> Option<u16> {
+        self.stream.as_ref().map(|stream| stream.highest as u16)
+    }
+
     /// Received and lost, over all restarts.
     pub fn report(&self) -> ReceptionReport {
         let ReceptionReport { received, lost } = self.past;

@@ -15,7 +15,9 @@ use antiphon_proto::v1::{
     Activated, ClientMessage, EndCode, Ended, Heartbeat, MoveRelay, ServerMessage,
     client_message::Message as FromClient, server_message::Message as ToClient,
 };
-use antiphon_quic::{ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow};
+use antiphon_quic::{
+    AudioReceived, ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow,
+};
 use bytes::Bytes;
 use futures::FutureExt as _;
 use prost::Message as _;
@@ -59,6 +61,8 @@ pub(super) struct Live {
     beats: Heartbeats,
     began: Instant,
     steps: u64,
+    /// The client's path is new, and this is the last it had before.
+    lost_after: Option<Option<u16>>,
     /// The draining relay that the client has been told to leave.
     told_to_leave: Option<RelayNumber>,
 }
@@ -94,6 +98,7 @@ impl Live {
             beats,
             began,
             steps: 0,
+            lost_after: None,
             told_to_leave: None,
         })
     }
@@ -140,7 +145,11 @@ impl Live {
             let connection = self.connection.clone();
             let outcome = tokio::select! {
                 datagram = connection.read_datagram() => match datagram {
-                    Ok(datagram) => { self.on_datagram(&datagram); Ok(()) }
+                    Ok(datagram) => {
+                        self.on_datagram(&datagram);
+                        self.send_again().await;
+                        Ok(())
+                    }
                     Err(_) => Err(End::Lost),
                 },
                 due = steps.tick() => self.step(due).await,
@@ -179,9 +188,25 @@ impl Live {
             Some((Flow::Heartbeat, payload)) => {
                 if let Ok(beat) = Heartbeat::decode(payload) {
                     self.beats.on_heartbeat(now_us, &beat);
+                    if beat.new_path {
+                        let highest = beat.audio_highest.and_then(|n| u16::try_from(n).ok());
+                        self.lost_after = Some(highest);
+                    }
                 }
             }
             None => tracing::trace!(session = %self.terms.session, "datagram of an unknown flow"),
+        }
+    }
+
+    /// The client is on a new path: what was sent on the old one after this packet may be lost.
+    ///
+    /// Bounded by what the sender keeps, and congestion control holds for it like for anything else.
+    async fn send_again(&mut self) {
+        let Some(highest) = self.lost_after.take() else { return };
+        for frame in self.conversation.sent_after(highest) {
+            self.send(frame);
+            // The send buffer holds three frames: each has to leave before the next comes.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -220,6 +245,7 @@ impl Live {
             let Some(Ok(datagram)) = self.connection.read_datagram().now_or_never() else { break };
             self.on_datagram(&datagram);
         }
+        self.send_again().await;
         let now_us = self.now_us();
         let silence = self.beats.silence(now_us);
         if silence > CLIENT_GONE {
@@ -238,7 +264,9 @@ impl Live {
         }
         let jitter = self.conversation.stats().jitter;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        if let Some(beat) = self.beats.poll(now_us, count(jitter.received), count(jitter.lost)) {
+        let highest = self.conversation.highest();
+        let audio = AudioReceived { received: count(jitter.received), lost: count(jitter.lost), highest };
+        if let Some(beat) = self.beats.poll(now_us, audio) {
             self.send(datagram::heartbeat(&beat));
         }
         self.steps += 1;
