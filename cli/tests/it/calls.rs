@@ -1,7 +1,8 @@
 //! Calls that come about, and stay.
 
 use antiphon_cli::fleet::Kind;
-use antiphon_client::SwitchReason;
+use antiphon_client::{Event, Heard, Party, Step, SwitchReason};
+use antiphon_media::script::Script;
 use antiphon_proto::v1::Codec;
 
 use crate::support::{Caller, Shape, TestFleet, start, until};
@@ -60,4 +61,81 @@ fn relay_in_use(fleet: &TestFleet, address: &str) -> usize {
     let relays = fleet.fleet.processes().iter().filter(|process| process.spec().kind == Kind::Relay);
     let ips: Vec<_> = relays.map(|process| format!("{}:", process.spec().ip)).collect();
     ips.iter().position(|ip| address.starts_with(ip)).expect("a relay of the fleet")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_who_interrupts_is_listened_to() {
+    let fleet = start(Shape { relays: 1, workers: 1, slots: 4 }).await;
+    let (_, call) = fleet.dial(Codec::Opus).await;
+    let mut caller = Interrupter::new(call.sample_rate());
+    let (_, outcome) = call.run(&mut caller).await;
+    assert!(outcome.is_ok(), "{outcome:?}");
+    assert_eq!(caller.cut, [1], "the first answer was cut");
+    assert_eq!(caller.complete, [2], "the second came whole");
+    let quiet = caller.loudest_while_interrupting.expect("the agent fell silent while the caller spoke");
+    assert!(quiet < 200, "silent means silent, heard up to {quiet}");
+    fleet.fleet.stop().await;
+}
+
+/// Says a turn, speaks again half a second into the answer, and hangs up after the answer to that.
+struct Interrupter {
+    turns: Vec<Vec<i16>>,
+    frame: usize,
+    said: usize,
+    waited: usize,
+    answering: bool,
+    cut: Vec<u32>,
+    complete: Vec<u32>,
+    /// Loudest sample heard after the cut and before the next answer.
+    loudest_while_interrupting: Option<u16>,
+}
+
+impl Interrupter {
+    fn new(rate: u32) -> Self {
+        let script = Script::bundled(9, rate, 2).unwrap();
+        Self {
+            turns: script.turns.into_iter().rev().map(|turn| turn.pcm).collect(),
+            frame: rate as usize / 50,
+            said: 0,
+            waited: 0,
+            answering: false,
+            cut: Vec::new(),
+            complete: Vec::new(),
+            loudest_while_interrupting: None,
+        }
+    }
+}
+
+impl Party for Interrupter {
+    fn step(&mut self, heard: &Heard<'_>, say: &mut [i16]) -> Step {
+        if !self.cut.is_empty() && !self.answering {
+            let loudest = heard.pcm.iter().map(|sample| sample.unsigned_abs()).max().unwrap_or(0);
+            self.loudest_while_interrupting = Some(self.loudest_while_interrupting.unwrap_or(0).max(loudest));
+        }
+        self.waited += usize::from(self.answering);
+        // The second turn begins half a second into the first answer.
+        if self.turns.len() == 2 || self.waited > 25 {
+            if let Some(turn) = self.turns.last() {
+                let part = &turn[self.said.min(turn.len())..turn.len().min(self.said + self.frame)];
+                say[..part.len()].copy_from_slice(part);
+                self.said += self.frame;
+                if self.said >= turn.len() {
+                    self.turns.pop();
+                    self.said = 0;
+                }
+            }
+        }
+        if self.complete.is_empty() { Step::Continue } else { Step::HangUp }
+    }
+
+    fn on_event(&mut self, event: &Event) {
+        match event {
+            Event::ResponseStarted { .. } => self.answering = true,
+            Event::ResponsePlayed { generation, complete } => {
+                self.answering = false;
+                if *complete { self.complete.push(*generation) } else { self.cut.push(*generation) }
+            }
+            _ => {}
+        }
+    }
 }
