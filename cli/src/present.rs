@@ -48,7 +48,7 @@ pub(crate) fn print(table: &Table) {
     }
 }
 
-/// `println!` by way of [`line`].
+/// `println!` by way of [`line()`].
 macro_rules! out {
     () => { $crate::present::line("") };
     ($($arg:tt)*) => { $crate::present::line(&format!($($arg)*)) };

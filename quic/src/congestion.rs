@@ -12,7 +12,7 @@ use quinn_proto::{
     congestion::{Controller, ControllerFactory, ControllerMetrics, NewRenoConfig},
 };
 
-/// Builds [`AudioFloor`] controllers.
+/// Builds controllers with a floor.
 #[derive(Debug, Clone)]
 pub struct AudioFloorConfig {
     floor: u64,
