@@ -32,6 +32,10 @@ pub struct Args {
     /// Directory with `cert.pem`, `key.pem` and `ca.pem`.
     #[arg(long, env = "ANTIPHON_RELAY_IDENTITY", value_name = "DIR")]
     pub identity: PathBuf,
+    /// Directory to keep keys and routes in, so that a restart needs no router; made if absent. Nothing is kept unless
+    /// given.
+    #[arg(long, env = "ANTIPHON_RELAY_STATE", value_name = "DIR")]
+    pub state: Option<PathBuf>,
     /// TCP address of `/livez`, `/readyz` and `/metrics`.
     #[arg(long, env = "ANTIPHON_RELAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:9464")]
     pub admin: SocketAddr,

@@ -1,11 +1,12 @@
 //! The connection to a router: registration, keys and routes in, reports out.
 //!
-//! The table stays in force while no router is there (invariant I8). Routers are tried in order; after a round without
+//! The table stays in force while no router is there, and what was kept of it on disk is in force from the start
+//! (invariant I8). Routers are tried in order; after a round without
 //! success the relay waits, longer each time and never in step with others.
 
 use std::{
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use antiphon_proto::v1::{self, fleet_client::FleetClient, relay_directive::Directive, relay_message::Message};
@@ -26,10 +27,11 @@ use tonic::Streaming;
 use crate::{
     data_path::DataPath,
     metrics::{Metrics, Refused},
+    state::State,
     table::{Outcome, Routing},
 };
 
-mod convert;
+pub(crate) mod convert;
 
 /// Where the relay is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +59,10 @@ pub struct Control {
     pub readiness: Readiness,
     /// What is counted.
     pub metrics: Metrics,
+    /// What an earlier process kept.
+    pub restored: Option<State>,
+    /// Where the latest state goes, if anybody keeps it.
+    pub latest: watch::Sender<Option<Arc<State>>>,
     /// Followed until it says `Leaving`.
     pub lifecycle: watch::Receiver<Lifecycle>,
 }
@@ -82,8 +88,13 @@ impl Control {
             data_path: self.data_path.clone(),
             readiness: self.readiness.clone(),
             metrics: self.metrics.clone(),
+            latest: self.latest.clone(),
+            kept_at: None,
             was_ready: false,
         };
+        if let Some(state) = self.restored.take() {
+            session.restore(state);
+        }
         let mut failures = 0;
         while *self.lifecycle.borrow() != Lifecycle::Leaving {
             let router = self.routers[failures % self.routers.len()].clone();
@@ -166,7 +177,10 @@ impl Control {
                         return Ok(End::Lost);
                     }
                 },
-                _ = reports.tick() => self.report(&outgoing, session),
+                _ = reports.tick() => {
+                    session.confirm();
+                    self.report(&outgoing, session);
+                }
                 changed = self.lifecycle.changed() => {
                     changed.context("lifecycle is gone")?;
                     if *self.lifecycle.borrow_and_update() == Lifecycle::Leaving {
@@ -225,10 +239,22 @@ struct Session {
     data_path: Arc<DataPath>,
     readiness: Readiness,
     metrics: Metrics,
+    latest: watch::Sender<Option<Arc<State>>>,
+    kept_at: Option<Instant>,
     was_ready: bool,
 }
 
 impl Session {
+    fn restore(&mut self, state: State) {
+        let age = SystemTime::now().duration_since(state.confirmed).unwrap_or_default();
+        let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+        tracing::info!(%age, "the state on disk is in force until a router answers");
+        self.metrics.confirmed(state.confirmed);
+        self.metrics.state_version.set(state.known.version as i64);
+        self.routing = Routing::restore(state.known);
+        self.put_in_force();
+    }
+
     fn welcome(&mut self, welcome: &v1::RelayWelcome) -> anyhow::Result<Duration> {
         let interval = match welcome.report_interval_ms {
             0 => DEFAULT_REPORT_INTERVAL,
@@ -262,6 +288,32 @@ impl Session {
     }
 
     fn publish(&mut self) {
+        self.put_in_force();
+        self.keep();
+    }
+
+    /// What is in force is what is kept: also where that is less than a router wanted, or counted anew.
+    fn keep(&mut self) {
+        let confirmed = SystemTime::now();
+        self.metrics.confirmed(confirmed);
+        if self.latest.receiver_count() == 0 {
+            return;
+        }
+        if let Some(known) = self.routing.known() {
+            self.latest.send_replace(Some(Arc::new(State { confirmed, known })));
+            self.kept_at = Some(Instant::now());
+        }
+    }
+
+    /// The router is still there, and so has nothing to add.
+    fn confirm(&mut self) {
+        self.metrics.confirmed(SystemTime::now());
+        if self.kept_at.is_some_and(|at| at.elapsed() >= KEEP_INTERVAL) {
+            self.keep();
+        }
+    }
+
+    fn put_in_force(&mut self) {
         let table = self.routing.table();
         self.metrics.routes.set(table.len() as i64);
         self.metrics.table_version.set(table.version() as i64);
@@ -297,6 +349,8 @@ fn backoff(rounds: usize, random: u16) -> Duration {
 }
 
 const OUTGOING: usize = 4;
+/// A state that is still true is written again this often: its age after a restart is about that of the last contact.
+const KEEP_INTERVAL: Duration = Duration::from_secs(60);
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 const GOODBYE_WITHIN: Duration = Duration::from_secs(1);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);

@@ -6,7 +6,8 @@
 //! relay can forward any packet, and memory does not grow with clients.
 //!
 //! A datagram's way is [`socket`] → [`forward`] (against the [`table`]) → [`train`] → [`socket`], all within one
-//! thread of the [`data_path`]. The [`control`] connection to a router replaces the table as a whole.
+//! thread of the [`data_path`]. The [`control`] connection to a router replaces the table as a whole;
+//! the [`state`] on disk brings it back after a restart.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -17,6 +18,7 @@ pub mod forward;
 pub mod metrics;
 pub mod serve;
 pub mod socket;
+pub mod state;
 pub mod table;
 pub mod train;
 

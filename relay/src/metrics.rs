@@ -1,7 +1,23 @@
 //! What the relay counts. Labels are closed sets.
 
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
 use prometheus_client::{
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+    },
     registry::Registry,
 };
 
@@ -70,6 +86,11 @@ pub struct Metrics {
     pub table_version: Gauge,
     /// Whether a router is connected: 0 or 1.
     pub router_connected: Gauge,
+    /// Version of the routes on disk.
+    pub state_version: Gauge,
+    /// Writes of the state that failed.
+    pub state_write_errors: Counter,
+    confirmed: Arc<Confirmed>,
 }
 
 impl Metrics {
@@ -95,6 +116,10 @@ impl Metrics {
         registry.register("batch_packets", "Datagrams per batch received", batches.clone());
         let receive_errors = Counter::default();
         registry.register("receive_errors", "Receive calls that failed", receive_errors.clone());
+        let state_write_errors = Counter::default();
+        registry.register("state_write_errors", "Failed writes of the state", state_write_errors.clone());
+        let confirmed = Arc::new(Confirmed::default());
+        registry.register_collector(Box::new(confirmed.clone()));
         let mut gauge = |name: &str, help: &str| {
             let gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -114,7 +139,16 @@ impl Metrics {
             routes: gauge("routes", "Routable server IDs"),
             table_version: gauge("table_version", "Version of the routes in force"),
             router_connected: gauge("router_connected", "1 while a router is connected"),
+            state_version: gauge("state_version", "Version of the routes on disk"),
+            state_write_errors,
+            confirmed,
         }
+    }
+
+    /// A router stood behind what is in force at this moment.
+    pub fn confirmed(&self, at: SystemTime) {
+        let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.confirmed.unix_ms.store(since_epoch.as_millis() as u64, Ordering::Relaxed);
     }
 
     /// Datagrams dropped for a reason so far.
@@ -143,6 +177,30 @@ impl Metrics {
     /// Counts an update that was not wholly applied.
     pub fn refused_update(&self, why: Refused) {
         self.refused_updates[why as usize].inc();
+    }
+}
+
+/// When a router last stood behind what is in force. Its age is worked out when somebody asks.
+#[derive(Debug, Default)]
+struct Confirmed {
+    /// Unix time; zero for never.
+    unix_ms: AtomicU64,
+}
+
+impl Confirmed {
+    fn age(&self, now: SystemTime) -> Duration {
+        match self.unix_ms.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            ms => now.duration_since(UNIX_EPOCH + Duration::from_millis(ms)).unwrap_or_default(),
+        }
+    }
+}
+
+impl Collector for Confirmed {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let age = ConstGauge::new(self.age(SystemTime::now()).as_secs_f64());
+        let help = "Time since a router stood behind what is in force";
+        age.encode(encoder.encode_descriptor("state_age_seconds", help, None, age.metric_type())?)
     }
 }
 
@@ -213,6 +271,16 @@ mod tests {
     use prometheus_client::encoding::text;
 
     #[test]
+    fn an_age_counts_from_the_last_confirmation_and_never_below_zero() {
+        let at = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let metrics = Metrics::register(&mut Registry::default());
+        assert_eq!(metrics.confirmed.age(at), Duration::ZERO, "never");
+        metrics.confirmed(at);
+        assert_eq!(metrics.confirmed.age(at + Duration::from_secs(90)), Duration::from_secs(90));
+        assert_eq!(metrics.confirmed.age(at - Duration::from_secs(90)), Duration::ZERO, "the clock went back");
+    }
+
+    #[test]
     fn every_reason_moves_exactly_its_own_series() {
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
@@ -237,6 +305,8 @@ mod tests {
             "antiphon_relay_sends_total{direction=\"down\"} 1\n",
             "antiphon_relay_batch_packets_count{direction=\"up\"} 1\n",
             "antiphon_relay_refused_updates_total{reason=\"gap\"} 0\n",
+            "antiphon_relay_state_age_seconds 0.0\n",
+            "antiphon_relay_state_write_errors_total 0\n",
         ] {
             assert!(shown.contains(line), "{line}{shown}");
         }

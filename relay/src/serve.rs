@@ -25,6 +25,10 @@ use crate::{
     data_path::{Config, DataPath, Exits},
     drain::{Drain, Reason, Step},
     metrics::Metrics,
+    state::{
+        Owner,
+        disk::{StateDir, keep},
+    },
 };
 
 /// Runs the relay until SIGTERM or SIGINT, then drains it.
@@ -52,6 +56,7 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
         tunnel_address,
         router,
         identity,
+        state,
         admin,
         cores,
         pin,
@@ -60,6 +65,8 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     } = args;
     let identity = Identity::load(&identity).context("identity")?;
     check_identity(&identity, name.as_deref(), region.as_deref())?;
+    let state = state.map(|dir| StateDir::open(&dir, Owner::of(&identity))).transpose().context("state directory")?;
+    let restored = state.as_ref().and_then(StateDir::load);
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let config = Config { public, tunnel, cores: cores.or(available_parallelism().ok()).map_or(1, usize::from), pin };
@@ -80,6 +87,10 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     let (life, lifecycle) = watch::channel(Lifecycle::Active);
     tasks.service("admin", admin::serve(listener, registry, readiness.clone(), tasks.stopping()));
     tasks.service("data path", forward(data_path.clone(), exits, tasks.clone()));
+    let (latest, to_keep) = watch::channel(None);
+    if let Some(dir) = state {
+        tasks.spawn("state", keep(dir, to_keep, metrics.clone()));
+    }
     let control = Control {
         routers: router,
         identity,
@@ -87,6 +98,8 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
         data_path: data_path.clone(),
         readiness: readiness.clone(),
         metrics,
+        restored,
+        latest,
         lifecycle,
     };
     tasks.spawn("control", control.run(tasks.stopping()));

@@ -155,6 +155,17 @@ pub enum ChangeError {
     },
 }
 
+/// All that forwarding needs: what is worth keeping over a restart.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// Number and keys.
+    pub welcome: Welcome,
+    /// Version of the routes.
+    pub version: u64,
+    /// All routes, addresses in their own family.
+    pub routes: Vec<(ServerId, SocketAddr)>,
+}
+
 /// All that routers have said so far.
 #[derive(Debug)]
 pub struct Routing {
@@ -180,6 +191,25 @@ impl Routing {
     #[must_use]
     pub const fn new() -> Self {
         Self { welcome: None, version: None, shards: BTreeMap::new() }
+    }
+
+    /// Goes on from what an earlier process knew. A router's later word replaces it by the same rules as ever.
+    #[must_use]
+    pub fn restore(known: Known) -> Self {
+        let Known { welcome, version, routes } = known;
+        let shard = |(server_id, address): (ServerId, SocketAddr)| {
+            (server_id, Shard { address, keys: derive(&welcome, server_id) })
+        };
+        let shards = routes.into_iter().map(shard).collect();
+        Self { shards, version: Some(version), welcome: Some(welcome) }
+    }
+
+    /// What is in force, once keys and routes are.
+    #[must_use]
+    pub fn known(&self) -> Option<Known> {
+        let (welcome, version) = (self.welcome.clone().filter(|_| self.has_keys())?, self.version?);
+        let routes = self.shards.iter().map(|(server_id, shard)| (*server_id, shard.address)).collect();
+        Some(Known { welcome, version, routes })
     }
 
     /// Takes number and keys; all tunnel keys are derived anew.
@@ -388,6 +418,25 @@ mod tests {
         assert!(table.route(shard(0).to_u64()).is_none());
         assert!(table.route(shard(9).to_u64()).is_some());
         assert!(routing.apply(full(1, 0..1)).is_ok(), "another router counts anew");
+    }
+
+    #[test]
+    fn a_restart_changes_nothing_and_a_poor_router_takes_nothing_away_after_it() {
+        let mut before = Routing::new();
+        before.welcome(welcome());
+        assert!(before.known().is_none(), "no routes yet");
+        before.apply(full(7, 0..5)).unwrap();
+        let mut after = Routing::restore(before.known().unwrap());
+        let (was, is) = (before.table(), after.table());
+        assert_eq!((is.len(), is.version(), is.relay()), (5, 7, was.relay()));
+        for n in 0..5 {
+            let (was, is) = (was.route(shard(n).to_u64()).unwrap(), is.route(shard(n).to_u64()).unwrap());
+            assert_eq!((is.address, is.slot, &is.key), (was.address, was.slot, &was.key));
+        }
+        let refused = Ok(Outcome::RemovalsRefused { removals: 4, of: 5 });
+        assert_eq!(after.apply(full(1, 4..6)), refused);
+        let known = after.known().unwrap();
+        assert_eq!((known.version, known.routes.len()), (1, 6), "what is in force is what is kept");
     }
 
     #[test]

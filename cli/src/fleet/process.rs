@@ -1,8 +1,9 @@
 //! One process of a fleet: how it is started, watched, stopped and killed.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     net::Ipv4Addr,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -159,6 +160,7 @@ impl Process {
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let log = logs.join(format!("{}-{}.log", spec.region, spec.name));
         File::create(&log).with_context(|| log.display().to_string())?;
+        let spec = if spec.kind == Kind::Relay { keeping_state(spec, dir)? } else { spec };
         let binary = binaries.join(spec.kind.binary());
         let child = spawn(&spec, &binary, &log)?;
         Ok(Self { spec, binary, log, child, started: Instant::now(), stopped: false, restarts: 0 })
@@ -277,6 +279,18 @@ impl Process {
         }
     }
 
+    /// Starts it again after [`Self::kill`] or [`Self::terminate`], as soon as it has ended.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        self.child.wait().await?;
+        self.child = spawn(&self.spec, &self.binary, &self.log)?;
+        self.started = Instant::now();
+        self.stopped = false;
+        Ok(())
+    }
+
     /// Starts it again if it has ended by itself; says how it had.
     pub(super) fn restart_if_ended(&mut self) -> anyhow::Result<Option<String>> {
         if self.stopped {
@@ -293,6 +307,20 @@ impl Process {
         self.started = Instant::now();
         Ok(Some(format!("ended ({status})")))
     }
+}
+
+/// A directory for a relay's state. It is empty when a fleet starts: the workers of an earlier one are gone, all of
+/// them, and a route to them would never leave.
+fn keeping_state(spec: ProcessSpec, dir: &Path) -> anyhow::Result<ProcessSpec> {
+    let state = dir.join("state").join(&spec.region).join(&spec.name);
+    match std::fs::remove_dir_all(&state) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| state.display().to_string());
+        }
+        _ => {}
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(&state).with_context(|| state.display().to_string())?;
+    Ok(spec.with("state", state.display()))
 }
 
 fn spawn(spec: &ProcessSpec, binary: &Path, log: &Path) -> anyhow::Result<Child> {

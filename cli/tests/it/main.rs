@@ -7,5 +7,6 @@ mod calls;
 mod capacity;
 mod commands;
 mod hostile;
+mod outage;
 mod support;
 mod workers;

@@ -13,7 +13,7 @@ use crate::table::{RouteChange, Welcome};
 
 /// Why a router's message makes no sense.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum ConvertError {
+pub(crate) enum ConvertError {
     /// A number that does not fit.
     #[error("{what} {value} is out of range")]
     OutOfRange {
@@ -45,7 +45,7 @@ pub(super) enum ConvertError {
     },
 }
 
-pub(super) fn welcome(welcome: &v1::RelayWelcome) -> Result<Welcome, ConvertError> {
+pub(crate) fn welcome(welcome: &v1::RelayWelcome) -> Result<Welcome, ConvertError> {
     let sealing: Vec<_> = welcome.secrets.iter().filter(|s| s.sealing).collect();
     let [sealing] = sealing[..] else {
         return Err(ConvertError::Sealing(sealing.len()));
@@ -71,7 +71,7 @@ pub(super) fn welcome(welcome: &v1::RelayWelcome) -> Result<Welcome, ConvertErro
     })
 }
 
-pub(super) fn change(update: &v1::RouteUpdate) -> Result<RouteChange, ConvertError> {
+pub(crate) fn change(update: &v1::RouteUpdate) -> Result<RouteChange, ConvertError> {
     Ok(RouteChange {
         version: update.version,
         full: update.full,
