@@ -63,6 +63,8 @@ pub enum CodecArg {
 }
 
 /// `antiphon call`.
+///
+/// The exit code says whether every turn was answered; the table says what the answers were.
 #[derive(Debug, Args)]
 pub struct CallArgs {
     /// The agent, NAMESPACE/NAME; NAME alone is in namespace `default`.

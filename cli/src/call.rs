@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use antiphon_core::id::SessionId;
 use antiphon_media::{
     engine::opening_code,
     resample,
@@ -15,8 +16,10 @@ use antiphon_media::{
     verify, wav,
 };
 use antiphon_proto::v1::Codec;
+use antiphon_runtime::shutdown;
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
+use tokio::{sync::oneshot, time::timeout};
 
 use crate::present::out;
 use crate::{
@@ -46,11 +49,12 @@ pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Resu
         regions: args.region.clone(),
         turns: turns(&args.wav, rate)?,
         patience: args.patience,
+        session: SessionId::from_bytes(rand::random()),
     };
     let progress = Progress::new(json);
     let called = with_progress(&client, &wanted, &progress).await;
     progress.clear();
-    let called = called?;
+    let Some(called) = called? else { return Ok(ExitCode::from(INTERRUPTED)) };
     if let Some(save) = &args.save {
         let bytes = wav::write(&called.heard.recording, called.rate);
         fs::write(save, bytes).with_context(|| save.display().to_string())?;
@@ -72,15 +76,29 @@ async fn with_progress(
     client: &antiphon_client::Router,
     wanted: &Wanted,
     progress: &Progress,
-) -> Result<Called, caller::CallFailure> {
+) -> anyhow::Result<Option<Called>> {
     let stage = Stage::default();
-    let call = caller::call(client, wanted, &stage, None);
+    let mut signal = std::pin::pin!(shutdown::signal()?);
+    let (steer, mut steered) = oneshot::channel();
+    let call = caller::call(client, wanted, &stage, Some(steer));
     let mut call = std::pin::pin!(call);
     let mut ticks = tokio::time::interval(Duration::from_millis(100));
     let started = tokio::time::Instant::now();
     loop {
         tokio::select! {
-            called = &mut call => return called,
+            called = &mut call => return Ok(Some(called?)),
+            () = &mut signal => match steered.try_recv() {
+                // The caller hangs up; what was heard so far is saved and shown.
+                Ok(handle) => {
+                    handle.hang_up();
+                    return Ok(Some(call.await?));
+                }
+                // Nothing is heard yet: the reservation, if there is one, is given back.
+                Err(_) => {
+                    let _ = timeout(GIVE_BACK, client.delete(&wanted.session.to_string())).await;
+                    return Ok(None);
+                }
+            },
             _ = ticks.tick() => {
                 let total = wanted.turns.len();
                 let doing = match stage.value() {
@@ -208,4 +226,7 @@ fn as_json(called: &Called, found: &verify::Report, saved: Option<&Path>) -> Val
     })
 }
 
+/// As shells report a command that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+const GIVE_BACK: Duration = Duration::from_secs(2);
 const LONGEST_TURN: Duration = Duration::from_secs(55);

@@ -26,6 +26,8 @@ pub(crate) struct Wanted {
     pub(crate) regions: Vec<String>,
     pub(crate) turns: Vec<ScriptTurn>,
     pub(crate) patience: Duration,
+    /// Chosen by the caller, so that the session can be given back whatever happens.
+    pub(crate) session: SessionId,
 }
 
 /// Why there was no call.
@@ -83,7 +85,7 @@ pub(crate) async fn call(
         codec: wanted.codec,
         regions: wanted.regions.clone(),
         max_rtt_ms: 0,
-        session: SessionId::from_bytes(rand::random()),
+        session: wanted.session,
         epoch: Epoch::FIRST,
     };
     let asked = Instant::now();

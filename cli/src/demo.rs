@@ -16,6 +16,7 @@ use std::{
 };
 
 use antiphon_client::CallHandle;
+use antiphon_core::id::SessionId;
 use antiphon_crds::{compile, manifest};
 use antiphon_media::{script::Script, wav};
 use antiphon_proto::v1::Codec;
@@ -167,6 +168,7 @@ impl Demo<'_> {
                 regions: Vec::new(),
                 turns: script.turns.clone(),
                 patience: Duration::from_secs(30),
+                session: SessionId::from_bytes(rand::random()),
             };
             let (steer, steered) = oneshot::channel();
             let (report, done) = oneshot::channel();

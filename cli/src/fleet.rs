@@ -10,19 +10,22 @@ mod records;
 mod root;
 
 use std::{
+    collections::BTreeSet,
     net::Ipv4Addr,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
 use antiphon_core::keys::FleetRoot;
 use antiphon_crds::compile::FleetPlan;
-use antiphon_proto::v1::{KeyRecord, admin_client::AdminClient};
+use antiphon_proto::v1::admin_client::AdminClient;
 use antiphon_runtime::{
     pki::{FleetCa, PeerName, Role, shared_dns},
     tls,
 };
 use anyhow::{Context as _, bail};
+use tokio::time::timeout;
 use tonic::transport::Channel;
 
 pub use address::Subnet;
@@ -51,6 +54,10 @@ pub struct Fleet {
     context: Context,
     processes: Vec<Process>,
     options: Options,
+    /// Regions whose router came back and has no records yet.
+    unrecorded: BTreeSet<String>,
+    // Held for as long as the fleet lives: two fleets in one directory would overwrite each other.
+    _lock: std::fs::File,
     // Held for as long as the fleet lives: it is what keeps the subnet ours.
     _subnet: Subnet,
 }
@@ -62,7 +69,7 @@ impl Fleet {
     /// A binary is missing, a process ends early, or something is not ready in time; says which and where its log is.
     pub async fn start(plan: FleetPlan, options: Options, progress: &dyn Fn(&str)) -> anyhow::Result<Self> {
         let binaries = find_binaries()?;
-        std::fs::create_dir_all(&options.dir).with_context(|| options.dir.display().to_string())?;
+        let lock = lock(&options.dir)?;
         let mut subnet = Subnet::claim().context("no free loopback subnet")?;
         let root = root::load_or_make(&options.dir)?;
         let ca = FleetCa::from_seed(&root.ca_seed())?;
@@ -73,7 +80,8 @@ impl Fleet {
         for spec in specs {
             processes.push(Process::start(spec, &binaries, &options.dir)?);
         }
-        let mut fleet = Self { plan, context, processes, options, _subnet: subnet };
+        let unrecorded = BTreeSet::new();
+        let mut fleet = Self { plan, context, processes, options, unrecorded, _lock: lock, _subnet: subnet };
         fleet.wait_for_records(progress).await?;
         fleet.wait_for(Kind::Relay, progress).await?;
         fleet.wait_for(Kind::Worker, progress).await?;
@@ -106,17 +114,25 @@ impl Fleet {
         of_kind.nth(index)
     }
 
-    /// Writes the plan's records, and these API keys, to every router.
+    /// Writes the plan's records and the directory's API keys to every router.
     ///
     /// # Errors
     /// A router refuses or cannot be reached.
-    pub async fn apply(&self, keys: Vec<KeyRecord>) -> anyhow::Result<()> {
-        let request = records::of(&self.plan, &self.context, keys);
+    pub async fn apply(&self) -> anyhow::Result<()> {
         for router in &self.context.routers {
-            let mut admin = self.admin(router)?;
-            let applied = admin.apply(request.clone()).await;
-            applied.with_context(|| format!("router of {} refused the records", router.region))?;
+            let applied = timeout(READY, self.apply_to(router)).await;
+            applied.with_context(|| format!("router of {} does not take the records", router.region))??;
         }
+        Ok(())
+    }
+
+    async fn apply_to(&self, router: &RouterContext) -> anyhow::Result<()> {
+        let own = context::load_or_make_key(&self.options.dir)?;
+        let mut keys = crate::keys::stored(&self.options.dir)?;
+        keys.push(key_record(&own, &self.options.tenant, Vec::new()));
+        let request = records::of(&self.plan, &self.context, keys);
+        let applied = self.admin(router)?.apply(request).await;
+        applied.with_context(|| format!("router of {} refused the records", router.region))?;
         Ok(())
     }
 
@@ -134,10 +150,7 @@ impl Fleet {
             progress(&process.spec().title());
             process.wait_live(READY).await?;
         }
-        let own = context::load_or_make_key(&self.options.dir)?;
-        let mut keys = crate::keys::stored(&self.options.dir)?;
-        keys.push(key_record(&own, &self.options.tenant, Vec::new()));
-        self.apply(keys).await?;
+        self.apply().await?;
         self.wait_for(Kind::Router, progress).await
     }
 
@@ -191,24 +204,35 @@ impl Fleet {
         Ok(None)
     }
 
-    /// Starts again what has ended by itself; returns what it found ended.
+    /// Starts again what has ended by itself and gives routers that came back their records; returns what happened.
     ///
-    /// # Errors
-    /// A process cannot be started.
-    pub async fn heal(&mut self) -> anyhow::Result<Vec<String>> {
-        let mut healed = Vec::new();
-        let mut routers = false;
+    /// Never fails and never takes long: what does not work now is tried again at the next call, and trouble with one
+    /// process is no reason to end the calls of the others.
+    pub async fn heal(&mut self) -> Vec<String> {
+        let mut happened = Vec::new();
         for process in &mut self.processes {
-            if let Some(how) = process.restart_if_ended()? {
-                routers |= process.spec().kind == Kind::Router;
-                healed.push(format!("{} {how}; started again", process.spec().title()));
+            match process.restart_if_ended() {
+                Ok(None) => {}
+                Ok(Some(how)) => {
+                    if process.spec().kind == Kind::Router {
+                        self.unrecorded.insert(process.spec().region.clone());
+                    }
+                    happened.push(format!("{} {how}; started again", process.spec().title()));
+                }
+                Err(error) => happened.push(format!("{}: {error:#}", process.spec().title())),
             }
         }
-        if routers {
-            // A router in memory mode comes back empty; the records come from here.
-            self.wait_for_records(&|_| ()).await?;
+        // A router in memory mode comes back empty; the records come from here.
+        for region in self.unrecorded.clone() {
+            let Some(router) = self.context.routers.iter().find(|router| router.region == region).cloned() else {
+                continue;
+            };
+            if let Ok(Ok(())) = timeout(HEAL, self.apply_to(&router)).await {
+                self.unrecorded.remove(&region);
+                happened.push(format!("router of {region} has its records again"));
+            }
         }
-        Ok(healed)
+        happened
     }
 
     /// Stops everything: workers end their calls, then relays, then routers.
@@ -218,6 +242,20 @@ impl Fleet {
             let deadline = self.options.stop_deadline;
             futures::future::join_all(of_kind.map(|process| process.stop(deadline))).await;
         }
+    }
+}
+
+/// Makes the directory, for its owner only, and takes its lock.
+fn lock(dir: &Path) -> anyhow::Result<std::fs::File> {
+    let named = || dir.display().to_string();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(named)?;
+    let file = std::fs::File::create(dir.join("lock")).with_context(named)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            bail!("another fleet runs in {}: stop it, or give this one a directory with --dir", dir.display())
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(error).with_context(named),
     }
 }
 
@@ -289,6 +327,8 @@ pub fn read_root(dir: &Path) -> anyhow::Result<FleetRoot> {
 
 /// How long one process may take to become ready.
 const READY: Duration = Duration::from_secs(20);
+/// How long one attempt to give a router its records may take while the fleet runs.
+const HEAL: Duration = Duration::from_millis(700);
 
 /// Connects as the operator; used by commands against a running fleet.
 pub(crate) fn admin_channel(address: &str, identity: &Path, region: &str) -> anyhow::Result<AdminClient<Channel>> {

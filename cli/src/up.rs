@@ -33,7 +33,11 @@ pub(crate) async fn run(args: &UpArgs, dir: PathBuf, json: bool) -> anyhow::Resu
         tokio::select! {
             () = &mut signal => break,
             _ = ticks.tick() => {
-                for healed in fleet.heal().await? {
+                let healed = tokio::select! {
+                    healed = fleet.heal() => healed,
+                    () = &mut signal => break,
+                };
+                for healed in healed {
                     status.note(&healed);
                 }
                 if let Ok(text) = timeout(Duration::from_secs(1), line(&fleet)).await {

@@ -116,7 +116,7 @@ pub struct LeaseTable<T> {
     sessions: BTreeMap<SessionId, Entry<T>>,
     expiries: BTreeSet<(Millis, SessionId)>,
     active: u32,
-    /// Ended by time and not yet told to the owner; at most one per reservation between two polls.
+    /// Ended by time or replaced, and not yet told to the owner; at most one per reservation between two polls.
     expired: Vec<(SessionId, Lease<T>)>,
 }
 
@@ -171,6 +171,8 @@ impl<T: Clone> LeaseTable<T> {
         let entry = self.sessions.entry(request.session).or_insert(Entry { reserved: None, active: None });
         if let Some(older) = entry.reserved.replace(lease.clone()) {
             self.expiries.remove(&(older.expires, request.session));
+            // Its owner has to forget what it attached.
+            self.expired.push((request.session, older));
         }
         self.expiries.insert((expires, request.session));
         Ok(lease)
@@ -223,7 +225,28 @@ impl<T: Clone> LeaseTable<T> {
         ended
     }
 
-    /// Ends unused leases whose time is over; returns all that ended by time since the last call.
+    /// Ends exactly this lease, whatever else the session holds. Says whether it was there.
+    pub fn end(&mut self, session: SessionId, id: LeaseId) -> bool {
+        let Some(entry) = self.sessions.get_mut(&session) else { return false };
+        let reserved = entry.reserved.take_if(|lease| lease.id == id);
+        if let Some(lease) = &reserved {
+            self.expiries.remove(&(lease.expires, session));
+        }
+        let active = entry.active.take_if(|lease| lease.id == id);
+        self.active -= u32::from(active.is_some());
+        if entry.reserved.is_none() && entry.active.is_none() {
+            self.sessions.remove(&session);
+        }
+        reserved.is_some() || active.is_some()
+    }
+
+    /// Every lease that a session holds, reserved before active.
+    pub fn of(&self, session: SessionId) -> impl Iterator<Item = &Lease<T>> {
+        self.sessions.get(&session).into_iter().flat_map(|entry| entry.reserved.iter().chain(&entry.active))
+    }
+
+    /// Ends unused leases whose time is over; returns all that ended by time, or were replaced by a newer epoch's, since
+    /// the last call.
     pub fn poll_expired(&mut self, now: Millis) -> Vec<(SessionId, Lease<T>)> {
         self.expire(now);
         std::mem::take(&mut self.expired)
@@ -347,6 +370,18 @@ mod tests {
         let stale = table.activate(Millis(2), session(1), epoch(1));
         assert_eq!(stale, Err(ActivateError::Stale { asked: epoch(1), active: epoch(2) }));
         assert_eq!((table.taken(), table.active()), (1, 1));
+    }
+
+    #[test]
+    fn a_replaced_reservation_is_told_and_a_successor_is_not_ended_by_its_name() {
+        let mut table = LeaseTable::new(1);
+        let first = table.reserve(Millis(0), &request(1, 1), |_, _| 'a').unwrap();
+        let second = table.reserve(Millis(0), &request(1, 2), |_, _| 'b').unwrap();
+        assert_eq!(table.poll_expired(Millis(0)), [(session(1), first.clone())]);
+        assert!(!table.end(session(1), first.id));
+        assert_eq!(table.of(session(1)).count(), 1);
+        assert!(table.end(session(1), second.id));
+        assert_eq!(table.taken(), 0);
     }
 
     #[test]

@@ -255,7 +255,8 @@ impl JitterBuffer {
     fn transit(&mut self, now: Instant, timestamp: i64) -> i64 {
         let epoch = *self.epoch.get_or_insert(now);
         let arrival = now.saturating_duration_since(epoch).as_micros() as i64;
-        arrival - timestamp * 1_000_000 / self.clock
+        // Timestamps are the other end's word and may run away: in the end they are a jump, never an overflow.
+        arrival.saturating_sub(timestamp.saturating_mul(1_000_000) / self.clock)
     }
 
     /// How late the frame would be if it were played now.

@@ -69,7 +69,7 @@ pub(crate) enum Refusal {
     WrongAgent(String),
     #[error("not registered yet")]
     NotReady,
-    #[error("the same session and epoch is promised to another client key")]
+    #[error("this session belongs to another client")]
     OtherClient,
 }
 
@@ -160,6 +160,12 @@ impl Capacity {
         let now = self.now();
         let inner = &mut *self.inner.lock();
         inner.forget_expired(now);
+        // Whoever knows a session's id must get neither its connection IDs nor a newer epoch of it: epochs are the
+        // client's own (invariant I6).
+        let foreign = |terms: &Terms| terms.client_key != request.client_key || terms.tenant != request.tenant;
+        if inner.table.of(request.session).any(|lease| foreign(&lease.attachment)) {
+            return Err(Refusal::OtherClient);
+        }
         let behaviour = inner.behaviour.clone().ok_or(Refusal::NotReady)?;
         let shard = inner.emptiest_shard().ok_or(Refusal::NotReady)?;
         let door = inner.doors[shard].clone();
@@ -168,10 +174,8 @@ impl Capacity {
             let expires_at = SystemTime::now() + expires.since(now);
             Arc::new(door.terms(request, shard, lease, expires_at, behaviour))
         })?;
-        // An idempotent repeat; somebody else who knows the session's id must not get its connection IDs.
-        if lease.attachment.client_key != request.client_key {
-            return Err(Refusal::OtherClient);
-        }
+        // A newer epoch may have replaced an older reservation.
+        inner.forget_expired(now);
         self.publish(inner);
         Ok(lease.attachment)
     }
@@ -184,12 +188,16 @@ impl Capacity {
     }
 
     /// The client has proved itself. An older owner of the session on this worker is told to stop.
-    pub(crate) fn activate(&self, session: SessionId, epoch: Epoch) -> Result<(), ActivateError> {
+    pub(crate) fn activate(&self, terms: &Terms) -> Result<(), ActivateError> {
         let inner = &mut *self.inner.lock();
-        let activation = inner.table.activate(self.now(), session, epoch)?;
+        // The session may hold another lease by now than the one that this connection came with.
+        if inner.table.of(terms.session).all(|lease| lease.id != terms.lease) {
+            return Err(ActivateError::Gone);
+        }
+        let activation = inner.table.activate(self.now(), terms.session, terms.epoch)?;
         if let Some(older) = activation.superseded {
             older.attachment.end.send_replace(Some(EndCode::Superseded));
-            inner.forget(&older);
+            inner.forget(&older.attachment);
         }
         self.publish(inner);
         Ok(())
@@ -198,8 +206,8 @@ impl Capacity {
     /// A session's own task is over, or its handshake led to nothing.
     pub(crate) fn ended(&self, terms: &Terms) {
         let inner = &mut *self.inner.lock();
-        for lease in inner.table.release(terms.session, Some(terms.epoch)) {
-            inner.forget(&lease);
+        if inner.table.end(terms.session, terms.lease) {
+            inner.forget(terms);
         }
         self.publish(inner);
     }
@@ -214,7 +222,7 @@ impl Capacity {
         let ended = inner.table.release(session, epoch);
         for lease in &ended {
             lease.attachment.end.send_replace(Some(EndCode::Released));
-            inner.forget(lease);
+            inner.forget(&lease.attachment);
         }
         self.publish(inner);
         !ended.is_empty()
@@ -283,13 +291,12 @@ impl Inner {
 
     fn forget_expired(&mut self, now: Millis) {
         for (_, lease) in self.table.poll_expired(now) {
-            self.forget(&lease);
+            self.forget(&lease.attachment);
         }
     }
 
     /// The lease's first connection IDs are worth nothing any more.
-    fn forget(&self, lease: &Lease<Arc<Terms>>) {
-        let terms = &lease.attachment;
+    fn forget(&self, terms: &Terms) {
         self.doors[terms.shard].gate.lock().forget(terms.attempts.iter().map(|(_, nonce)| *nonce));
     }
 }
@@ -423,6 +430,34 @@ mod tests {
         assert_eq!(first.attempts, again.attempts);
         let thief = Request { client_key: [9; 32], ..request(1) };
         assert_eq!(capacity.reserve(&thief).unwrap_err(), Refusal::OtherClient);
+        let newer = Request { epoch: Epoch::new(2).unwrap(), ..thief };
+        assert_eq!(capacity.reserve(&newer).unwrap_err(), Refusal::OtherClient);
+        let other_tenant = Request { tenant: "other".into(), epoch: Epoch::new(2).unwrap(), ..request(1) };
+        assert_eq!(capacity.reserve(&other_tenant).unwrap_err(), Refusal::OtherClient);
+        let own = Request { epoch: Epoch::new(2).unwrap(), ..request(1) };
+        assert!(capacity.reserve(&own).is_ok(), "the session's own client goes on to a newer epoch");
+    }
+
+    #[test]
+    fn rising_epochs_leave_nothing_behind_at_the_gate() {
+        let capacity = capacity(1);
+        for epoch in 1..200 {
+            capacity.reserve(&Request { epoch: Epoch::new(epoch).unwrap(), ..request(1) }).unwrap();
+        }
+        let gate = capacity.inner.lock().doors[0].gate.clone();
+        assert_eq!(gate.lock().attempts(), ATTEMPTS);
+    }
+
+    #[test]
+    fn an_old_connection_does_not_end_its_successors_lease() {
+        let capacity = capacity(1);
+        let old = capacity.reserve(&request(1)).unwrap();
+        assert!(capacity.release(old.session, None, "t"));
+        let new = capacity.reserve(&request(1)).unwrap();
+        capacity.ended(&old);
+        assert_eq!(capacity.counts().reserved, 1);
+        assert_eq!(capacity.activate(&old), Err(ActivateError::Gone));
+        assert_eq!(capacity.activate(&new), Ok(()));
     }
 
     #[test]

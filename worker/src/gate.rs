@@ -96,6 +96,12 @@ impl Gate {
         }
     }
 
+    /// How many first connection IDs may come.
+    #[cfg(test)]
+    pub(crate) fn attempts(&self) -> usize {
+        self.attempts.len()
+    }
+
     /// The lease behind a connection's first destination ID.
     #[must_use]
     pub(crate) fn attempt(&self, cid: &[u8]) -> Option<(SessionNonce, Attempt)> {

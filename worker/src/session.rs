@@ -105,7 +105,13 @@ async fn attend(
     };
     context.metrics.activation(ActivationOutcome::Activated);
     let live = Live::begin(context.clone(), terms.clone(), connection, writer, reader, owner);
-    live.map_err(AttendError::Setup)?.run(stopping).await;
+    match live {
+        Ok(live) => live.run(stopping).await,
+        Err(reason) => {
+            context.capacity.ended(terms);
+            return Err(AttendError::Setup(reason));
+        }
+    }
     Ok(())
 }
 
@@ -153,7 +159,8 @@ fn admit(
     if (claims.session, claims.epoch) != (session, epoch) {
         return Err(Refusal::Malformed("session or epoch differs from the ticket's"));
     }
-    if claims.server_id != context.server_id || (session, epoch) != (terms.session, terms.epoch) {
+    let promised = (terms.session, terms.epoch, terms.lease.0);
+    if claims.server_id != context.server_id || (session, epoch, claims.lease) != promised {
         return Err(Refusal::WrongWorker);
     }
     let message = activation_message(connection, session, epoch).map_err(|_| Refusal::Malformed("no TLS exporter"))?;
@@ -161,7 +168,7 @@ fn admit(
     if proven.is_err() || claims.client_key != terms.client_key {
         return Err(Refusal::WrongClient);
     }
-    context.capacity.activate(session, epoch)?;
+    context.capacity.activate(terms)?;
     Ok(terms.take_over())
 }
 

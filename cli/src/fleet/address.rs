@@ -21,6 +21,8 @@ impl Subnet {
         let mut last_error = None;
         for third in 0..=255 {
             match TcpListener::bind((Ipv4Addr::new(127, 77, third, 1), CLAIM_PORT)) {
+                // Processes of a fleet whose owner was killed may still be on their way out.
+                Ok(_) if (2..=254).any(|last| in_use(Ipv4Addr::new(127, 77, third, last))) => {}
                 Ok(claim) => return Ok(Self { third, last: 1, _claim: claim }),
                 Err(error) => last_error = Some(error),
             }
@@ -39,6 +41,11 @@ impl Subnet {
         self.last += 1;
         Ok(Ipv4Addr::new(127, 77, self.third, self.last))
     }
+}
+
+/// Whether somebody listens on the port that every process of a fleet has.
+fn in_use(address: Ipv4Addr) -> bool {
+    TcpListener::bind((address, super::process::ADMIN)).is_err()
 }
 
 const CLAIM_PORT: u16 = 7399;

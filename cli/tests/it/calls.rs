@@ -114,15 +114,14 @@ impl Party for Interrupter {
         }
         self.waited += usize::from(self.answering);
         // The second turn begins half a second into the first answer.
-        if self.turns.len() == 2 || self.waited > 25 {
-            if let Some(turn) = self.turns.last() {
-                let part = &turn[self.said.min(turn.len())..turn.len().min(self.said + self.frame)];
-                say[..part.len()].copy_from_slice(part);
-                self.said += self.frame;
-                if self.said >= turn.len() {
-                    self.turns.pop();
-                    self.said = 0;
-                }
+        let speaking = self.turns.len() == 2 || self.waited > 25;
+        if let Some(turn) = self.turns.last().filter(|_| speaking) {
+            let part = &turn[self.said.min(turn.len())..turn.len().min(self.said + self.frame)];
+            say[..part.len()].copy_from_slice(part);
+            self.said += self.frame;
+            if self.said >= turn.len() {
+                self.turns.pop();
+                self.said = 0;
             }
         }
         if self.complete.is_empty() { Step::Continue } else { Step::HangUp }

@@ -303,3 +303,24 @@ proptest! {
         }
     }
 }
+
+/// The other end's timestamps are its own word: steps of half the range never overflow anything.
+#[test]
+fn runaway_timestamps_do_no_harm() {
+    let mut buffer = JitterBuffer::new(AudioFormat::Opus);
+    let start = Instant::now();
+    for n in 0..20_000_u32 {
+        let now = start + Duration::from_millis(20) * n;
+        let header = RtpHeader {
+            payload_type: AudioFormat::Opus.payload_type(),
+            marker: false,
+            sequence: n as u16,
+            timestamp: n.wrapping_mul(i32::MAX as u32),
+            ssrc: 1,
+            generation: None,
+        };
+        buffer.insert(now, RtpPacket { header, payload: vec![0; 3].into() });
+        buffer.pull(now);
+    }
+    assert!(buffer.stats().received > 0);
+}

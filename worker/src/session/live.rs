@@ -110,7 +110,8 @@ impl Live {
             Err(end) => end,
         };
         tracing::info!(session = %self.terms.session, ?end, stats = ?self.conversation.stats(), "session over");
-        // Whoever took over holds the lease now.
+        // Whoever took over holds the lease now, also if the end had another cause at the same time.
+        let end = if self.owner.is_cancelled() { End::TakenOver } else { end };
         if end != End::TakenOver {
             self.context.capacity.ended(&self.terms);
         }
