@@ -1,6 +1,7 @@
-//! The project's own tasks: `cargo xtask demo | test | tidy | crds`.
+//! The project's own tasks: `cargo xtask demo | test | bench | tidy | crds`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod demo;
 mod gate;
 mod tidy;
@@ -31,6 +32,12 @@ enum Task {
         #[arg(long)]
         list: bool,
     },
+    /// Measures what packets, placements, tickets and conversations cost, in release mode, against the goals.
+    Bench {
+        /// Arguments of the measuring program: NAME ..., --json.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Checks the conventions that the compiler does not know.
     Tidy,
     /// Writes the CustomResourceDefinitions to crds/yaml.
@@ -56,6 +63,7 @@ fn run(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Test { steps, list: false } => gate::run(&workspace, &steps),
+        Task::Bench { arguments } => bench::run(&workspace, &arguments),
         Task::Tidy => tidy::run(&workspace),
         Task::Crds => workspace.cargo(&["run", "--package", "antiphon-crds", "--example", "crdgen", "--", "crds/yaml"]),
     }
