@@ -24,6 +24,9 @@ use args::Command;
 #[must_use]
 pub fn main(cli: Cli) -> ExitCode {
     antiphon_runtime::telemetry::init_for_people();
+    if let Command::Demo(_) = cli.command {
+        demo::go_first();
+    }
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

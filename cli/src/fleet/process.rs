@@ -26,7 +26,7 @@ const RELAY_PUBLIC: u16 = 4433;
 const RELAY_TUNNEL: u16 = 4434;
 const WORKER_TUNNEL: u16 = 4500;
 const WORKER_CONTROL: u16 = 4480;
-const ADMIN: u16 = 7445;
+pub(super) const ADMIN: u16 = 7445;
 
 /// Which program. In the order to start them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -45,7 +45,7 @@ async fn a_relay_that_dies_while_its_router_is_away_comes_back_with_its_routes_a
 
     // The router comes back knowing nothing, and takes nothing away.
     fleet.fleet.process(Kind::Router, "north", 0).unwrap().restart().await.unwrap();
-    eventually("the router takes its records", async || fleet.fleet.apply(Vec::new()).await.is_ok()).await;
+    eventually("the router takes its records", async || fleet.fleet.apply().await.is_ok()).await;
     let connected = async { while relay(&mut fleet, "antiphon_relay_router_connected").await != Some(1.0) {} };
     timeout(PATIENCE, connected).await.unwrap();
     timeout(PATIENCE, running).await.unwrap().unwrap().assert_complete();
