@@ -1,11 +1,15 @@
 //! Who calls: bearer API keys of applications, certificates of the fleet's own processes.
 
+use std::sync::Arc;
+
 use antiphon_proto::api_key::ApiKey;
 use antiphon_runtime::{
     pki::{PeerName, Role},
     tls,
 };
+use http::Extensions;
 use subtle::ConstantTimeEq as _;
+use tokio::sync::Notify;
 use tonic::{Request, Status};
 
 use crate::{records::Key, records::Records, refusals::Failure};
@@ -13,8 +17,32 @@ use crate::{records::Key, records::Records, refusals::Failure};
 /// The key of an application, verified.
 pub(crate) type Caller = Key;
 
+/// A connection's sign that a request came with a valid key; each of its requests carries a clone in its extensions.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Proof(Arc<Notify>);
+
+impl Proof {
+    /// The next request with a valid key, or one since the last wait.
+    pub(crate) async fn given(&self) {
+        self.0.notified().await;
+    }
+}
+
+/// The same as [`caller`]; a valid key keeps the request's connection open.
+pub(crate) fn authenticate(
+    records: &Records,
+    header: Option<&[u8]>,
+    extensions: &Extensions,
+) -> Result<Caller, Failure> {
+    let caller = caller(records, header)?;
+    if let Some(Proof(given)) = extensions.get() {
+        given.notify_one();
+    }
+    Ok(caller)
+}
+
 /// Finds the key of an `authorization` header.
-pub(crate) fn caller(records: &Records, header: Option<&[u8]>) -> Result<Caller, Failure> {
+fn caller(records: &Records, header: Option<&[u8]>) -> Result<Caller, Failure> {
     let header = header.ok_or(Failure::Unauthenticated("no API key: send \"authorization: Bearer ak_…\""))?;
     let text = std::str::from_utf8(header).ok();
     let scheme = text.and_then(|t| t.split_once(' '));

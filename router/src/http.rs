@@ -5,14 +5,16 @@ mod problem;
 
 use std::{sync::Arc, time::Duration};
 
+use antiphon_core::id::SessionId;
 use antiphon_proto::v1;
 use axum::{
     Router,
     body::{Body, to_bytes},
-    extract::{Path, Query, State, rejection::QueryRejection},
+    extract::{FromRequestParts, Path, Query, State, rejection::QueryRejection},
     http::{
         HeaderMap, StatusCode,
         header::{AUTHORIZATION, CONTENT_TYPE, LOCATION},
+        request::Parts,
     },
     response::{IntoResponse, Response},
     routing::{delete, get},
@@ -24,7 +26,6 @@ use crate::{
     auth::{self, Caller},
     create::{limit, session_id},
     field::FieldError,
-    refusals::Failure,
 };
 use json::{CreateBody, Explanation, ListQuery, Listing, Session};
 use problem::Problem;
@@ -46,8 +47,39 @@ pub(crate) fn router(admission: Arc<Admission>) -> Router {
 
 type Answer<T> = Result<T, Problem>;
 
-async fn create(State(admission): State<Arc<Admission>>, headers: HeaderMap, body: Body) -> Answer<Response> {
-    let caller = caller(&admission, &headers)?;
+/// The key that the request came with; extracted first, so that nobody else learns anything.
+#[derive(Clone, Debug)]
+struct Keyed(Caller);
+
+impl FromRequestParts<Arc<Admission>> for Keyed {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, admission: &Arc<Admission>) -> Answer<Self> {
+        let header = parts.headers.get(AUTHORIZATION).map(|h| h.as_bytes());
+        Ok(Self(auth::authenticate(&admission.fleet.records(), header, &parts.extensions)?))
+    }
+}
+
+/// The session that the path names.
+#[derive(Clone, Copy, Debug)]
+struct Named(SessionId);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Answer<Self> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Path(session) = path.map_err(|e| FieldError::new("session", e.body_text()))?;
+        Ok(Self(session_id(&session)?))
+    }
+}
+
+async fn create(
+    State(admission): State<Arc<Admission>>,
+    Keyed(caller): Keyed,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer<Response> {
     let request = create_body(&headers, body).await?;
     let session = Session::from(admission.create(&caller, &request).await?);
     let location = format!("/v1/sessions/{}", session.session);
@@ -56,10 +88,9 @@ async fn create(State(admission): State<Arc<Admission>>, headers: HeaderMap, bod
 
 async fn list(
     State(admission): State<Arc<Admission>>,
-    headers: HeaderMap,
+    Keyed(caller): Keyed,
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Answer<axum::Json<Listing>> {
-    let caller = caller(&admission, &headers)?;
     let Query(query) = query.map_err(|e| FieldError::new("", e.body_text()))?;
     let limit = limit(query.limit)?;
     let listing = admission.list(&caller.tenant, limit).await;
@@ -68,32 +99,23 @@ async fn list(
 
 async fn explain(
     State(admission): State<Arc<Admission>>,
-    headers: HeaderMap,
-    Path(session): Path<String>,
+    Keyed(caller): Keyed,
+    Named(session): Named,
 ) -> Answer<axum::Json<Explanation>> {
-    let caller = caller(&admission, &headers)?;
-    let explanation = admission.explain(&caller, session_id(&session)?)?;
-    Ok(axum::Json(explanation.into()))
+    Ok(axum::Json(admission.explain(&caller, session)?.into()))
 }
 
 async fn remove(
     State(admission): State<Arc<Admission>>,
-    headers: HeaderMap,
-    Path(session): Path<String>,
+    Keyed(caller): Keyed,
+    Named(session): Named,
 ) -> Answer<StatusCode> {
-    let caller = caller(&admission, &headers)?;
-    let session = session_id(&session)?;
     admission.delete(&caller.tenant, session).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn openapi() -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], OPENAPI)
-}
-
-fn caller(admission: &Admission, headers: &HeaderMap) -> Result<Caller, Failure> {
-    let header = headers.get(AUTHORIZATION).map(|h| h.as_bytes());
-    auth::caller(&admission.fleet.records(), header)
 }
 
 async fn create_body(headers: &HeaderMap, body: Body) -> Answer<v1::CreateSessionRequest> {

@@ -1,4 +1,8 @@
 //! The public port: TLS, HTTP/1.1 and HTTP/2 on one listener, bounded in connections, streams, headers and time.
+//!
+//! Anybody may connect. Without a key a source gets its share of the connections only, each for a short time only.
+
+mod sources;
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,15 +19,24 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
-use tonic::service::Routes;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, service::Routes};
 use tower::{ServiceExt as _, service_fn};
 
-use crate::metrics::Metrics;
+use crate::{auth::Proof, metrics::Metrics};
+use sources::Sources;
+
+/// What is served.
+#[derive(Clone, Debug)]
+struct Services {
+    http: axum::Router,
+    grpc: Routes,
+}
 
 /// Accepts until the stop; connections then finish what they are at.
 pub(crate) async fn serve(
@@ -37,18 +50,13 @@ pub(crate) async fn serve(
     let mut config = tls::server_config(identity, Clients::Anonymous)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let grpc = grpc.prepare();
+    let services = Services { http, grpc: grpc.prepare() };
+    let sources = Sources::default();
     let stopping = tasks.stopping();
     loop {
-        // No permit: the backlog of the operating system is the queue.
-        let permit = tokio::select! {
-            permit = Arc::clone(&permits).acquire_owned() => permit?,
-            () = stopping.cancelled() => return Ok(()),
-        };
-        let stream = tokio::select! {
+        let (stream, source) = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 // One connection's trouble, or out of descriptors: neither ends the port.
                 Err(error) => {
                     tracing::debug!(%error, "accept");
@@ -58,16 +66,24 @@ pub(crate) async fn serve(
             },
             () = stopping.cancelled() => return Ok(()),
         };
-        let (acceptor, http, grpc) = (acceptor.clone(), http.clone(), grpc.clone());
+        // Taken from the backlog in any case: what waits there must not keep others from being heard.
+        let place = match sources.enter(source.ip()) {
+            Ok(place) => place,
+            Err(bound) => {
+                metrics.connection_refused(bound);
+                continue;
+            }
+        };
+        let (acceptor, services) = (acceptor.clone(), services.clone());
         let (stopping, metrics) = (stopping.clone(), metrics.clone());
         tasks.spawn("public connection", async move {
             metrics.connections.inc();
-            let served = connection(stream, acceptor, http, grpc, stopping).await;
+            let served = connection(stream, acceptor, services, stopping).await;
             metrics.connections.dec();
             if let Err(error) = served {
                 tracing::debug!(error, "public connection");
             }
-            drop(permit);
+            drop(place);
             Ok(())
         });
     }
@@ -76,45 +92,70 @@ pub(crate) async fn serve(
 async fn connection(
     stream: TcpStream,
     acceptor: TlsAcceptor,
-    http: axum::Router,
-    grpc: Routes,
-    stopping: tokio_util::sync::CancellationToken,
+    services: Services,
+    stopping: CancellationToken,
 ) -> Result<(), String> {
     // Latency of small answers matters more than packets.
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
     let accepted = timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)).await;
     let stream = accepted.map_err(|_| "TLS handshake took too long".to_owned())?.map_err(|e| e.to_string())?;
+    answer(stream, services, stopping).await
+}
+
+/// Answers requests until the other end closes, the stop, or [`UNPROVEN`] without a request that has a valid key.
+async fn answer(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    services: Services,
+    stopping: CancellationToken,
+) -> Result<(), String> {
+    let proof = Proof::default();
+    let carried = proof.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let (http, grpc) = (http.clone(), grpc.clone());
+        let (Services { http, grpc }, proof) = (services.clone(), carried.clone());
         async move {
-            let request = request.map(Body::new);
-            if is_grpc(&request) {
-                grpc.oneshot(request).await.map(|r| r.map(Body::new))
-            } else {
-                http.oneshot(request).await.map(|r| r.into_response())
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(proof);
+            if !is_grpc(&request) {
+                return http.oneshot(request).await.map(|r| r.into_response());
+            }
+            // A message may never end. Streams that go on after their headers live as long as the connection.
+            match timeout(GRPC_DEADLINE, grpc.oneshot(request)).await {
+                Ok(answered) => answered.map(|r| r.map(Body::new)),
+                Err(_late) => Ok(Status::deadline_exceeded("the request took too long").into_http()),
             }
         }
     });
+    let builder = protocols();
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    tokio::pin!(connection);
+    let unproven = async { while timeout(UNPROVEN, proof.given()).await.is_ok() {} };
+    let ended = tokio::select! {
+        ended = connection.as_mut() => return ended.map_err(|e| e.to_string()),
+        () = unproven => Err("no request with a valid key".to_owned()),
+        () = stopping.cancelled() => Ok(()),
+    };
+    connection.as_mut().graceful_shutdown();
+    // Who does not take the last answers goes without.
+    let _ = timeout(SHUTDOWN_DEADLINE, connection).await;
+    ended
+}
+
+fn protocols() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE).max_headers(MAX_HEADERS);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_DEADLINE)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEADER_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(MAX_HEADER_BYTES)
+        .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).expect("16 KiB"))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .keep_alive_timeout(KEEP_ALIVE);
-    let service = TowerToHyperService::new(service);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stopping.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            timeout(SHUTDOWN_DEADLINE, connection).await.unwrap_or(Ok(()))
-        }
-    };
-    ended.map_err(|e| e.to_string())
+    builder
 }
 
 fn is_grpc(request: &Request<Body>) -> bool {
@@ -122,12 +163,167 @@ fn is_grpc(request: &Request<Body>) -> bool {
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-const MAX_CONNECTIONS: usize = 4096;
 const MAX_STREAMS: u32 = 256;
 const MAX_HEADERS: usize = 64;
-const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// Of one request, all its headers together.
+const MAX_HEADER_BYTES: usize = 16 << 10;
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
+/// Above the deadlines of all that a key can ask for.
+const GRPC_DEADLINE: Duration = Duration::from_secs(10);
+/// A connection without a valid key is closed after this; so is one on which no key was shown for so long.
+const UNPROVEN: Duration = Duration::from_secs(30);
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use antiphon_core::keys::FleetRoot;
+    use antiphon_proto::api_key::ApiKey;
+    use antiphon_runtime::pki::{FleetCa, PeerName, Role};
+    use axum::http::{
+        HeaderValue, Response, StatusCode, Version,
+        header::{AUTHORIZATION, HOST},
+    };
+    use bytes::Bytes;
+    use http_body_util::Full;
+    use hyper::client::conn::{http1, http2};
+    use tokio::{io::DuplexStream, time::Instant};
+
+    use super::*;
+    use crate::{Key, Memory, Records, admission::Admission, fleet::Fleet, grpc, http::router};
+
+    /// The services with one key.
+    fn services(tasks: &Tasks) -> (Services, ApiKey) {
+        let root = FleetRoot::from_bytes([7; 32]);
+        let peer = PeerName::new("router-1", Role::Router, "here").unwrap();
+        let ca = FleetCa::from_seed(&root.ca_seed()).unwrap();
+        let identity = ca.issue(&peer, &[], std::time::SystemTime::now()).unwrap();
+        let fleet = Fleet::new(identity, root, Arc::new(Memory::default()));
+        let key = ApiKey::from_random(&[9; ApiKey::RANDOM]);
+        let record = Key { sha256: key.sha256(), tenant: "acme".into(), agents: vec![] };
+        let keys = [(key.id().to_owned(), record)].into();
+        fleet.records_changed(Arc::new(Records { keys, ..Records::default() }));
+        let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());
+        let admission = Admission::new(fleet, tasks.clone(), metrics);
+        let grpc = grpc::public(&admission).unwrap().prepare();
+        (Services { http: router(admission), grpc }, key)
+    }
+
+    fn get(path: &str) -> Request<Full<Bytes>> {
+        Request::get(format!("https://router{path}")).header(HOST, "router").body(Full::default()).unwrap()
+    }
+
+    fn with_key(key: &ApiKey, mut request: Request<Full<Bytes>>) -> Request<Full<Bytes>> {
+        let value = HeaderValue::try_from(format!("Bearer {}", key.text())).unwrap();
+        request.headers_mut().insert(AUTHORIZATION, value);
+        request
+    }
+
+    /// Serves one end; the other end asks whatever `ask` wants and tells when the server hung up.
+    async fn until_closed<A: Future<Output = ()>>(ask: impl FnOnce(DuplexStream, ApiKey) -> A) -> Duration {
+        let tasks = Tasks::new();
+        let (services, key) = services(&tasks);
+        let (server, client) = tokio::io::duplex(64 << 10);
+        let started = Instant::now();
+        let served = async {
+            let _ = answer(server, services, tasks.stopping()).await;
+            started.elapsed()
+        };
+        tokio::join!(served, ask(client, key)).0
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_shows_no_valid_key_is_closed() {
+        let lived = until_closed(async |client, _key| {
+            let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(client)).await;
+            let (mut sender, connection) = handshake.unwrap();
+            let ask = async {
+                // What needs no key, and wrong keys, keep nothing open.
+                let stranger = ApiKey::from_random(&[8; ApiKey::RANDOM]);
+                while let Ok(answer) = sender.send_request(get("/openapi.json")).await {
+                    assert_eq!(answer.status(), StatusCode::OK);
+                    let _ = sender.send_request(with_key(&stranger, get("/v1/sessions"))).await;
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            };
+            let _ = tokio::join!(connection, ask);
+        })
+        .await;
+        assert!((UNPROVEN..=UNPROVEN + SHUTDOWN_DEADLINE).contains(&lived), "{lived:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_is_closed() {
+        let lived = until_closed(async |client, _key| {
+            let held = client;
+            tokio::time::sleep(2 * UNPROVEN).await;
+            drop(held);
+        })
+        .await;
+        assert!(lived <= UNPROVEN + SHUTDOWN_DEADLINE, "{lived:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn valid_keys_keep_a_connection_open() {
+        let lived = until_closed(async |client, key| {
+            let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(client)).await;
+            let (mut sender, connection) = handshake.unwrap();
+            let ask = async {
+                for _ in 0..10 {
+                    tokio::time::sleep(UNPROVEN * 2 / 3).await;
+                    let answer = sender.send_request(with_key(&key, get("/v1/sessions"))).await.unwrap();
+                    assert_eq!(answer.status(), StatusCode::OK);
+                }
+            };
+            tokio::select! {
+                () = ask => {}
+                ended = connection => panic!("closed in between: {ended:?}"),
+            }
+        })
+        .await;
+        assert!(lived >= 6 * UNPROVEN, "{lived:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_grpc_message_that_never_ends_is_answered() {
+        let closed = until_closed(async |client, _key| {
+            let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(client)).await;
+            let (mut sender, connection) = handshake.unwrap();
+            let ask = async {
+                let endless = Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
+                let request = Request::post("https://router/antiphon.v1.Sessions/CreateSession")
+                    .version(Version::HTTP_2)
+                    .header(CONTENT_TYPE, "application/grpc")
+                    .body(endless)
+                    .unwrap();
+                let answer: Response<_> = sender.send_request(request).await.unwrap();
+                // DEADLINE_EXCEEDED.
+                assert_eq!(answer.headers()["grpc-status"], "4");
+            };
+            tokio::select! {
+                () = ask => {}
+                ended = connection => panic!("closed before the answer: {ended:?}"),
+            }
+        })
+        .await;
+        assert!(closed < UNPROVEN, "{closed:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_headers_are_refused_over_http1() {
+        until_closed(async |client, key| {
+            let (mut sender, connection) = http1::handshake(TokioIo::new(client)).await.unwrap();
+            let ask = async {
+                let mut request = with_key(&key, get("/v1/sessions"));
+                let long = HeaderValue::try_from("x".repeat(MAX_HEADER_BYTES)).unwrap();
+                request.headers_mut().insert("x-long", long);
+                let answer = sender.send_request(request).await.unwrap();
+                assert_eq!(answer.status(), StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+            };
+            let _ = tokio::join!(connection, ask);
+        })
+        .await;
+    }
+}

@@ -26,6 +26,20 @@ pub(crate) enum AttemptOutcome {
     Unreachable,
 }
 
+/// Which bound a connection to the public port was over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum ConnectionBound {
+    /// That of its source address.
+    Source,
+    /// That of all together.
+    Total,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ConnectionLabels {
+    bound: ConnectionBound,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TicketLabels {
     outcome: TicketOutcome,
@@ -52,6 +66,7 @@ pub(crate) struct Metrics {
     pub(crate) relays: Gauge,
     pub(crate) digest_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     pub(crate) connections: Gauge,
+    connections_refused: Family<ConnectionLabels, Counter>,
 }
 
 impl Metrics {
@@ -67,6 +82,7 @@ impl Metrics {
             relays: Gauge::default(),
             digest_age_seconds: Gauge::default(),
             connections: Gauge::default(),
+            connections_refused: Family::default(),
         };
         registry.register("tickets", "Requests for a session by outcome", metrics.tickets.clone());
         registry.register("refusals", "Refused requests for a session by reason", metrics.refusals.clone());
@@ -88,7 +104,16 @@ impl Metrics {
             metrics.digest_age_seconds.clone(),
         );
         registry.register("connections", "Open connections at the public port", metrics.connections.clone());
+        registry.register(
+            "connections_refused",
+            "Connections closed at once at the public port, by the bound that they were over",
+            metrics.connections_refused.clone(),
+        );
         metrics
+    }
+
+    pub(crate) fn connection_refused(&self, bound: ConnectionBound) {
+        self.connections_refused.get_or_create(&ConnectionLabels { bound }).inc();
     }
 
     pub(crate) fn ticket(&self, outcome: TicketOutcome) {
@@ -138,6 +163,15 @@ impl AttemptOutcome {
     }
 }
 
+impl ConnectionBound {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Total => "total",
+        }
+    }
+}
+
 macro_rules! label_value {
     ($($type:ty),+) => {$(
         impl EncodeLabelValue for $type {
@@ -148,7 +182,7 @@ macro_rules! label_value {
     )+};
 }
 
-label_value!(TicketOutcome, AttemptOutcome, Reason);
+label_value!(TicketOutcome, AttemptOutcome, ConnectionBound, Reason);
 
 /// From a decision without any network to the longest that a caller waits.
 const SECONDS: [f64; 12] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];

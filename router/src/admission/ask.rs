@@ -26,6 +26,8 @@ pub(super) enum Answer {
     Granted(Box<v1::Session>),
     /// Why not.
     Refused(String),
+    /// The session is somebody else's, or newer, there: nobody else may be asked. What to tell the caller.
+    Conflict(String),
     /// It may have granted; what went wrong.
     Unreachable(String),
     /// Not asked: no lease was left.
@@ -45,7 +47,7 @@ impl Admission {
         };
         match &answer {
             Answer::Granted(_) => self.metrics.attempt(AttemptOutcome::Granted),
-            Answer::Refused(_) => self.metrics.attempt(AttemptOutcome::Refused),
+            Answer::Refused(_) | Answer::Conflict(_) => self.metrics.attempt(AttemptOutcome::Refused),
             Answer::Unreachable(_) => {
                 self.metrics.attempt(AttemptOutcome::Unreachable);
                 self.give_back_later(attempt, target.clone(), claim);
@@ -102,7 +104,10 @@ impl Admission {
             }
             Some(reserve_response::Result::Refusal(refusal)) => {
                 claim.answered(refusal.free);
-                Answer::Refused(format!("{}: {}", refusal.reason, refusal.detail))
+                match refusal.reason.as_str() {
+                    "other_client" => Answer::Conflict(foreign(create.session)),
+                    reason => Answer::Refused(format!("{reason}: {}", refusal.detail)),
+                }
             }
             None => Answer::Unreachable("answered neither grant nor refusal".to_owned()),
         }
@@ -167,6 +172,7 @@ impl Admission {
         match timeout(PLACE_DEADLINE, peer.place(request)).await {
             Err(_late) => Answer::Unreachable("did not answer in time".to_owned()),
             Ok(Ok(response)) => Answer::Granted(Box::new(response.into_inner())),
+            Ok(Err(status)) if status.code() == Code::AlreadyExists => Answer::Conflict(status.message().to_owned()),
             Ok(Err(status)) => match refusal::of_status(&status) {
                 Some(refusal) => Answer::Refused(format!("{}: {}", refusal.reason, refusal.detail)),
                 None => Answer::Unreachable(describe(&status)),
@@ -219,6 +225,11 @@ impl Admission {
             Err(_late) => None,
         }
     }
+}
+
+/// A worker holds the session for another tenant or client key, which stays untold.
+fn foreign(session: SessionId) -> String {
+    format!("session {session} belongs to another client: ask for a session of your own by leaving it out")
 }
 
 /// What a gRPC error says, in one line.

@@ -92,6 +92,7 @@ impl Admission {
                 attempt.tried.push(target);
                 Ok(None)
             }
+            Answer::Conflict(text) => Err(Failure::Conflict(text)),
             // It changed its mind; the request is planned like a new one.
             Answer::Refused(_) | Answer::Skipped => Ok(None),
         }
@@ -125,6 +126,7 @@ impl Admission {
                     let decided = self.decided(attempt, *session, target, candidates);
                     return Ok(Some(decided));
                 }
+                Answer::Conflict(text) => return Err(Failure::Conflict(text)),
                 Answer::Refused(detail) => attempt.found(&self.fleet, &target, Verdict::Refused, detail),
                 Answer::Unreachable(detail) => {
                     attempt.found(&self.fleet, &target, Verdict::Unreachable, detail);

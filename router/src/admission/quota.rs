@@ -3,9 +3,17 @@
 //! The workers know which sessions there are; the router asks them at most once a second per tenant and agent and adds
 //! what it granted since. Routers of different regions see each other's grants with that delay.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
-use antiphon_core::clock::Millis;
+use antiphon_core::{
+    clock::Millis,
+    id::{Epoch, SessionId},
+};
+use antiphon_proto::v1;
 use parking_lot::Mutex;
 
 use super::Admission;
@@ -15,6 +23,7 @@ use crate::{
 };
 
 type Counters = Arc<Mutex<HashMap<(String, String), Counter>>>;
+type Ownership = (SessionId, Epoch);
 
 /// Counters by tenant and agent.
 #[derive(Debug, Default)]
@@ -23,37 +32,118 @@ pub(super) struct Quota {
     refreshing: tokio::sync::Mutex<()>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+/// The sessions of one tenant at one agent.
+#[derive(Debug, Default)]
 struct Counter {
-    counted: Option<(u32, Millis)>,
-    granted_since: u32,
+    listed_at: Option<Millis>,
+    /// Grants so far.
+    grants: u64,
+    known: BTreeMap<Ownership, Standing>,
+    /// What [`Self::known`] weighs against the limit.
+    weight: usize,
+}
+
+/// Why a session is counted at one epoch: at least one holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Standing {
+    /// The workers said so.
+    listed: bool,
+    /// Which grant of the counter it was, if it was not listed since.
+    granted: Option<u64>,
+    /// Requests that are being placed.
     under_way: u32,
+}
+
+impl Standing {
+    const fn counts(self) -> bool {
+        self.listed || self.granted.is_some() || self.under_way > 0
+    }
+}
+
+impl Counter {
+    /// Counts a request in, unless that raises the weight above the limit. The same request again raises nothing.
+    fn admit(&mut self, ownership: Ownership, limit: usize) -> bool {
+        let added = if self.known.contains_key(&ownership) { 0 } else { self.next_weight(ownership.0) };
+        if added > 0 && self.weight + added > limit {
+            return false;
+        }
+        self.change(ownership, |standing| standing.under_way += 1);
+        true
+    }
+
+    fn settle(&mut self, ownership: Ownership, placed: bool) {
+        self.grants += u64::from(placed);
+        let serial = self.grants;
+        self.change(ownership, |standing| {
+            standing.under_way = standing.under_way.saturating_sub(1);
+            if placed {
+                standing.granted = Some(serial);
+            }
+        });
+    }
+
+    /// What the workers said replaces what they said before and the grants that they already knew of.
+    fn listed(&mut self, sessions: &[Ownership], grants_before: u64, now: Millis) {
+        let known: Vec<Ownership> = self.known.keys().copied().collect();
+        for ownership in known {
+            self.change(ownership, |standing| {
+                standing.listed = false;
+                standing.granted = standing.granted.filter(|serial| *serial > grants_before);
+            });
+        }
+        for ownership in sessions {
+            self.change(*ownership, |standing| standing.listed = true);
+        }
+        self.listed_at = Some(now);
+    }
+
+    fn change(&mut self, ownership: Ownership, change: impl FnOnce(&mut Standing)) {
+        let old = self.known.remove(&ownership);
+        let weight = self.next_weight(ownership.0);
+        let mut standing = old.unwrap_or_default();
+        change(&mut standing);
+        if old.is_some() {
+            self.weight -= weight;
+        }
+        if standing.counts() {
+            self.weight += weight;
+            self.known.insert(ownership, standing);
+        }
+    }
+
+    /// What one more epoch of a session weighs. A session that moves holds a lease at its old and at its new owner and
+    /// is still one; more epochs than that are as good as more sessions.
+    fn next_weight(&self, session: SessionId) -> usize {
+        let epochs = self.known.range((session, Epoch::FIRST)..).take_while(|((s, _), _)| *s == session);
+        usize::from(epochs.count() != 1)
+    }
+
+    fn idle(&self, now: Millis) -> bool {
+        self.listed_at.is_none_or(|at| now.since(at) > IDLE) && self.known.values().all(|s| s.under_way == 0)
+    }
 }
 
 /// One session that counts while it is being placed, and afterwards if it is kept.
 #[derive(Debug)]
 #[must_use = "dropping it takes the session out of the count"]
 pub(super) struct Admitted {
-    of: Option<(Counters, (String, String))>,
+    of: Option<(Counters, (String, String), Ownership)>,
+    placed: bool,
 }
 
 impl Admitted {
     /// The session was placed.
-    pub(super) fn keep(self) {
-        if let Some((counters, key)) = &self.of
-            && let Some(counter) = counters.lock().get_mut(key)
-        {
-            counter.granted_since += 1;
-        }
+    pub(super) fn keep(mut self) {
+        self.placed = true;
     }
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        if let Some((counters, key)) = &self.of
+        if let Some((counters, key, ownership)) = &self.of
             && let Some(counter) = counters.lock().get_mut(key)
         {
-            counter.under_way = counter.under_way.saturating_sub(1);
+            counter.settle(*ownership, self.placed);
         }
     }
 }
@@ -63,30 +153,28 @@ impl Admission {
     pub(super) async fn admit_tenant(self: &Arc<Self>, tenant: &str, create: &Create) -> Result<Admitted, Failure> {
         let records = self.fleet.records();
         let limit = records.agents.get(&create.agent).map_or(0, |a| a.sessions_per_tenant);
-        let known = self.decisions.lock().of(create.session).is_some();
-        if limit == 0 || known {
-            return Ok(Admitted { of: None });
+        if limit == 0 {
+            return Ok(Admitted { of: None, placed: false });
         }
         let key = (tenant.to_owned(), create.agent.clone());
         self.refresh(&key).await;
+        let ownership = (create.session, create.epoch);
         let mut counters = self.quota.counters.lock();
         let counter = counters.entry(key.clone()).or_default();
-        let counted = counter.counted.map_or(0, |(n, _)| n);
-        if counted.saturating_add(counter.granted_since + counter.under_way) >= limit {
+        if !counter.admit(ownership, usize::try_from(limit).unwrap_or(usize::MAX)) {
             let text = format!("{tenant} has {limit} sessions at {}, its limit", create.agent);
             return Err(Failure::refused(Reason::TenantLimit, text, 1000, vec![]));
         }
-        counter.under_way += 1;
-        let of = Some((Arc::clone(&self.quota.counters), key));
-        Ok(Admitted { of })
+        let of = Some((Arc::clone(&self.quota.counters), key, ownership));
+        Ok(Admitted { of, placed: false })
     }
 
     async fn refresh(self: &Arc<Self>, key: &(String, String)) {
         let stale = |this: &Self| {
             let now = this.fleet.clock.now();
             let counters = this.quota.counters.lock();
-            let counted = counters.get(key).and_then(|c| c.counted);
-            counted.is_none_or(|(_, at)| now.since(at) > COUNT_LIFETIME)
+            let listed_at = counters.get(key).and_then(|c| c.listed_at);
+            listed_at.is_none_or(|at| now.since(at) > COUNT_LIFETIME)
         };
         if !stale(self) {
             return;
@@ -99,22 +187,82 @@ impl Admission {
             let mut counters = self.quota.counters.lock();
             if counters.len() >= MAX_COUNTERS {
                 let now = self.fleet.clock.now();
-                let idle = |c: &Counter| c.counted.is_none_or(|(_, at)| now.since(at) > IDLE);
-                counters.retain(|_, c| c.under_way > 0 || !idle(c));
+                counters.retain(|_, c| !c.idle(now));
             }
-            counters.entry(key.clone()).or_default().granted_since
+            counters.entry(key.clone()).or_default().grants
         };
-        let listed = self.list(&key.0, MAX_LISTED).await.sessions;
-        let counted = listed.iter().filter(|s| s.agent == key.1).count();
+        let sessions = self.list(&key.0, MAX_LISTED).await.sessions;
+        let sessions: Vec<Ownership> = sessions.iter().filter(|s| s.agent == key.1).filter_map(ownership).collect();
         let mut counters = self.quota.counters.lock();
-        let counter = counters.entry(key.clone()).or_default();
-        let counted = u32::try_from(counted).unwrap_or(u32::MAX);
-        counter.counted = Some((counted, self.fleet.clock.now()));
-        counter.granted_since = counter.granted_since.saturating_sub(before);
+        counters.entry(key.clone()).or_default().listed(&sessions, before, self.fleet.clock.now());
     }
+}
+
+fn ownership(summary: &v1::SessionSummary) -> Option<Ownership> {
+    Some((summary.session.parse().ok()?, Epoch::new(summary.epoch.max(1)).ok()?))
 }
 
 const COUNT_LIFETIME: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(60);
 const MAX_COUNTERS: usize = 10_000;
 const MAX_LISTED: usize = 10_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(session: u8, epoch: u32) -> Ownership {
+        (SessionId::from_bytes([session; 16]), Epoch::new(epoch).unwrap())
+    }
+
+    #[test]
+    fn the_same_request_counts_once_before_and_after_it_is_listed() {
+        let mut counter = Counter::default();
+        for _ in 0..3 {
+            assert!(counter.admit(of(1, 1), 1));
+            counter.settle(of(1, 1), true);
+        }
+        assert!(!counter.admit(of(2, 1), 1));
+        counter.listed(&[of(1, 1)], counter.grants, Millis(0));
+        assert!(counter.admit(of(1, 1), 1));
+        assert!(!counter.admit(of(2, 1), 1));
+        counter.settle(of(1, 1), false);
+        assert_eq!(counter.weight, 1, "a repeat that fails leaves the session counted");
+    }
+
+    #[test]
+    fn an_ended_session_counts_again_when_it_comes_back() {
+        let mut counter = Counter::default();
+        assert!(counter.admit(of(1, 1), 1));
+        counter.settle(of(1, 1), true);
+        counter.listed(&[], counter.grants, Millis(0));
+        assert_eq!((counter.weight, counter.known.len()), (0, 0));
+        assert!(counter.admit(of(2, 1), 1));
+        assert!(!counter.admit(of(1, 1), 1), "its former place is taken");
+    }
+
+    #[test]
+    fn a_grant_during_the_listing_is_not_lost() {
+        let mut counter = Counter::default();
+        let before = counter.grants;
+        assert!(counter.admit(of(1, 1), 2));
+        assert!(counter.admit(of(2, 1), 2));
+        counter.settle(of(1, 1), true);
+        counter.listed(&[], before, Millis(0));
+        assert_eq!(counter.weight, 2);
+        counter.settle(of(2, 1), false);
+        assert_eq!(counter.weight, 1);
+    }
+
+    #[test]
+    fn a_moving_session_is_one_and_many_epochs_are_many() {
+        let mut counter = Counter::default();
+        counter.listed(&[of(1, 1), of(2, 1)], 0, Millis(0));
+        assert!(counter.admit(of(1, 2), 2), "a session may move at the limit");
+        assert_eq!(counter.weight, 2);
+        assert!(!counter.admit(of(1, 3), 2));
+        counter.listed(&[of(1, 2), of(2, 1)], 0, Millis(1));
+        counter.settle(of(1, 2), false);
+        assert!(counter.admit(of(1, 3), 2), "the old owner is gone");
+    }
+}

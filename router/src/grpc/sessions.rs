@@ -21,7 +21,7 @@ pub(super) struct Service(pub(super) Arc<Admission>);
 impl Service {
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, Failure> {
         let header = request.metadata().get("authorization");
-        auth::caller(&self.0.fleet.records(), header.map(MetadataValue::as_bytes))
+        auth::authenticate(&self.0.fleet.records(), header.map(MetadataValue::as_bytes), request.extensions())
     }
 }
 

@@ -5,8 +5,9 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use bytes::Bytes;
 use http_body_util::Full;
 use serde_json::{Value, json};
+use tokio::net::{TcpSocket, TcpStream};
 
-use crate::world::{AGENT, World, client_key, key_record};
+use crate::world::{AGENT, World, client_key, eventually, key_record};
 
 pub(crate) fn body() -> Value {
     json!({ "agent": AGENT, "clientKey": BASE64.encode(client_key()) })
@@ -110,4 +111,40 @@ async fn http2_and_http1_share_the_port() {
     assert_eq!(over_http1.status, 201);
     let over_http2 = region.sessions().create_session(crate::world::with_key(&world.key, crate::world::create())).await;
     assert!(over_http2.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_source_cannot_take_all_connections() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    let mut held = Vec::new();
+    // Connections that say nothing, from 127.0.0.1.
+    eventually("a connection is refused", async || {
+        for _ in 0..100 {
+            held.push(TcpStream::connect(region.public).await.unwrap());
+        }
+        let (_, metrics) = region.admin_get("/metrics").await;
+        metrics.contains("antiphon_router_connections_refused_total{bound=\"source\"}")
+    })
+    .await;
+    let another = TcpSocket::new_v4().unwrap();
+    another.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let another = another.connect(region.public).await.unwrap();
+    let request = http::Request::get("/openapi.json").header("host", "router").body(Full::default()).unwrap();
+    assert_eq!(region.http_over(another, request).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_path_that_is_no_text_is_a_problem_like_any_other() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    for (method, path) in [("DELETE", "/v1/sessions/%ff"), ("GET", "/v1/sessions/%ff/explain")] {
+        let answer = region.ask(&world.key, method, path, None).await;
+        assert_eq!(answer.status, 400, "{answer:?}");
+        assert_eq!(answer.headers["content-type"], "application/problem+json");
+        assert_eq!(answer.body["path"], "session", "{answer:?}");
+    }
+    // Without a key there is nothing to learn.
+    let bare = http::Request::delete("/v1/sessions/%ff").header("host", "router").body(Full::default()).unwrap();
+    assert_eq!(region.http(bare).await.status, 401);
 }

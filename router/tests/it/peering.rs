@@ -100,6 +100,22 @@ async fn the_next_region_takes_what_the_best_one_cannot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conflict_in_another_region_is_final() {
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let here = world.worker(&frankfurt, "w-1", 10).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
+    eventually("frankfurt hears of virginia's leases", async || free_in(&world, &frankfurt, "virginia").await == 10)
+        .await;
+    there.hold([7; 16], "rival", 1);
+    let request =
+        v1::CreateSessionRequest { session: vec![7; 16].into(), location: Some(point((40.71, -74.01))), ..create() };
+    let conflict = frankfurt.sessions().create_session(with_key(&world.key, request)).await.unwrap_err();
+    assert_eq!(conflict.code(), Code::AlreadyExists, "{conflict:?}");
+    assert_eq!((there.asked(), here.asked()), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_region_whose_router_is_gone_is_skipped_and_stays_routed() {
     let world = World::new();
     let (frankfurt, virginia) = pair(&world).await;

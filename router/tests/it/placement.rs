@@ -185,6 +185,53 @@ async fn a_tenant_has_no_more_sessions_than_the_agent_allows() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_ended_has_no_place_kept_above_the_limit() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    let worker = world.worker(&region, "w-1", 10).await;
+    let mut change = world.agent(&["frankfurt"]);
+    change.agents[0].sessions_per_tenant = 1;
+    world.apply(&region, change).await.unwrap();
+    let client = region.sessions();
+    let ask = |n: u8| {
+        let (mut client, key) = (client.clone(), world.key.clone());
+        let request = v1::CreateSessionRequest { session: vec![n; 16].into(), ..create() };
+        async move { client.create_session(with_key(&key, request)).await }
+    };
+    let first = ask(1).await.unwrap().into_inner();
+    assert!(ask(1).await.is_ok(), "the same request again, at the limit");
+    let delete = v1::DeleteSessionRequest { session: first.session };
+    client.clone().delete_session(with_key(&world.key, delete)).await.unwrap();
+    eventually("there is room for another", async || ask(2).await.is_ok()).await;
+    // The router still remembers where the first was placed.
+    let refused = ask(1).await.unwrap_err();
+    assert_eq!(refusal::of_status(&refused).unwrap().reason, "tenant_limit");
+    assert_eq!(worker.held(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_of_another_client_is_a_conflict_and_nobody_else_is_asked() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    // Whoever is asked first has to be the last.
+    let workers = [world.worker(&region, "w-1", 10).await, world.worker(&region, "w-2", 10).await];
+    for worker in &workers {
+        worker.hold([7; 16], "rival", 1);
+    }
+    for epoch in [1, 2] {
+        let request = v1::CreateSessionRequest { session: vec![7; 16].into(), epoch, ..create() };
+        let conflict = region.sessions().create_session(with_key(&world.key, request)).await.unwrap_err();
+        assert_eq!(conflict.code(), Code::AlreadyExists, "{conflict:?}");
+        assert!(conflict.message().contains("belongs to another client"), "{conflict:?}");
+    }
+    let mut body = crate::http::body();
+    body["session"] = antiphon_core::id::SessionId::from_bytes([7; 16]).to_string().into();
+    let conflict = region.ask(&world.key, "POST", "/v1/sessions", Some(body)).await;
+    assert_eq!(conflict.status, 409, "{conflict:?}");
+    assert_eq!(workers.iter().map(|w| w.asked()).sum::<u32>(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn grpc_errors_say_what_is_wrong() {
     let world = World::new();
     let region = world.region("frankfurt").await;

@@ -263,6 +263,11 @@ impl Region {
 
     /// One HTTP/1.1 request on a connection of its own.
     pub(crate) async fn http(&self, request: ::http::Request<Full<Bytes>>) -> Answer {
+        self.http_over(TcpStream::connect(self.public).await.unwrap(), request).await
+    }
+
+    /// One HTTP/1.1 request on this connection.
+    pub(crate) async fn http_over(&self, tcp: TcpStream, request: ::http::Request<Full<Bytes>>) -> Answer {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.identity.ca()).unwrap();
         let config = rustls::ClientConfig::builder_with_provider(tls::provider())
@@ -271,7 +276,6 @@ impl Region {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-        let tcp = TcpStream::connect(self.public).await.unwrap();
         let name = shared_dns(Role::Router, &self.name).try_into().unwrap();
         let stream = connector.connect(name, tcp).await.unwrap();
         let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
@@ -479,6 +483,20 @@ impl Worker {
         stream.send(goodbye).await.unwrap();
     }
 
+    /// Holds a session that no router has placed.
+    pub(crate) fn hold(&self, session: [u8; 16], tenant: &str, epoch: u32) {
+        let request = v1::ReserveRequest {
+            session: session.to_vec().into(),
+            epoch,
+            agent: AGENT.into(),
+            client_key: client_key().to_vec().into(),
+            codec: v1::Codec::Opus.into(),
+            ttl_ms: 30_000,
+            tenant: tenant.to_owned(),
+        };
+        self.shared.sessions.lock().insert(request.session.clone(), request);
+    }
+
     pub(crate) fn held(&self) -> usize {
         self.shared.sessions.lock().len()
     }
@@ -498,7 +516,15 @@ impl worker_server::Worker for Shared {
         let mut sessions = self.sessions.lock();
         let slots = usize::try_from(self.slots).unwrap();
         let room = sessions.contains_key(&request.session) || sessions.len() < slots;
-        let result = if room && !*self.stubborn.lock() {
+        let client = |r: &v1::ReserveRequest| (r.tenant.clone(), r.client_key.clone());
+        let foreign = sessions.get(&request.session).is_some_and(|s| client(s) != client(&request));
+        let result = if foreign {
+            reserve_response::Result::Refusal(v1::ReserveRefusal {
+                reason: "other_client".into(),
+                detail: "this session belongs to another client".into(),
+                free: u32::try_from(slots - sessions.len()).unwrap(),
+            })
+        } else if room && !*self.stubborn.lock() {
             let server_id = self.server_id.lock().unwrap().to_u64();
             sessions.insert(request.session.clone(), request);
             reserve_response::Result::Grant(v1::ReserveGrant {
