@@ -15,6 +15,7 @@ use antiphon_proto::{
 };
 use antiphon_runtime::{Tasks, pki::Role, tls};
 use anyhow::{Context as _, ensure};
+use bytes::Bytes;
 use futures::future::try_join_all;
 use tokio::{
     runtime,
@@ -76,23 +77,27 @@ async fn measure(router: &Router) -> anyhow::Result<Vec<Row>> {
 /// Each lane asks for one session after the other: milliseconds of every ticket.
 async fn window(lanes: &[SessionsClient<Channel>], key: &ApiKey, length: Duration) -> anyhow::Result<Vec<f64>> {
     let end = Instant::now() + length;
-    let lane = |mut sessions: SessionsClient<Channel>| async move {
-        let mut latencies = Vec::new();
-        while Instant::now() < end {
-            let begin = Instant::now();
-            let session = sessions.create_session(request(key)?).await?.into_inner();
-            latencies.push(begin.elapsed().as_secs_f64() * 1e3);
-            ensure!(!session.ticket.is_empty(), "a session without a ticket");
+    let client_key = Bytes::copy_from_slice(&ticket::public_key(&[5; 32]));
+    let lane = |mut sessions: SessionsClient<Channel>| {
+        let client_key = client_key.clone();
+        async move {
+            let mut latencies = Vec::new();
+            while Instant::now() < end {
+                let begin = Instant::now();
+                let session = sessions.create_session(request(key, client_key.clone())?).await?.into_inner();
+                latencies.push(begin.elapsed().as_secs_f64() * 1e3);
+                ensure!(!session.ticket.is_empty(), "a session without a ticket");
+            }
+            Ok(latencies)
         }
-        Ok(latencies)
     };
     Ok(try_join_all(lanes.iter().cloned().map(lane)).await?.concat())
 }
 
-fn request(key: &ApiKey) -> anyhow::Result<Request<v1::CreateSessionRequest>> {
+fn request(key: &ApiKey, client_key: Bytes) -> anyhow::Result<Request<v1::CreateSessionRequest>> {
     let mut request = Request::new(v1::CreateSessionRequest {
         agent: AGENT.into(),
-        client_key: ticket::public_key(&[5; 32]).to_vec().into(),
+        client_key,
         location: Some(v1::Location { latitude: 48.86, longitude: 2.35 }),
         ..v1::CreateSessionRequest::default()
     });
