@@ -149,7 +149,7 @@ fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>)
     out!("handshake    {} (attempt {})", duration(report.handshake), report.attempts);
     out!("active       {}", duration(report.activated));
     if let Some(first) = report.first_audio {
-        out!("first audio  {}", duration(first));
+        out!("first audio  {} (the caller's own turn included)", duration(first));
     }
     out!("lasted       {}", duration(report.ended));
     out!();

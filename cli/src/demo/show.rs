@@ -61,7 +61,7 @@ const FIGURES: [Figure; 8] = [
     ("ticket", |call| vec![call.ticket]),
     ("handshake", |call| vec![call.report.handshake]),
     ("active", |call| vec![call.report.activated]),
-    ("first audio", |call| call.report.first_audio.into_iter().collect()),
+    ("first audio, own turn included", |call| call.report.first_audio.into_iter().collect()),
     ("answer after the caller's end", |call| call.response_delays.clone()),
     ("longest time without a packet", |call| vec![call.report.longest_gap]),
     ("longest pause in an answer", |call| vec![call.longest_silence]),
