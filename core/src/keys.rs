@@ -8,7 +8,8 @@
 //! fleet root (32)
 //! ├─ antiphon/1 cid         generation (4)                                -> AES-128 key of connection IDs (16)
 //! ├─ antiphon/1 relay       relay number (2), generation (4)              -> relay secret (32)
-//! │  └─ antiphon/1 tunnel   server ID (8)                                 -> up (16) || down (16)
+//! │  ├─ antiphon/1 tunnel   server ID (8)                                 -> up (16) || down (16)
+//! │  └─ antiphon/1 hop      number of the next relay (2)                  -> up (16) || down (16)
 //! ├─ antiphon/1 reset       server ID (8), generation (4)                 -> stateless reset key (32)
 //! ├─ antiphon/1 checkpoint  namespace (text), zone (text), generation (4) -> checkpoint key (32)
 //! ├─ antiphon/1 ticket      generation (4)                                -> Ed25519 seed of tickets (32)
@@ -16,7 +17,7 @@
 //! ```
 //!
 //! A relay holds its own secret and nothing above it: one that is taken over reveals the tunnels that it was an end of,
-//! no other relay's. A worker holds the tunnel keys of its own shards.
+//! no other relay's. The relay of the worker's region is given the hop keys that it shares, not what they derive from. A worker holds the tunnel keys of its own shards.
 
 use std::fmt;
 
@@ -136,7 +137,18 @@ impl RelaySecret {
     /// The keys that this relay and that shard share.
     #[must_use]
     pub fn tunnel_keys(&self, server_id: ServerId) -> TunnelKeys {
-        let mut both: [u8; 32] = derive(&self.0, TUNNEL, &[&server_id.to_bytes()]);
+        self.both_ways(TUNNEL, &server_id.to_bytes())
+    }
+
+    /// The keys that this relay, on the client's side, and the relay `next`, in the worker's region, share. Those of
+    /// the opposite roles derive from the other relay's secret.
+    #[must_use]
+    pub fn hop_keys(&self, next: RelayNumber) -> TunnelKeys {
+        self.both_ways(HOP, &next.value().to_be_bytes())
+    }
+
+    fn both_ways(&self, label: &str, far_end: &[u8]) -> TunnelKeys {
+        let mut both: [u8; 32] = derive(&self.0, label, &[far_end]);
         let (mut up, mut down) = ([0; 16], [0; 16]);
         up.copy_from_slice(&both[..16]);
         down.copy_from_slice(&both[16..]);
@@ -154,9 +166,9 @@ impl fmt::Debug for RelaySecret {
 /// The two keys of one tunnel: one per direction, so that no frame can be sent back to its sender.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TunnelKeys {
-    /// Frames from the relay to the worker.
+    /// Frames from the client's relay, towards the worker.
     pub up: TunnelKey,
-    /// Frames from the worker to the relay.
+    /// Frames to the client's relay, from the worker's side.
     pub down: TunnelKey,
 }
 
@@ -204,6 +216,7 @@ fn length(text: &str) -> [u8; 8] {
 const CID: &str = "antiphon/1 cid";
 const RELAY: &str = "antiphon/1 relay";
 const TUNNEL: &str = "antiphon/1 tunnel";
+const HOP: &str = "antiphon/1 hop";
 const RESET: &str = "antiphon/1 reset";
 const CHECKPOINT: &str = "antiphon/1 checkpoint";
 const TICKET: &str = "antiphon/1 ticket";
@@ -229,11 +242,14 @@ mod tests {
         let relay = RelayNumber::new(0x00c5).unwrap();
         let secret = root.relay_secret(relay, generation(1));
         let tunnel = secret.tunnel_keys(server_id);
+        let hop = secret.hop_keys(RelayNumber::new(0x0180).unwrap());
         let derived = [
             hex::encode(root.cid_key(generation(1))),
             hex::encode(secret.as_bytes()),
             hex::encode(tunnel.up.as_bytes()),
             hex::encode(tunnel.down.as_bytes()),
+            hex::encode(hop.up.as_bytes()),
+            hex::encode(hop.down.as_bytes()),
             hex::encode(root.reset_key(server_id, generation(1))),
             hex::encode(root.checkpoint_key("support", "eu", generation(1))),
             hex::encode(root.ticket_seed(generation(1))),
@@ -241,11 +257,13 @@ mod tests {
         ];
         assert_eq!(derived, FROZEN);
     }
-    const FROZEN: [&str; 8] = [
+    const FROZEN: [&str; 10] = [
         "c3a1e8740f2fc6b709a9904bb0e221d2",
         "b79ff81776dc03dbc081cbc4dd1aa6e1d305c048f405f8df42a5b03759d56b7b",
         "54c61aae04166561131d15efe10b4a56",
         "618d0ddd02fe8e19ba872ef198532713",
+        "1c4a927cc4b746eabda7a118019a8158",
+        "286faf25bcdf3e7a7c4ac38c8d07f49e",
         "4bbd6324d3853d723f581dd59a78dc0dcadfe89ccb27d14b57439c208a4fd946",
         "8c852c7f26f5070b4c8e0f20930d143c047203ffcf14b0c049a86d6688a1c55a",
         "cad65e724fbcf04e83d71e2c08d05d60c9364c6060a35ef894f3243b5e78ce7d",
@@ -264,6 +282,10 @@ mod tests {
         };
         assert_ne!(keys(1), keys(2));
         assert_ne!(keys(1).up, keys(1).down);
+        let number = |n| RelayNumber::new(n).unwrap();
+        let hop = |from, to| root.relay_secret(number(from), generation(1)).hop_keys(number(to));
+        assert_ne!(hop(1, 2), hop(2, 1), "each role has its own");
+        assert_ne!(hop(1, 2), hop(1, 3));
     }
 
     #[test]
