@@ -232,7 +232,8 @@ pub(crate) fn stored(dir: &Path) -> anyhow::Result<Vec<KeyRecord>> {
     let record = |key: StoredKey| {
         let sha256 = <[u8; 32]>::try_from(hex::decode(&key.sha256).unwrap_or_default());
         let sha256 = sha256.map_err(|_| anyhow!("key {}: sha256 is not 64 hex digits", key.id))?;
-        Ok(KeyRecord { id: key.id, sha256: sha256.to_vec().into(), tenant: key.tenant, agents: key.agents })
+        let sha256 = sha256.to_vec().into();
+        Ok(KeyRecord { id: key.id, sha256, tenant: key.tenant, agents: key.agents, ..KeyRecord::default() })
     };
     let keys: anyhow::Result<Vec<StoredKey>> = serde_json::from_str(&text).map_err(Into::into);
     let keys: anyhow::Result<Vec<_>> = keys.and_then(|keys| keys.into_iter().map(record).collect());
@@ -270,7 +271,8 @@ mod tests {
     use std::{os::unix::fs::PermissionsExt as _, sync::Arc, time::SystemTime};
 
     use antiphon_proto::v1::{
-        ApplyResponse, FleetStatusRequest, FleetStatusResponse, ListKeysResponse,
+        ApplyResponse, FleetStatusRequest, FleetStatusResponse, ListKeysResponse, ReportWorkerGoneRequest,
+        ReportWorkerGoneResponse,
         admin_server::{Admin, AdminServer},
     };
     use antiphon_runtime::{
@@ -288,7 +290,8 @@ mod tests {
 
     fn record(id: u8, tenant: &str) -> KeyRecord {
         let id = format!("{id:012}");
-        KeyRecord { id, sha256: vec![7; 32].into(), tenant: tenant.into(), agents: vec!["shop/*".into()] }
+        let (sha256, agents) = (vec![7; 32].into(), vec!["shop/*".into()]);
+        KeyRecord { id, sha256, tenant: tenant.into(), agents, ..KeyRecord::default() }
     }
 
     #[test]
@@ -362,6 +365,13 @@ mod tests {
         }
 
         async fn fleet_status(&self, _: Request<FleetStatusRequest>) -> Result<Response<FleetStatusResponse>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn report_worker_gone(
+            &self,
+            _: Request<ReportWorkerGoneRequest>,
+        ) -> Result<Response<ReportWorkerGoneResponse>, Status> {
             Err(Status::unimplemented("not asked here"))
         }
     }

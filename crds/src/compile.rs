@@ -12,7 +12,9 @@ use kube::ResourceExt;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::{Codec, EngineType, FieldError, RegionPool, Resource, Serving, VoiceAgent, VoiceRegion, Workload, rules};
+use crate::{
+    Codec, EngineType, FieldError, RegionPool, Resource, Serving, Tunnel, VoiceAgent, VoiceRegion, Workload, rules,
+};
 
 /// All parts of a fleet, each list in order of its names.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,6 +52,8 @@ pub struct RegionPlan {
     pub relays: u16,
     /// How many routers it has.
     pub routers: u16,
+    /// Other regions reach its workers through its relays only.
+    pub via_relays: bool,
 }
 
 /// An agent and how its calls are placed.
@@ -207,6 +211,7 @@ fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPl
             serving: spec.serving,
             relays: spec.relay.replicas,
             routers: spec.router.replicas,
+            via_relays: spec.tunnel == Tunnel::ViaRelays,
         });
     }
     Ok(plans)
@@ -330,6 +335,13 @@ mod tests {
         ] {
             assert_eq!(replicas(&pool(min, max), percent), expected, "{min} {max} {percent}");
         }
+    }
+
+    #[test]
+    fn a_region_is_reached_directly_unless_it_says_otherwise() {
+        let plan = plan(&[region("a", ""), region("b", "  tunnel: ViaRelays"), region("c", "  tunnel: Direct")]);
+        let via: Vec<bool> = plan.regions.iter().map(|region| region.via_relays).collect();
+        assert_eq!(via, [false, true, false]);
     }
 
     #[test]

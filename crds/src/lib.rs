@@ -23,7 +23,7 @@ pub use agent::{
 };
 pub use field::{FieldError, FieldPath, Step};
 pub use region::{
-    Ingress, IngressType, Location, RegionPhase, Relay, Router, Serving, VoiceRegion, VoiceRegionSpec,
+    Ingress, IngressType, Location, RegionPhase, Relay, Router, Serving, Tunnel, VoiceRegion, VoiceRegionSpec,
     VoiceRegionStatus,
 };
 pub use rules::Resource;

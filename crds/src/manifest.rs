@@ -130,26 +130,18 @@ fn document(file: &str, node: Node) -> Result<Document, Vec<ManifestError>> {
         "" => String::new(),
         _ => format!("{kind} {name}").trim_end().to_owned(),
     };
-    let errors = match known {
-        (Some(version), Some("VoiceAgent")) if version == api_version => match resource::<VoiceAgent>(&value) {
-            Ok(agent) => {
-                let errors = agent.rules();
-                if errors.is_empty() {
-                    let resource = Resource::VoiceAgent(Box::new(agent));
-                    return Ok(Document { file: file.to_owned(), node, resource });
-                }
-                errors
-            }
-            Err(errors) => errors,
-        },
-        (Some(version), Some("VoiceRegion")) if version == api_version => match resource::<VoiceRegion>(&value) {
-            Ok(region) => {
-                let resource = Resource::VoiceRegion(Box::new(region));
-                return Ok(Document { file: file.to_owned(), node, resource });
-            }
-            Err(errors) => errors,
-        },
-        _ => vec![unknown_kind(&value, &api_version)],
+    let checked = match known {
+        (Some(version), Some("VoiceAgent")) if version == api_version => {
+            resource::<VoiceAgent>(&value).map(|agent| (agent.rules(), Resource::VoiceAgent(Box::new(agent))))
+        }
+        (Some(version), Some("VoiceRegion")) if version == api_version => {
+            resource::<VoiceRegion>(&value).map(|region| (region.rules(), Resource::VoiceRegion(Box::new(region))))
+        }
+        _ => Err(vec![unknown_kind(&value, &api_version)]),
+    };
+    let errors = match checked {
+        Ok((errors, resource)) if errors.is_empty() => return Ok(Document { file: file.to_owned(), node, resource }),
+        Ok((errors, _)) | Err(errors) => errors,
     };
     let locate = |error| locate(file, &node, &subject, error);
     Err(errors.into_iter().map(locate).collect())

@@ -39,6 +39,7 @@ use crate::form;
 )]
 #[cfg_attr(test, kube(cel))]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.tunnel != 'ViaRelays' || self.relay.replicas > 0").message("tunnel ViaRelays needs a relay: raise relay.replicas or set tunnel to Direct").field_path(".tunnel"))]
 #[x_kube(validation = Rule::new("has(self.number) == has(oldSelf.number) && (!has(self.number) || self.number == oldSelf.number)").message("number cannot be changed, added or removed: connection IDs of live calls contain it. Create a new region instead").reason(Reason::FieldValueForbidden).field_path(".number"))]
 pub struct VoiceRegionSpec {
     /// The region's number in connection IDs, 0 to 1023, unique in the fleet and fixed once the region exists. Absent:
@@ -74,6 +75,11 @@ pub struct VoiceRegionSpec {
     /// The routers, which place calls and tell relays where workers are.
     #[serde(default)]
     pub router: Router,
+
+    /// Direct: relays of all regions send to the workers here, so their tunnel ports must be reachable from all
+    /// regions. ViaRelays: only the relays of this region do, and those of other regions send to them.
+    #[serde(default)]
+    pub tunnel: Tunnel,
 
     /// Classes of GPU that workers find here, such as `l4` or `h100`, at most 32.
     #[serde(default)]
@@ -153,6 +159,16 @@ pub struct Router {
     #[serde(default = "two")]
     #[schemars(range(min = 1, max = 16))]
     pub replicas: u16,
+}
+
+/// How relays of other regions reach the workers of a region.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tunnel {
+    /// Each sends to the workers themselves.
+    #[default]
+    Direct,
+    /// Through the region's own relays.
+    ViaRelays,
 }
 
 /// Whether a region takes new calls.

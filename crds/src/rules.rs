@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    EngineType, TimeSpan, VoiceAgent, VoiceRegion, Workload, agent,
+    EngineType, TimeSpan, Tunnel, VoiceAgent, VoiceRegion, Workload, agent,
     field::{FieldError, FieldPath},
     form,
     schema::{self, Checked},
@@ -127,7 +127,18 @@ impl VoiceRegion {
     pub fn validate(&self) -> Vec<FieldError> {
         let mut errors = check_name(&self.name_any());
         errors.extend(check_schema::<Self>(&self.spec));
+        errors.extend(self.rules());
         errors
+    }
+
+    /// The rules of the API server that are not the schema's.
+    pub(crate) fn rules(&self) -> Vec<FieldError> {
+        if self.spec.tunnel == Tunnel::Direct || self.spec.relay.replicas > 0 {
+            return Vec::new();
+        }
+        let path = FieldPath::of("spec.tunnel");
+        let hint = "raise spec.relay.replicas or set tunnel to Direct";
+        vec![FieldError::new(path, &json!(self.spec.tunnel), "needs a relay in this region, which has none", hint)]
     }
 }
 
@@ -343,6 +354,15 @@ mod tests {
             let region: VoiceRegion = with(region(), "/metadata/name", json!(name));
             assert_eq!(region.validate().is_empty(), valid, "{name}");
             assert_eq!(region.validate_cel().is_ok(), valid, "{name}");
+        }
+        for (tunnel, relays, valid) in
+            [("Direct", 0, true), ("Direct", 1, true), ("ViaRelays", 0, false), ("ViaRelays", 1, true)]
+        {
+            let mut document = region();
+            document["spec"]["tunnel"] = json!(tunnel);
+            let region: VoiceRegion = with(document, "/spec/relay", json!({"replicas": relays}));
+            assert_eq!(region.validate().is_empty(), valid, "{tunnel} {relays}");
+            assert_eq!(region.validate_cel().is_ok(), valid, "{tunnel} {relays}");
         }
     }
 

@@ -17,14 +17,15 @@ pub(super) fn of(plan: &FleetPlan, context: &Context, keys: Vec<KeyRecord>) -> A
         regions: plan.regions.iter().map(|r| region(r, context)).collect(),
         agents: plan.agents.iter().map(agent).collect(),
         keys,
-        removed_keys: Vec::new(),
-        removed_agents: Vec::new(),
+        // The generation of keys is no part of the manifests: `antiphon keys rotate` moves it.
+        ..ApplyRequest::default()
     }
 }
 
 /// What a router stores of a key.
 pub(crate) fn key_record(key: &ApiKey, tenant: &str, agents: Vec<String>) -> KeyRecord {
-    KeyRecord { id: key.id().to_owned(), sha256: key.sha256().to_vec().into(), tenant: tenant.to_owned(), agents }
+    let sha256 = key.sha256().to_vec().into();
+    KeyRecord { id: key.id().to_owned(), sha256, tenant: tenant.to_owned(), agents, ..KeyRecord::default() }
 }
 
 fn region(plan: &RegionPlan, context: &Context) -> RegionRecord {
@@ -41,6 +42,8 @@ fn region(plan: &RegionPlan, context: &Context) -> RegionRecord {
         phase: phase.into(),
         residency: plan.residency.clone(),
         router_address: router.map(|router| router.internal.clone()).unwrap_or_default(),
+        router_addresses: router.iter().map(|router| router.internal.clone()).collect(),
+        via_relays: plan.via_relays,
     }
 }
 
@@ -76,5 +79,6 @@ fn agent(plan: &AgentPlan) -> AgentRecord {
         rtt_ceiling_max_ms: ms(plan.rtt_ceiling_max),
         codecs: plan.codecs.iter().map(codec).collect(),
         sessions_per_tenant: plan.sessions_per_tenant.unwrap_or(0),
+        ..AgentRecord::default()
     }
 }

@@ -156,6 +156,13 @@ const MISTAKES: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
+fn a_region_behind_relays_needs_one() {
+    let region = "apiVersion: antiphon.dev/v1alpha1\nkind: VoiceRegion\nmetadata: {name: a}\nspec:\n  cluster: c\n  cloud: c\n  location: {latitude: 1, longitude: 2}\n  relay: {replicas: 0}\n  tunnel: ViaRelays\n";
+    let expected = "fleet.yaml:9: VoiceRegion a: spec.tunnel: \"ViaRelays\" needs a relay in this region, which has none: raise spec.relay.replicas or set tunnel to Direct";
+    assert_eq!(errors(region), [expected]);
+}
+
+#[test]
 fn all_errors_of_all_documents_are_reported() {
     let agent = AGENT.replace("Echo", "Parrot").replace("minReplicas: 2", "minReplicas: -1");
     let region = REGION.replace("50.1", "90.5").replace("cluster: eu-1", "cluster: EU");
