@@ -9,6 +9,7 @@ mod capacity;
 mod cids;
 mod conversation;
 mod gate;
+mod keys;
 mod metrics;
 mod registration;
 mod relays;

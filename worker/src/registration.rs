@@ -9,10 +9,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use antiphon_core::id::{Incarnation, RegionNumber, WorkerNumber};
+use antiphon_core::id::{Incarnation, KeyGeneration, RegionNumber, WorkerNumber};
 use antiphon_proto::v1::{
-    Deregister, Phase, Shard, WorkerDirective, WorkerHello, WorkerMessage, WorkerReport, WorkerWelcome,
-    fleet_client::FleetClient, worker_directive::Directive, worker_message::Message,
+    CidConfig, Deregister, Phase, ResetKey, Shard, WorkerDirective, WorkerHello, WorkerMessage, WorkerRelay,
+    WorkerReport, WorkerWelcome, fleet_client::FleetClient, worker_directive::Directive, worker_message::Message,
 };
 use antiphon_runtime::{
     Tasks,
@@ -21,6 +21,7 @@ use antiphon_runtime::{
     tls,
 };
 use anyhow::{Context as _, bail};
+use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::Streaming;
@@ -28,6 +29,7 @@ use tonic::Streaming;
 use crate::{
     Args,
     capacity::Capacity,
+    keys::{KeySet, KeysError},
     metrics::Metrics,
     shard::{Shards, ShardsConfig},
 };
@@ -44,6 +46,8 @@ pub(crate) struct Registration {
     capacity: Arc<Capacity>,
     metrics: Metrics,
     pin: bool,
+    /// Key generations in use, oldest first.
+    loaded: Vec<u32>,
 }
 
 impl Registration {
@@ -78,6 +82,7 @@ impl Registration {
             capacity,
             metrics,
             pin: args.pin,
+            loaded: Vec::new(),
         }
     }
 
@@ -157,6 +162,8 @@ impl Registration {
             reserved: counts.reserved,
             active: counts.active,
             unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX),
+            loaded_generations: self.loaded.clone(),
+            ..WorkerReport::default()
         };
         match sender.try_send(message(Message::Report(report))) {
             Err(mpsc::error::TrySendError::Closed(_)) => bail!("router closed the stream"),
@@ -170,13 +177,14 @@ impl Registration {
         let region = u16::try_from(welcome.region_number).ok().and_then(|n| RegionNumber::new(n).ok());
         let worker = u16::try_from(welcome.worker_number).ok().and_then(|n| WorkerNumber::new(n).ok());
         let numbers = region.zip(worker).context("router's numbers are out of range")?;
-        if let Some(shards) = &self.shards {
+        if self.shards.is_some() {
             if self.numbers != Some(numbers) {
                 // Connection IDs of live sessions name the old number: only a new process can take a new one.
                 return Err(Fatal("the router numbered this worker anew while it is running").into());
             }
-            return self.take_over(shards, welcome);
+            return self.take_over(welcome);
         }
+        let keys = self.key_set(&welcome.cid_configs, &welcome.ticket_keys, &welcome.reset_keys)?;
         let incarnation = Incarnation::new(self.hello.incarnation)?;
         let sockets = self.sockets.take().context("the first registration failed half way")?;
         let config = ShardsConfig {
@@ -189,9 +197,10 @@ impl Registration {
             capacity: self.capacity.clone(),
             metrics: self.metrics.clone(),
         };
-        let shards =
-            Shards::open(config, sockets, welcome, tasks).map_err(|e| e.context(Fatal("opening the shards")))?;
+        let shards = Shards::open(config, sockets, &keys, &welcome.relays, tasks);
+        let shards = shards.map_err(|e| e.context(Fatal("opening the shards")))?;
         self.shards = Some(shards);
+        self.loaded = keys.generations().map(KeyGeneration::value).collect();
         self.numbers = Some(numbers);
         self.hello.worker_number = Some(welcome.worker_number);
         if let Some(behaviour) = welcome.behaviour.clone() {
@@ -201,14 +210,28 @@ impl Registration {
     }
 
     /// A later welcome brings what was missed while there was no router: keys, relays, behaviour.
-    fn take_over(&self, shards: &Shards, welcome: &WorkerWelcome) -> anyhow::Result<()> {
+    fn take_over(&mut self, welcome: &WorkerWelcome) -> anyhow::Result<()> {
         if let Some(behaviour) = welcome.behaviour.clone() {
             self.capacity.set_behaviour(behaviour);
         }
-        shards.update(welcome)
+        let keys = self.key_set(&welcome.cid_configs, &welcome.ticket_keys, &welcome.reset_keys)?;
+        self.set_keys(&keys, &welcome.relays)
     }
 
-    fn carry_out(&self, directive: WorkerDirective) -> anyhow::Result<()> {
+    fn set_keys(&mut self, keys: &KeySet, relays: &[WorkerRelay]) -> anyhow::Result<()> {
+        let shards = self.shards.as_ref().context("keys before the welcome")?;
+        shards.set_relays(relays)?;
+        shards.set_keys(keys);
+        self.loaded = keys.generations().map(KeyGeneration::value).collect();
+        Ok(())
+    }
+
+    fn key_set(&self, configs: &[CidConfig], tickets: &[Bytes], resets: &[ResetKey]) -> Result<KeySet, KeysError> {
+        let shards = u32::try_from(self.hello.shards.len()).unwrap_or(u32::MAX);
+        KeySet::new(configs, tickets, resets, shards)
+    }
+
+    fn carry_out(&mut self, directive: WorkerDirective) -> anyhow::Result<()> {
         let shards = self.shards.as_ref().context("directive before the welcome")?;
         match directive.directive {
             Some(Directive::Relays(relays)) => shards.set_relays(&relays.relays),
@@ -217,7 +240,11 @@ impl Registration {
                 self.capacity.set_behaviour(behaviour);
                 Ok(())
             }
-            Some(Directive::Welcome(welcome)) => self.take_over(shards, &welcome),
+            Some(Directive::Welcome(welcome)) => self.take_over(&welcome),
+            Some(Directive::Keys(new)) => {
+                let keys = self.key_set(&new.cid_configs, &new.ticket_keys, &new.reset_keys)?;
+                self.set_keys(&keys, &new.relays)
+            }
             // A newer router may know more: what is not understood is not acted on.
             None => Ok(()),
         }

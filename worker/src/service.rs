@@ -4,8 +4,9 @@ use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 
 use antiphon_core::id::{Epoch, SessionId};
 use antiphon_proto::v1::{
-    Codec, ListSessionsRequest, ListSessionsResponse, ReleaseRequest, ReleaseResponse, ReserveGrant, ReserveRefusal,
-    ReserveRequest, ReserveResponse, SessionSummary, reserve_response::Result as Outcome, worker_server::Worker,
+    Codec, DescribePathRequest, ListSessionsRequest, ListSessionsResponse, ReleaseRequest, ReleaseResponse,
+    ReserveGrant, ReserveRefusal, ReserveRequest, ReserveResponse, SessionPath, SessionSummary,
+    reserve_response::Result as Outcome, worker_server::Worker,
 };
 use antiphon_runtime::{pki::Role, tls};
 use tonic::{Request, Response, Status};
@@ -93,6 +94,26 @@ impl Worker for WorkerService {
         sessions.sort_by_key(|(terms, _)| std::cmp::Reverse(terms.since));
         let sessions = sessions.iter().take(limit).map(|(terms, active)| self.summary(terms, *active)).collect();
         Ok(Response::new(ListSessionsResponse { sessions }))
+    }
+
+    async fn describe_path(&self, request: Request<DescribePathRequest>) -> Result<Response<SessionPath>, Status> {
+        self.authorize(&request)?;
+        let request = request.into_inner();
+        let session = session_id(&request.session)?;
+        let sessions = self.capacity.sessions();
+        let own =
+            |terms: &Terms| terms.session == session && [terms.tenant.as_str(), ""].contains(&request.tenant.as_str());
+        let found = sessions.iter().find(|(terms, active)| *active && own(terms));
+        let (terms, _) = found.ok_or_else(|| Status::not_found(format!("{session} is not active here")))?;
+        let age = terms.since.elapsed().unwrap_or_default();
+        Ok(Response::new(SessionPath {
+            session: session.to_string(),
+            region: self.region.clone(),
+            worker: self.name.clone(),
+            epoch: terms.epoch.value(),
+            age_ms: u32::try_from(age.as_millis()).unwrap_or(u32::MAX),
+            ..SessionPath::default()
+        }))
     }
 }
 

@@ -3,15 +3,15 @@
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use antiphon_core::{
-    cid::{CidCodec, CidMinter, ConfigId, NonceCounter},
+    cid::{CidMinter, NonceCounter},
     id::{Incarnation, RegionNumber, RelayNumber, ServerId, ShardNumber, WorkerNumber},
     tunnel::Notice,
 };
 use antiphon_media::format::AudioFormat;
-use antiphon_proto::v1::{CidConfig, Codec, WorkerRelay, WorkerWelcome};
+use antiphon_proto::v1::{Codec, WorkerRelay};
 use antiphon_quic::{AudioBudget, Side, server_crypto, transport};
 use antiphon_runtime::{Tasks, pki::Identity, tls};
-use anyhow::{Context as _, anyhow, ensure};
+use anyhow::{Context as _, anyhow};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
@@ -25,6 +25,7 @@ use crate::{
     capacity::{Capacity, Door},
     cids::ShardCids,
     gate::Gate,
+    keys::{KeySet, ResetKeys, ResetTable},
     metrics::Metrics,
     relays::RelayTable,
     session,
@@ -101,6 +102,7 @@ pub(crate) struct ShardsConfig<'a> {
 pub(crate) struct Shards {
     doors: Vec<Door>,
     relays: Vec<Arc<ArcSwap<RelayTable>>>,
+    resets: Vec<Arc<ArcSwap<ResetTable>>>,
     ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
 }
 
@@ -109,23 +111,24 @@ impl Shards {
     pub(crate) fn open(
         config: ShardsConfig<'_>,
         sockets: Vec<(std::net::UdpSocket, SocketAddr)>,
-        welcome: &WorkerWelcome,
+        keys: &KeySet,
+        relays_known: &[WorkerRelay],
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
-        let (codec, minting) = cid_keys(&welcome.cid_configs)?;
-        let reset_key: [u8; 32] = welcome.reset_key.as_ref().try_into().context("reset key: 32 bytes expected")?;
+        let (codec, minting) = (keys.codec(), keys.minting());
         let server_configs = ServerConfigs::new(config.identity, config.slots)?;
-        let ticket_keys = Arc::new(ArcSwap::from_pointee(ticket_keys(welcome)?));
+        let ticket_keys = Arc::new(ArcSwap::from_pointee(keys.ticket_keys()));
         tracing::info!(region = config.region, worker = %config.numbers.1, shards = sockets.len(), "opening shards");
-        let (mut doors, mut tables) = (Vec::new(), Vec::new());
+        let (mut doors, mut tables, mut resets) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (socket, _)) in (0_u8..).zip(sockets) {
             let (region, worker) = config.numbers;
             let shard = ShardNumber::new(number)?;
             let server_id = ServerId { region, worker, shard, incarnation: config.incarnation };
             let gate = Arc::new(Mutex::new(Gate::new(server_id, codec.clone(), config.slots)));
             let counter = NonceCounter::starting_at(rand::random());
-            let minter = Arc::new(Mutex::new(CidMinter::new(server_id, minting.0, minting.1, counter)));
-            let relays = Arc::new(ArcSwap::from_pointee(RelayTable::new(&welcome.relays, number.into())?));
+            let minter = Arc::new(Mutex::new(CidMinter::new(server_id, minting.config, minting.key, counter)));
+            let relays = Arc::new(ArcSwap::from_pointee(RelayTable::new(relays_known, number.into())?));
+            let reset_table = Arc::new(ArcSwap::from_pointee(keys.resets(number.into())));
             let (draining, draining_relays) = watch::channel(DrainingRelays::new());
             let context = ShardContext {
                 server_id,
@@ -142,27 +145,29 @@ impl Shards {
                 socket,
                 minter: minter.clone(),
                 relays: relays.clone(),
-                reset_key,
+                resets: reset_table.clone(),
                 draining,
                 core: config.pin.then_some(number),
             };
             shard.start(tasks)?;
             doors.push(Door { server_id, minter, gate });
             tables.push(relays);
+            resets.push(reset_table);
         }
         config.capacity.open(doors.clone());
-        Ok(Self { doors, relays: tables, ticket_keys })
+        Ok(Self { doors, relays: tables, resets, ticket_keys })
     }
 
-    /// Takes over what a later welcome says: keys of connection IDs and tickets, relays.
-    pub(crate) fn update(&self, welcome: &WorkerWelcome) -> anyhow::Result<()> {
-        let (codec, minting) = cid_keys(&welcome.cid_configs)?;
-        self.ticket_keys.store(Arc::new(ticket_keys(welcome)?));
-        for door in &self.doors {
+    /// Goes on with other keys. Live sessions keep theirs for as long as the keys are loaded.
+    pub(crate) fn set_keys(&self, keys: &KeySet) {
+        let (codec, minting) = (keys.codec(), keys.minting());
+        self.ticket_keys.store(Arc::new(keys.ticket_keys()));
+        for ((shard, door), resets) in (0..).zip(&self.doors).zip(&self.resets) {
+            // What is minted next can already be read and reset.
+            resets.store(Arc::new(keys.resets(shard)));
             door.gate.lock().set_codec(codec.clone());
-            door.minter.lock().rotate(minting.0, minting.1);
+            door.minter.lock().rotate(minting.config, minting.key);
         }
-        self.set_relays(&welcome.relays)
     }
 
     /// Takes over the relays that frames are accepted from, all shards or none.
@@ -180,7 +185,7 @@ struct Shard {
     socket: std::net::UdpSocket,
     minter: Arc<Mutex<CidMinter>>,
     relays: Arc<ArcSwap<RelayTable>>,
-    reset_key: [u8; 32],
+    resets: Arc<ArcSwap<ResetTable>>,
     draining: watch::Sender<DrainingRelays>,
     core: Option<u8>,
 }
@@ -212,8 +217,7 @@ impl Shard {
         let context = self.context;
         let metrics = context.metrics.shard.clone();
         let socket = TunnelSocket::new(self.socket, context.gate.clone(), self.relays, notices, metrics)?;
-        let reset_key = Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &self.reset_key));
-        let mut config = EndpointConfig::new(reset_key);
+        let mut config = EndpointConfig::new(Arc::new(ResetKeys::new(self.resets)));
         let cids = ShardCids(self.minter);
         config.cid_generator(move || Box::new(cids.clone())).max_udp_payload_size(LARGEST_DATAGRAM)?;
         let server = context.server_configs.of(AudioFormat::Opus).as_ref().clone();
@@ -255,25 +259,6 @@ async fn note_draining(
         });
     }
     Ok(())
-}
-
-/// Keys by codepoint, and the one to mint with.
-fn cid_keys(configs: &[CidConfig]) -> anyhow::Result<(CidCodec, (ConfigId, [u8; 16]))> {
-    let (mut codec, mut minting) = (CidCodec::new(), None);
-    for config in configs {
-        let id = ConfigId::new(u8::try_from(config.config_id).unwrap_or(u8::MAX))?;
-        let key: [u8; 16] = config.key.as_ref().try_into().context("connection-ID key: 16 bytes expected")?;
-        codec.insert(id, key);
-        if config.minting {
-            ensure!(minting.replace((id, key)).is_none(), "two connection-ID configurations are for minting");
-        }
-    }
-    Ok((codec, minting.context("no connection-ID configuration is for minting")?))
-}
-
-fn ticket_keys(welcome: &WorkerWelcome) -> anyhow::Result<Vec<[u8; 32]>> {
-    let key = |bytes: &[u8]| bytes.try_into().context("ticket key: 32 bytes expected");
-    welcome.ticket_keys.iter().map(|bytes| key(bytes)).collect()
 }
 
 fn pin_to(core: u8) {
