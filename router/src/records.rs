@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use antiphon_core::{
+    generation,
     geo::Location,
     id::RegionNumber,
     placement::{AgentPolicy, Phase, RELAX_OVER},
@@ -26,8 +27,10 @@ pub struct Region {
     pub phase: Phase,
     /// Residency zones it is in.
     pub residency: Vec<String>,
-    /// `host:port` of its routers for other routers; empty: not reachable.
-    pub router_address: String,
+    /// `host:port` of each of its routers for other routers; empty: not reachable.
+    pub router_addresses: Vec<String>,
+    /// Whether other regions reach its workers through its relays only.
+    pub via_relays: bool,
 }
 
 /// An agent.
@@ -41,6 +44,8 @@ pub struct Agent {
     pub codecs: Vec<v1::Codec>,
     /// Sessions of one tenant at a time; 0: no limit.
     pub sessions_per_tenant: u32,
+    /// Tickets for one tenant; 0: no limit.
+    pub tickets_per_minute_per_tenant: u32,
 }
 
 /// An API key, without its secret.
@@ -52,6 +57,8 @@ pub struct Key {
     pub tenant: String,
     /// `namespace/name` or `namespace/*`; empty: all agents.
     pub agents: Vec<String>,
+    /// Tickets that it may ask for; 0: the router's default.
+    pub tickets_per_minute: u32,
 }
 
 impl Key {
@@ -64,12 +71,23 @@ impl Key {
         };
         self.agents.is_empty() || self.agents.iter().any(matches)
     }
+
+    /// As it travels.
+    pub(crate) fn record(&self, id: &str) -> v1::KeyRecord {
+        v1::KeyRecord {
+            id: id.to_owned(),
+            sha256: self.sha256.to_vec().into(),
+            tenant: self.tenant.clone(),
+            agents: self.agents.clone(),
+            tickets_per_minute: self.tickets_per_minute,
+        }
+    }
 }
 
 /// All records at one revision.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Records {
-    /// Grows by one with each change.
+    /// Grows with each change, over restarts and losses of the store too.
     pub revision: u64,
     /// By name.
     pub regions: BTreeMap<String, Region>,
@@ -77,6 +95,10 @@ pub struct Records {
     pub agents: BTreeMap<String, Agent>,
     /// By id.
     pub keys: BTreeMap<String, Key>,
+    /// The generation of keys that the region is to move to; 0 until somebody says so, which means the first.
+    pub key_generation: u32,
+    /// The generation that the region's routers began to use; 0: not known. Never goes down.
+    pub minting_generation: u32,
 }
 
 impl Records {
@@ -106,6 +128,13 @@ impl Records {
             let (id, key) = key(record).map_err(|e| e.below(&format!("keys[{index}]")))?;
             next.keys.insert(id, key);
         }
+        // Before the region has a record nothing runs in it: a new one may join the fleet at any generation.
+        next.key_generation = match (self.regions.is_empty(), change.key_generation) {
+            (true, asked) if asked > 0 => asked,
+            (_, asked) => generation::wanted(self.key_generation, asked)
+                .map_err(|e| FieldError::new("keyGeneration", e.to_string()))?,
+        };
+        next.minting_generation = self.minting_generation.max(change.minting_generation);
         for id in &change.removed_keys {
             next.keys.remove(id);
         }
@@ -114,6 +143,40 @@ impl Records {
         }
         next.revision += 1;
         Ok(next)
+    }
+}
+
+impl From<&Region> for v1::RegionRecord {
+    fn from(region: &Region) -> Self {
+        let point = |l: Location| v1::Location { latitude: l.latitude(), longitude: l.longitude() };
+        Self {
+            name: region.name.clone(),
+            number: region.number.value().into(),
+            cloud: region.cloud.clone(),
+            location: region.location.map(point),
+            phase: proto_phase(region.phase).into(),
+            residency: region.residency.clone(),
+            router_address: region.router_addresses.first().cloned().unwrap_or_default(),
+            via_relays: region.via_relays,
+            router_addresses: region.router_addresses.clone(),
+        }
+    }
+}
+
+impl From<&Agent> for v1::AgentRecord {
+    fn from(agent: &Agent) -> Self {
+        let entry = |(region, weight): &(String, u32)| v1::AgentRegion { region: region.clone(), weight: *weight };
+        let ms = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        Self {
+            behaviour: Some(agent.behaviour.clone()),
+            regions: agent.policy.regions.iter().flatten().map(entry).collect(),
+            gpu_class: agent.policy.gpu_class.clone(),
+            rtt_ceiling_ms: ms(agent.policy.rtt_ceiling),
+            rtt_ceiling_max_ms: ms(agent.policy.rtt_ceiling_max),
+            codecs: agent.codecs.iter().map(|codec| i32::from(*codec)).collect(),
+            sessions_per_tenant: agent.sessions_per_tenant,
+            tickets_per_minute_per_tenant: agent.tickets_per_minute_per_tenant,
+        }
     }
 }
 
@@ -151,9 +214,6 @@ fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
     for (index, zone) in record.residency.iter().enumerate() {
         field::label(&format!("residency[{index}]"), zone)?;
     }
-    if !record.router_address.is_empty() && !record.router_address.contains(':') {
-        return Err(FieldError::new("routerAddress", "expected HOST:PORT"));
-    }
     Ok(Region {
         name: field::label("name", &record.name)?,
         number: number
@@ -162,8 +222,30 @@ fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
         location: location(record.location.as_ref())?,
         phase: phase(record.phase),
         residency: record.residency.clone(),
-        router_address: record.router_address.clone(),
+        router_addresses: router_addresses(record)?,
+        via_relays: record.via_relays,
     })
+}
+
+/// All addresses in order, each once.
+fn router_addresses(record: &v1::RegionRecord) -> Result<Vec<String>, FieldError> {
+    let named = |(index, address)| (format!("routerAddresses[{index}]"), address);
+    let first = [("routerAddress".to_owned(), &record.router_address)];
+    let all = first.into_iter().filter(|(_, a)| !a.is_empty());
+    let mut addresses = Vec::with_capacity(1);
+    for (path, address) in all.chain(record.router_addresses.iter().enumerate().map(named)) {
+        if !address.contains(':') {
+            return Err(FieldError::new(path, "expected HOST:PORT"));
+        }
+        if !addresses.contains(address) {
+            addresses.push(address.clone());
+        }
+    }
+    if addresses.len() > MAX_ROUTERS {
+        let problem = format!("has {} addresses, at most {MAX_ROUTERS}", addresses.len());
+        return Err(FieldError::new("routerAddresses", problem));
+    }
+    Ok(addresses)
 }
 
 fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
@@ -214,6 +296,7 @@ fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
         behaviour,
         codecs,
         sessions_per_tenant: record.sessions_per_tenant,
+        tickets_per_minute_per_tenant: record.tickets_per_minute_per_tenant,
     })
 }
 
@@ -230,13 +313,21 @@ fn key(record: &v1::KeyRecord) -> Result<(String, Key), FieldError> {
             None => field::agent(&at, pattern)?,
         };
     }
-    let key = Key { sha256, tenant: field::label("tenant", &record.tenant)?, agents: record.agents.clone() };
+    let key = Key {
+        sha256,
+        tenant: field::label("tenant", &record.tenant)?,
+        agents: record.agents.clone(),
+        tickets_per_minute: record.tickets_per_minute,
+    };
     Ok((record.id.clone(), key))
 }
 
 fn millis(ms: u32) -> Duration {
     Duration::from_millis(ms.into())
 }
+
+/// Routers of one region.
+const MAX_ROUTERS: usize = 16;
 
 #[cfg(test)]
 mod tests {
@@ -293,6 +384,7 @@ mod tests {
                 sha256: sha256.into(),
                 tenant: "acme".into(),
                 agents: vec![agents.into()],
+                tickets_per_minute: 0,
             }],
             ..v1::ApplyRequest::default()
         };
@@ -320,11 +412,51 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_of_a_record_makes_the_same_record_again() {
+        let change = v1::ApplyRequest {
+            regions: vec![v1::RegionRecord {
+                location: Some(v1::Location { latitude: 50.11, longitude: 8.68 }),
+                phase: v1::Phase::Draining.into(),
+                residency: vec!["eu".into()],
+                router_addresses: vec!["10.0.0.1:8444".into(), "10.0.0.2:8444".into()],
+                via_relays: true,
+                ..region("frankfurt", 1)
+            }],
+            agents: vec![v1::AgentRecord {
+                regions: vec![v1::AgentRegion { region: "frankfurt".into(), weight: 7 }],
+                gpu_class: "l4".into(),
+                rtt_ceiling_ms: 90,
+                tickets_per_minute_per_tenant: 11,
+                ..agent_record()
+            }],
+            keys: vec![v1::KeyRecord {
+                id: "000000000000".into(),
+                sha256: vec![3; 32].into(),
+                tenant: "acme".into(),
+                agents: vec!["shop/*".into()],
+                tickets_per_minute: 5,
+            }],
+            key_generation: 2,
+            ..v1::ApplyRequest::default()
+        };
+        let records = Records::default().apply(&change).unwrap();
+        let again = v1::ApplyRequest {
+            regions: records.regions.values().map(Into::into).collect(),
+            agents: records.agents.values().map(Into::into).collect(),
+            keys: records.keys.iter().map(|(id, key)| key.record(id)).collect(),
+            key_generation: records.key_generation,
+            ..v1::ApplyRequest::default()
+        };
+        assert_eq!(Records::default().apply(&again).unwrap(), records);
+    }
+
+    #[test]
     fn keys_are_limited_to_their_agents() {
         let key = |agents: &[&str]| Key {
             sha256: [0; 32],
             tenant: "acme".into(),
             agents: agents.iter().map(|a| (*a).to_owned()).collect(),
+            tickets_per_minute: 0,
         };
         assert!(key(&[]).allows("any/thing"));
         assert!(key(&["shop/*"]).allows("shop/desk"));
