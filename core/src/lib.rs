@@ -8,6 +8,7 @@
 
 pub mod cid;
 pub mod clock;
+pub mod generation;
 pub mod geo;
 pub mod id;
 pub mod keys;

@@ -77,7 +77,7 @@ mod tests {
     fn only_the_whole_key_opens() {
         let key = ApiKey::from_random(&[3; ApiKey::RANDOM]);
         let other = ApiKey::from_random(&[4; ApiKey::RANDOM]);
-        let record = Key { sha256: key.sha256(), tenant: "acme".into(), agents: vec![] };
+        let record = Key { sha256: key.sha256(), tenant: "acme".into(), agents: vec![], tickets_per_minute: 0 };
         let mut records = Records::default();
         records.keys.insert(key.id().to_owned(), record.clone());
         let ask = |header: &str| caller(&records, Some(header.as_bytes()));

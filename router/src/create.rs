@@ -106,7 +106,7 @@ fn client_key(bytes: &[u8]) -> Result<[u8; 32], FieldError> {
     })
 }
 
-fn session_bytes(bytes: &[u8]) -> Result<SessionId, FieldError> {
+pub(crate) fn session_bytes(bytes: &[u8]) -> Result<SessionId, FieldError> {
     let found = bytes.len();
     let bytes = bytes
         .try_into()

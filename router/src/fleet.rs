@@ -285,7 +285,8 @@ impl State {
                     Some(Target::Worker(number, worker.hello.name.clone()))
                 }));
             } else if let Some(record) = self.records.regions.get(&region.name) {
-                targets.push(Target::Region { name: region.name.clone(), address: record.router_address.clone() });
+                let address = record.router_addresses.first().cloned().unwrap_or_default();
+                targets.push(Target::Region { name: region.name.clone(), address });
             }
         }
         targets

@@ -202,7 +202,7 @@ mod tests {
         let identity = ca.issue(&peer, &[], std::time::SystemTime::now()).unwrap();
         let fleet = Fleet::new(identity, root, Arc::new(Memory::default()));
         let key = ApiKey::from_random(&[9; ApiKey::RANDOM]);
-        let record = Key { sha256: key.sha256(), tenant: "acme".into(), agents: vec![] };
+        let record = Key { sha256: key.sha256(), tenant: "acme".into(), agents: vec![], tickets_per_minute: 0 };
         let keys = [(key.id().to_owned(), record)].into();
         fleet.records_changed(Arc::new(Records { keys, ..Records::default() }));
         let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());

@@ -6,7 +6,7 @@ use antiphon_core::id::{SessionId, WorkerNumber};
 use antiphon_proto::v1::{self, peer_client::PeerClient, worker_client::WorkerClient};
 use futures::{StreamExt as _, stream};
 use tokio::time::timeout;
-use tonic::{Request, transport::Channel};
+use tonic::{Code, Request, Status, transport::Channel};
 
 use super::Admission;
 use crate::{auth::Caller, fleet::Target, refusals::Failure};
@@ -100,13 +100,91 @@ impl Admission {
         own.map(|d| d.explanation.clone()).ok_or_else(unknown)
     }
 
+    /// The way of a live session's packets, wherever it is.
+    pub(crate) async fn path(self: &Arc<Self>, tenant: &str, session: SessionId) -> Result<v1::SessionPath, Failure> {
+        let known = self.decided_target(tenant, session);
+        if let Some(target) = known
+            && let Some(Some(path)) = self.ask_path(&target, tenant, session).await
+        {
+            return Ok(path);
+        }
+        let regions = self.fleet.peer_addresses().into_iter();
+        let regions = regions.map(|(name, address)| Target::Region { name, address });
+        let targets = self.fleet.worker_targets().into_iter().chain(regions);
+        self.path_among(targets.collect(), tenant, session).await
+    }
+
+    /// The same among the workers of this region only.
+    pub(crate) async fn path_here(&self, tenant: &str, session: SessionId) -> Result<v1::SessionPath, Failure> {
+        self.path_among(self.fleet.worker_targets(), tenant, session).await
+    }
+
+    async fn path_among(
+        &self,
+        targets: Vec<Target>,
+        tenant: &str,
+        session: SessionId,
+    ) -> Result<v1::SessionPath, Failure> {
+        let mut answers = stream::iter(targets)
+            .map(|target| async move { (self.ask_path(&target, tenant, session).await, target) })
+            .buffer_unordered(FAN_OUT);
+        let mut silent = Vec::new();
+        while let Some((answer, target)) = answers.next().await {
+            match answer {
+                Some(Some(path)) => return Ok(path),
+                Some(None) => {}
+                None => silent.push(target.name().to_owned()),
+            }
+        }
+        if silent.is_empty() {
+            return Err(Failure::NotFound(format!("session {session} is nowhere in the fleet")));
+        }
+        silent.sort();
+        Err(Failure::Unavailable(format!(
+            "session {session} may be at {}, which did not answer: try again",
+            silent.join(", ")
+        )))
+    }
+
+    /// `Some(None)`: it is not there; `None`: no answer.
+    async fn ask_path(&self, target: &Target, tenant: &str, session: SessionId) -> Option<Option<v1::SessionPath>> {
+        let mut request = Request::new(v1::DescribePathRequest {
+            session: session.as_bytes().to_vec().into(),
+            tenant: tenant.to_owned(),
+        });
+        request.set_timeout(LIST_DEADLINE);
+        let describe = async {
+            match target {
+                Target::Worker(number, _) => {
+                    let Some(channel) = self.fleet.worker_channel(*number) else {
+                        return Err(Status::not_found("the worker is gone"));
+                    };
+                    WorkerClient::new(channel).describe_path(request).await
+                }
+                Target::Region { name, address } => {
+                    let channel = self.peers.channel(name, address);
+                    let channel = channel.map_err(|e| Status::internal(e.to_string()))?;
+                    PeerClient::new(channel).describe_path(request).await
+                }
+            }
+        };
+        match timeout(LIST_DEADLINE, describe).await {
+            Ok(Ok(response)) => Some(Some(response.into_inner())),
+            Ok(Err(status)) if status.code() == Code::NotFound => Some(None),
+            Ok(Err(_)) | Err(_) => None,
+        }
+    }
+
+    /// Where a tenant's session was placed, if this router remembers.
+    fn decided_target(&self, tenant: &str, session: SessionId) -> Option<Target> {
+        let decisions = self.decisions.lock();
+        let own = decisions.of(session).filter(|d| d.tenant == tenant);
+        own.map(|d| d.target.clone())
+    }
+
     /// Ends a session or gives its lease back, wherever it is. One that is nowhere is no error.
     pub(crate) async fn delete(self: &Arc<Self>, tenant: &str, session: SessionId) -> Result<(), Failure> {
-        let known = {
-            let decisions = self.decisions.lock();
-            let own = decisions.of(session).filter(|d| d.tenant == tenant);
-            own.map(|d| d.target.clone())
-        };
+        let known = self.decided_target(tenant, session);
         if let Some(target) = known
             && self.give_back(&target, session, 0, tenant).await == Some(true)
         {

@@ -95,8 +95,8 @@ impl Fleet {
     pub(crate) fn peer_addresses(&self) -> Vec<(String, String)> {
         let state = self.state.lock();
         let others = state.records.regions.values();
-        let others = others.filter(|r| r.name != self.region && !r.router_address.is_empty());
-        others.map(|r| (r.name.clone(), r.router_address.clone())).collect()
+        let others = others.filter(|r| r.name != self.region);
+        others.filter_map(|r| Some((r.name.clone(), r.router_addresses.first()?.clone()))).collect()
     }
 }
 

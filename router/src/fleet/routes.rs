@@ -14,13 +14,7 @@ pub(crate) type RouteMap = BTreeMap<u64, Arc<str>>;
 
 /// The full state as an update.
 pub(crate) fn full(version: u64, routes: &RouteMap) -> v1::RouteUpdate {
-    v1::RouteUpdate {
-        version,
-        full: true,
-        upserts: routes.iter().map(route).collect(),
-        removals: vec![],
-        mass_removal_intended: false,
-    }
+    v1::RouteUpdate { version, full: true, upserts: routes.iter().map(route).collect(), ..v1::RouteUpdate::default() }
 }
 
 /// What turns `old` into `new`; `None` if they are equal. Each removal rests on evidence, so any number is intended.
@@ -31,7 +25,13 @@ pub(crate) fn delta(version: u64, old: &RouteMap, new: &RouteMap) -> Option<v1::
     if upserts.is_empty() && removals.is_empty() {
         return None;
     }
-    Some(v1::RouteUpdate { version, full: false, upserts, mass_removal_intended: !removals.is_empty(), removals })
+    Some(v1::RouteUpdate {
+        version,
+        upserts,
+        mass_removal_intended: !removals.is_empty(),
+        removals,
+        ..v1::RouteUpdate::default()
+    })
 }
 
 /// Takes a peer's update. Routes of other regions are none of its business and are skipped; says how many.

@@ -38,6 +38,7 @@ impl Fleet {
             residency: record.residency.clone(),
             pools: pools.into_values().collect(),
             relays: state.relays.iter().map(|(n, r)| r.info(*n, now)).collect(),
+            ..v1::RegionDigest::default()
         })
     }
 
@@ -71,9 +72,13 @@ impl Fleet {
                 },
                 local,
                 workers: workers.map(|w| worker_status(w, &state, now)).collect(),
+                ..v1::RegionStatus::default()
             }
         };
-        v1::FleetStatusResponse { regions: state.records.regions.values().map(region).collect() }
+        v1::FleetStatusResponse {
+            regions: state.records.regions.values().map(region).collect(),
+            ..v1::FleetStatusResponse::default()
+        }
     }
 
     /// Workers that take part in placement and relays that are connected.
@@ -123,6 +128,7 @@ fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatu
         report_age_ms: age.map_or(u32::MAX, millis),
         placeable: why_not.is_empty(),
         why_not,
+        ..v1::WorkerStatus::default()
     }
 }
 

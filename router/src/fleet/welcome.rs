@@ -1,6 +1,6 @@
 //! What a worker or relay is given when it registers: its number and its keys, nobody else's (invariant I11).
 
-use antiphon_core::id::{KeyGeneration, RelayNumber, WorkerNumber};
+use antiphon_core::id::{KeyGeneration, RelayNumber, ShardNumber, WorkerNumber};
 use antiphon_proto::{ticket, v1};
 
 use super::{Fleet, hello::server_id};
@@ -13,9 +13,14 @@ impl Fleet {
         let region = self.own_number(&state)?;
         let worker = state.workers.get(&number)?;
         let behaviour = state.records.agents.get(&worker.hello.agent)?.behaviour.clone();
-        // One key for all shards of a worker: the first shard's.
-        let (first, _) = worker.hello.shards.iter().min()?;
-        let id = server_id(region, number, *first, worker.hello.incarnation);
+        let reset_key = |(shard, _): &(ShardNumber, String)| {
+            let id = server_id(region, number, *shard, worker.hello.incarnation);
+            v1::ResetKey {
+                shard: shard.value().into(),
+                generation: generation().value(),
+                key: self.root.reset_key(id, generation()).to_vec().into(),
+            }
+        };
         Some(v1::WorkerWelcome {
             region_number: region.value().into(),
             worker_number: number.value().into(),
@@ -25,7 +30,7 @@ impl Fleet {
             behaviour: Some(behaviour),
             relays,
             report_interval_ms: REPORT_INTERVAL_MS,
-            reset_key: self.root.reset_key(id, generation()).to_vec().into(),
+            reset_keys: worker.hello.shards.iter().map(reset_key).collect(),
         })
     }
 

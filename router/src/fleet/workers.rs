@@ -223,6 +223,28 @@ impl Fleet {
         }
     }
 
+    /// Somebody who must know says that a worker is gone; an incarnation of 0 means whichever is registered. `false`:
+    /// no such worker is registered.
+    pub(crate) async fn worker_gone(&self, name: &str, incarnation: u32) -> bool {
+        let gone = {
+            let mut state = self.state.lock();
+            let found = state
+                .workers
+                .values()
+                .find(|w| w.hello.name == name && (incarnation == 0 || w.hello.incarnation.value() == incarnation));
+            let Some(number) = found.map(|w| w.number) else {
+                return false;
+            };
+            let gone = state.workers.remove(&number);
+            self.routes_changed(&mut state);
+            gone
+        };
+        if let Some(worker) = gone {
+            self.store.release_worker(worker.number, worker.hello.incarnation).await;
+        }
+        true
+    }
+
     /// Counts a lease as taken while its worker is being asked. `None`: there is none free, or it is gone.
     pub(crate) fn claim(self: &Arc<Self>, number: WorkerNumber) -> Option<Claim> {
         self.claim_in(&mut self.state.lock(), number)

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use antiphon_proto::v1::{
     ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, ListKeysResponse,
-    admin_server::Admin,
+    ReportWorkerGoneRequest, ReportWorkerGoneResponse, admin_server::Admin,
 };
 use antiphon_runtime::pki::Role;
 use tonic::{Request, Response, Status};
 
-use crate::{admission::Admission, auth, store::StoreError};
+use crate::{admission::Admission, auth, field::FieldError, store::StoreError};
 
 #[derive(Clone, Debug)]
 pub(super) struct Service(pub(super) Arc<Admission>);
@@ -19,6 +19,9 @@ impl Admin for Service {
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let operator = auth::peer(&request, Role::Operator, None)?;
         let change = request.into_inner();
+        if change.minting_generation != 0 {
+            return Err(FieldError::new("mintingGeneration", "is for routers to write").into());
+        }
         self.0.fleet.store.apply(&change).await.map_err(|e| match e {
             StoreError::Invalid(error) => Status::from(error),
             StoreError::Exhausted(_) => Status::resource_exhausted(e.to_string()),
@@ -44,6 +47,7 @@ impl Admin for Service {
             sha256: key.sha256.to_vec().into(),
             tenant: key.tenant.clone(),
             agents: key.agents.clone(),
+            tickets_per_minute: key.tickets_per_minute,
         });
         Ok(Response::new(ListKeysResponse { keys: keys.collect() }))
     }
@@ -54,5 +58,16 @@ impl Admin for Service {
     ) -> Result<Response<FleetStatusResponse>, Status> {
         auth::peer(&request, Role::Operator, None)?;
         Ok(Response::new(self.0.fleet.status()))
+    }
+
+    async fn report_worker_gone(
+        &self,
+        request: Request<ReportWorkerGoneRequest>,
+    ) -> Result<Response<ReportWorkerGoneResponse>, Status> {
+        let operator = auth::peer(&request, Role::Operator, None)?;
+        let ReportWorkerGoneRequest { name, incarnation } = request.into_inner();
+        let known = self.0.fleet.worker_gone(&name, incarnation).await;
+        tracing::info!(by = operator.name, worker = name, known, "worker reported gone");
+        Ok(Response::new(ReportWorkerGoneResponse { known }))
     }
 }

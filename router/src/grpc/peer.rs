@@ -2,10 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use antiphon_core::id::SessionId;
 use antiphon_proto::v1::{
-    ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionUpdate, ReleaseRequest, ReleaseResponse,
-    RouteUpdate, Session, WatchRegionRequest, peer_server::Peer,
+    DescribePathRequest, ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionUpdate, ReleaseRequest,
+    ReleaseResponse, RouteUpdate, Session, SessionPath, WatchRegionRequest, peer_server::Peer,
 };
 use antiphon_runtime::pki::Role;
 use tokio::{
@@ -19,7 +18,7 @@ use super::{Pace, STREAM_QUEUE};
 use crate::{
     admission::Admission,
     auth,
-    create::limit,
+    create::{limit, session_bytes},
     fleet::{Fleet, RouteMap, delta, full},
 };
 
@@ -64,9 +63,7 @@ impl Peer for Service {
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         auth::peer(&request, Role::Router, None)?;
         let request = request.into_inner();
-        let session = request.session.as_ref().try_into();
-        let session = session.map_err(|_| Status::invalid_argument("session: expected 16 bytes"))?;
-        let session = SessionId::from_bytes(session);
+        let session = session_bytes(&request.session)?;
         let released = self.0.delete_here(&request.tenant, session, request.epoch).await?;
         Ok(Response::new(ReleaseResponse { released }))
     }
@@ -79,6 +76,12 @@ impl Peer for Service {
         let limit = limit(request.get_ref().limit)?;
         let listing = self.0.list_here(limit).await;
         Ok(Response::new(ListSessionsResponse { sessions: listing.sessions }))
+    }
+
+    async fn describe_path(&self, request: Request<DescribePathRequest>) -> Result<Response<SessionPath>, Status> {
+        auth::peer(&request, Role::Router, None)?;
+        let DescribePathRequest { session, tenant } = request.into_inner();
+        Ok(Response::new(self.0.path_here(&tenant, session_bytes(&session)?).await?))
     }
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use antiphon_proto::v1::{
-    CreateSessionRequest, DeleteSessionRequest, DeleteSessionResponse, ExplainSessionRequest, Explanation,
-    ListSessionsRequest, ListSessionsResponse, Session, sessions_server::Sessions,
+    CreateSessionRequest, DeleteSessionRequest, DeleteSessionResponse, ExplainPathRequest, ExplainSessionRequest,
+    Explanation, ListSessionsRequest, ListSessionsResponse, Session, SessionPath, sessions_server::Sessions,
 };
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
@@ -37,6 +37,12 @@ impl Sessions for Service {
         let caller = self.caller(&request)?;
         let session = session_id(&request.get_ref().session)?;
         Ok(Response::new(self.0.explain(&caller, session)?))
+    }
+
+    async fn explain_path(&self, request: Request<ExplainPathRequest>) -> Result<Response<SessionPath>, Status> {
+        let caller = self.caller(&request)?;
+        let session = session_id(&request.get_ref().session)?;
+        Ok(Response::new(self.0.path(&caller.tenant, session).await?))
     }
 
     async fn delete_session(

@@ -115,7 +115,7 @@ async fn workers_and_relays_get_keys_that_fit_each_other() {
     assert_eq!(registered.welcome.cid_configs.len(), 1);
     assert!(registered.welcome.relays.is_empty());
     assert_eq!(registered.welcome.server_name, "w-1.worker.frankfurt.antiphon.internal");
-    assert_eq!(registered.welcome.reset_key.len(), 32);
+    assert_eq!(registered.welcome.reset_keys[0].key.len(), 32);
     let relay = Relay::register(&world, &region, "r-1").await;
     assert_eq!(relay.welcome.cid_configs, registered.welcome.cid_configs);
     let relays = loop {

@@ -216,6 +216,7 @@ pub(crate) fn key_record(key: &ApiKey, agents: &[&str]) -> v1::KeyRecord {
         sha256: key.sha256().to_vec().into(),
         tenant: "acme".into(),
         agents: agents.iter().map(|a| (*a).to_owned()).collect(),
+        ..v1::KeyRecord::default()
     }
 }
 
@@ -244,8 +245,8 @@ impl Region {
             cloud: "test".into(),
             location: Some(point(place)),
             phase: v1::Phase::Active.into(),
-            residency: vec![],
             router_address: self.internal.to_string(),
+            ..v1::RegionRecord::default()
         }
     }
 
@@ -579,6 +580,26 @@ impl worker_server::Worker for Shared {
         };
         Ok(Response::new(v1::ListSessionsResponse { sessions: sessions.values().map(summary).collect() }))
     }
+
+    async fn describe_path(
+        &self,
+        request: Request<v1::DescribePathRequest>,
+    ) -> Result<Response<v1::SessionPath>, Status> {
+        let request = request.into_inner();
+        let sessions = self.sessions.lock();
+        let owned = |s: &&v1::ReserveRequest| request.tenant.is_empty() || s.tenant == request.tenant;
+        let session = sessions.get(&request.session).filter(owned);
+        let session = session.ok_or_else(|| Status::not_found("no such session"))?;
+        let id = antiphon_core::id::SessionId::from_bytes(session.session.as_ref().try_into().unwrap());
+        Ok(Response::new(v1::SessionPath {
+            session: id.to_string(),
+            region: self.region.clone(),
+            worker: self.name.clone(),
+            epoch: session.epoch,
+            paths: vec![v1::PathUse { relay: 64, current: true, ..v1::PathUse::default() }],
+            ..v1::SessionPath::default()
+        }))
+    }
 }
 
 /// A registered relay and its copy of the route table.
@@ -626,6 +647,7 @@ impl Relay {
             match directive.unwrap().unwrap().directive.unwrap() {
                 v1::relay_directive::Directive::Welcome(welcome) => self.welcome = welcome,
                 v1::relay_directive::Directive::Routes(update) => self.take(update),
+                v1::relay_directive::Directive::Keys(_) | v1::relay_directive::Directive::Neighbours(_) => {}
             }
         }
     }
