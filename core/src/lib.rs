@@ -14,5 +14,6 @@ pub mod id;
 pub mod keys;
 pub mod lease;
 pub mod placement;
+pub mod sketch;
 pub mod tunnel;
 pub mod varint;

@@ -231,6 +231,13 @@ impl Header {
         }
     }
 
+    /// Seconds that this header was sealed ahead of `now` (Unix seconds), negative for behind, -32,768 to 32,767: of a
+    /// genuine frame that came at once, how far its sender's clock is ahead.
+    #[must_use]
+    pub const fn seconds_ahead(&self, now: u64) -> i16 {
+        self.time.wrapping_sub(coarse_time(now)).cast_signed()
+    }
+
     fn write_fields(&self, out: &mut [u8; HEADER_LEN]) {
         let direction = match self.direction {
             Direction::Up => 0,
@@ -270,8 +277,7 @@ pub fn open<'a>(
     if !bool::from(tag(key, &head[..TAG_AT], datagram).ct_eq(&head[TAG_AT..])) {
         return Err(OpenError::Tag);
     }
-    let ahead = header.time.wrapping_sub(coarse_time(now)).cast_signed();
-    if u64::from(ahead.unsigned_abs()) > max_skew.as_secs() {
+    if u64::from(header.seconds_ahead(now).unsigned_abs()) > max_skew.as_secs() {
         return Err(OpenError::Stale);
     }
     Ok((header, datagram))
