@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod identity;
 pub mod pki;
 pub mod shutdown;
 pub mod tasks;

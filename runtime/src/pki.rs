@@ -17,7 +17,9 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _};
+use rustls_pki_types::PrivatePkcs8KeyDer;
+
+pub use crate::identity::Identity;
 
 /// What a process is; decides what it may ask of whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,13 +84,27 @@ pub enum PkiError {
         /// What the system said.
         source: io::Error,
     },
-    /// A file is not the PEM that it should be.
-    #[error("{path}: not a valid PEM {what}")]
-    Pem {
-        /// Which file.
-        path: PathBuf,
-        /// What was expected in it.
-        what: &'static str,
+    /// A part of an identity is not the PEM that it should be.
+    #[error("not a valid PEM {0}")]
+    Pem(&'static str),
+    /// Key and certificate are not a pair, or the trust anchor did not issue the certificate, or it is not valid now.
+    #[error("certificate of {peer}: {source}")]
+    Unfit {
+        /// Whom the certificate names.
+        peer: PeerName,
+        /// What the library said.
+        source: rustls::Error,
+    },
+    /// An identity is renewed for the same process and by the same fleet only.
+    #[error("{0}; restart the process to give it another identity")]
+    Changed(String),
+    /// What is wrong with the files of a directory.
+    #[error("{dir}: {source}")]
+    Directory {
+        /// Which one.
+        dir: PathBuf,
+        /// What is wrong.
+        source: Box<Self>,
     },
     /// Issuing failed.
     #[error("issuing a certificate: {0}")]
@@ -214,107 +230,7 @@ impl FleetCa {
         params.not_after = (now + LEAF_LIFETIME).into();
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
         let certificate = params.signed_by(&key, &self.issuer)?;
-        Ok(Identity {
-            peer: peer.clone(),
-            certificate_pem: certificate.pem(),
-            key_pem: key.serialize_pem(),
-            ca_pem: self.certificate_pem.clone(),
-        })
-    }
-}
-
-/// A process's certificate, key and trust anchor.
-#[derive(Clone)]
-pub struct Identity {
-    peer: PeerName,
-    certificate_pem: String,
-    key_pem: String,
-    ca_pem: String,
-}
-
-/// Keys never appear in logs.
-impl fmt::Debug for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Identity").field("peer", &self.peer).finish_non_exhaustive()
-    }
-}
-
-impl Identity {
-    /// Reads `cert.pem`, `key.pem` and `ca.pem` from a directory.
-    ///
-    /// # Errors
-    /// A file is missing or is not what it should be.
-    pub fn load(dir: &Path) -> Result<Self, PkiError> {
-        let read = |name: &str| {
-            let path = dir.join(name);
-            fs::read_to_string(&path).map_err(|source| PkiError::File { path, source })
-        };
-        let (certificate_pem, key_pem, ca_pem) = (read(CERT_FILE)?, read(KEY_FILE)?, read(CA_FILE)?);
-        let pem = |file: &str, what| PkiError::Pem { path: dir.join(file), what };
-        let der =
-            CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|_| pem(CERT_FILE, "certificate"))?;
-        CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(|_| pem(CA_FILE, "certificate"))?;
-        PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| pem(KEY_FILE, "private key"))?;
-        let peer = PeerName::of_certificate(&der)?;
-        Ok(Self { peer, certificate_pem, key_pem, ca_pem })
-    }
-
-    /// Writes the three files into `dir`, made if absent; the key is readable by its owner only.
-    ///
-    /// # Errors
-    /// The file system refuses.
-    pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
-        let wrap = |path: &Path| {
-            let path = path.to_owned();
-            move |source| PkiError::File { path, source }
-        };
-        fs::create_dir_all(dir).map_err(wrap(dir))?;
-        for (name, text) in [(CERT_FILE, &self.certificate_pem), (CA_FILE, &self.ca_pem)] {
-            fs::write(dir.join(name), text).map_err(wrap(&dir.join(name)))?;
-        }
-        write_secret(&dir.join(KEY_FILE), self.key_pem.as_bytes())
-    }
-
-    /// Whom this identity names.
-    #[must_use]
-    pub const fn peer(&self) -> &PeerName {
-        &self.peer
-    }
-
-    /// Certificate, PEM.
-    #[must_use]
-    pub fn certificate_pem(&self) -> &str {
-        &self.certificate_pem
-    }
-
-    /// Private key, PEM (PKCS #8).
-    #[must_use]
-    pub fn key_pem(&self) -> &str {
-        &self.key_pem
-    }
-
-    /// Trust anchor, PEM.
-    #[must_use]
-    pub fn ca_pem(&self) -> &str {
-        &self.ca_pem
-    }
-
-    /// Certificate, DER.
-    #[must_use]
-    pub fn certificate(&self) -> CertificateDer<'static> {
-        CertificateDer::from_pem_slice(self.certificate_pem.as_bytes()).expect("checked when the identity was made")
-    }
-
-    /// Trust anchor, DER.
-    #[must_use]
-    pub fn ca(&self) -> CertificateDer<'static> {
-        CertificateDer::from_pem_slice(self.ca_pem.as_bytes()).expect("checked when the identity was made")
-    }
-
-    /// Private key.
-    #[must_use]
-    pub fn key(&self) -> PrivateKeyDer<'static> {
-        PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).expect("checked when the identity was made")
+        Identity::issued(certificate.pem(), key.serialize_pem(), self.certificate_pem.clone(), now)
     }
 }
 
@@ -339,9 +255,6 @@ pub const DOMAIN: &str = "antiphon.internal";
 /// How long an issued certificate is valid.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 const CLOCK_SLACK: Duration = Duration::from_secs(3600);
-const CERT_FILE: &str = "cert.pem";
-const KEY_FILE: &str = "key.pem";
-const CA_FILE: &str = "ca.pem";
 /// PKCS #8 v1 around a bare Ed25519 seed (RFC 8410, section 7).
 const PKCS8_ED25519_PREFIX: [u8; 16] =
     [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
@@ -358,20 +271,6 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_survives_the_disk_and_names_its_process() {
-        let dir = tempfile::tempdir().unwrap();
-        let peer = PeerName::new("w-3", Role::Worker, "frankfurt").unwrap();
-        let ca = FleetCa::from_seed(&[7; 32]).unwrap();
-        ca.issue(&peer, &[], SystemTime::now()).unwrap().save(dir.path()).unwrap();
-        let identity = Identity::load(dir.path()).unwrap();
-        assert_eq!(identity.peer(), &peer);
-        assert_eq!(peer.dns(), "w-3.worker.frankfurt.antiphon.internal");
-        use std::os::unix::fs::PermissionsExt as _;
-        let mode = fs::metadata(dir.path().join("key.pem")).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-    }
-
-    #[test]
     fn strangers_names_are_refused() {
         for bad in
             ["x.example.com", "a.b.worker.r.antiphon.internal", "a.boss.r.antiphon.internal", "antiphon.internal"]
@@ -379,7 +278,5 @@ mod tests {
             assert!(bad.parse::<PeerName>().is_err(), "{bad}");
         }
         assert!(PeerName::new("Über", Role::Relay, "r").is_err());
-        let missing = Identity::load(Path::new("/nonexistent")).unwrap_err();
-        assert!(missing.to_string().starts_with("/nonexistent/cert.pem: "), "{missing}");
     }
 }
