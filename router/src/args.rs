@@ -1,6 +1,6 @@
 //! Command line.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Places voice sessions on workers, issues their tickets and keeps the route table of one region.
 #[derive(clap::Parser, Clone, Debug)]
@@ -24,7 +24,29 @@ pub struct Args {
     /// File with the fleet root, 64 hex digits, readable by its owner only.
     #[arg(long, env = "ANTIPHON_ROUTER_ROOT")]
     pub root: PathBuf,
+    /// What the region's routers share, and where.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// Log as JSON.
     #[arg(long, env = "ANTIPHON_ROUTER_LOG_JSON")]
     pub log_json: bool,
+}
+
+/// Where records and numbers are kept.
+#[derive(clap::Args, Clone, Debug)]
+pub struct StoreArgs {
+    /// Directory, mode 700, to keep the last known records, numbers and routes in; made if absent. Without it a router
+    /// starts knowing nothing but what its store, workers, relays and peers tell.
+    #[arg(long, env = "ANTIPHON_ROUTER_STATE")]
+    pub state: Option<PathBuf>,
+    /// After a restart or a loss of the store, number only those who hold a number already for this many seconds.
+    #[arg(long, env = "ANTIPHON_ROUTER_NEWCOMERS_WAIT", default_value = "6", value_parser = seconds)]
+    pub newcomers_wait: Duration,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds @ 0..=600) => Ok(Duration::from_secs(seconds)),
+        _ => Err("expected 0 to 600 seconds".into()),
+    }
 }

@@ -38,10 +38,12 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-pub use args::Args;
+pub use args::{Args, StoreArgs};
 pub use field::FieldError;
 pub use records::{Agent, Key, Records, Region};
-pub use store::{Memory, Store, StoreError, WorkerClaim};
+pub use store::{
+    Claims, DecodeError, Found, Holder, Memory, OpenError, Owner, Snapshot, SnapshotDir, Store, StoreError, WorkerClaim,
+};
 
 use admission::Admission;
 use fleet::Fleet;
@@ -81,7 +83,7 @@ impl Ports {
 /// # Errors
 /// What keeps it from starting, or the first of its tasks that fails.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let Args { region, public, internal, admin, identity, root, log_json } = args;
+    let Args { region, public, internal, admin, identity, root, store, log_json } = args;
     telemetry::init(log_json);
     let stop = shutdown::signal().context("signal handlers")?;
     let identity = Identity::load(&identity)?;
@@ -100,7 +102,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         "router starts"
     );
     let tasks = Tasks::new();
-    start(identity, root, Arc::new(Memory::default()), ports, &tasks)?;
+    let store = store::open(&store, Owner::of(&identity), &tasks).await?;
+    start(identity, root, store, ports, &tasks)?;
     tasks.wait(stop).await
 }
 
@@ -118,6 +121,7 @@ pub fn start(
     let readiness = Readiness::new(&["region record"]);
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    store.register(registry.sub_registry_with_prefix("antiphon_router"));
     let fleet = Fleet::new(identity.clone(), root, store);
     let admission = Admission::new(Arc::clone(&fleet), tasks.clone(), metrics.clone());
     let (http, grpc) = (http::router(Arc::clone(&admission)), grpc::public(&admission)?);
@@ -129,6 +133,7 @@ pub fn start(
     tasks.service("public port", async move { listen::serve(public, &identity, http, grpc, owner, counted).await });
     tasks.service("records", follow_records(Arc::clone(&fleet), readiness, tasks.clone()));
     tasks.service("peers", peering::watch_all(Arc::clone(&fleet), tasks.clone()));
+    tasks.service("keys", fleet::follow_keys(Arc::clone(&fleet), tasks.clone()));
     tasks.service("gauges", gauge(fleet, metrics, tasks.clone()));
     Ok(())
 }

@@ -146,6 +146,43 @@ impl Records {
     }
 }
 
+impl Records {
+    /// Everything, as one change from nothing.
+    pub(crate) fn all(&self) -> v1::ApplyRequest {
+        v1::ApplyRequest {
+            regions: self.regions.values().map(Into::into).collect(),
+            agents: self.agents.values().map(Into::into).collect(),
+            keys: self.keys.iter().map(|(id, key)| key.record(id)).collect(),
+            key_generation: self.key_generation,
+            minting_generation: self.minting_generation,
+            ..v1::ApplyRequest::default()
+        }
+    }
+
+    /// The inverse of [`Self::all`]. What another release wrote and this one does not understand is left out, and said.
+    pub(crate) fn from_all(revision: u64, all: &v1::ApplyRequest) -> (Self, Vec<FieldError>) {
+        let mut records = Self {
+            revision,
+            key_generation: all.key_generation,
+            minting_generation: all.minting_generation,
+            ..Self::default()
+        };
+        let mut errors = Vec::new();
+        let mut checked = |outcome: Result<(), FieldError>| errors.extend(outcome.err());
+        for record in &all.regions {
+            checked(region(record).map(|region| drop(records.regions.insert(region.name.clone(), region))));
+        }
+        for record in &all.agents {
+            let name = |agent: &Agent| agent.behaviour.agent.clone();
+            checked(agent(record).map(|agent| drop(records.agents.insert(name(&agent), agent))));
+        }
+        for record in &all.keys {
+            checked(key(record).map(|(id, key)| drop(records.keys.insert(id, key))));
+        }
+        (records, errors)
+    }
+}
+
 impl From<&Region> for v1::RegionRecord {
     fn from(region: &Region) -> Self {
         let point = |l: Location| v1::Location { latitude: l.latitude(), longitude: l.longitude() };
@@ -208,7 +245,7 @@ pub(crate) fn location(location: Option<&v1::Location>) -> Result<Option<Locatio
     checked.transpose().map_err(|e| FieldError::new("location", e.to_string()))
 }
 
-fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
+pub(crate) fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {
     let number = u16::try_from(record.number).ok();
     let number = number.and_then(|n| RegionNumber::new(n).ok());
     for (index, zone) in record.residency.iter().enumerate() {
@@ -248,7 +285,7 @@ fn router_addresses(record: &v1::RegionRecord) -> Result<Vec<String>, FieldError
     Ok(addresses)
 }
 
-fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
+pub(crate) fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
     let Some(behaviour) = record.behaviour.clone() else {
         return Err(FieldError::new("behaviour", "is required"));
     };
@@ -300,7 +337,7 @@ fn agent(record: &v1::AgentRecord) -> Result<Agent, FieldError> {
     })
 }
 
-fn key(record: &v1::KeyRecord) -> Result<(String, Key), FieldError> {
+pub(crate) fn key(record: &v1::KeyRecord) -> Result<(String, Key), FieldError> {
     if !api_key::is_id(&record.id) {
         return Err(FieldError::new("id", "expected 12 characters of base32"));
     }
@@ -437,17 +474,13 @@ mod tests {
                 tickets_per_minute: 5,
             }],
             key_generation: 2,
+            minting_generation: 1,
             ..v1::ApplyRequest::default()
         };
         let records = Records::default().apply(&change).unwrap();
-        let again = v1::ApplyRequest {
-            regions: records.regions.values().map(Into::into).collect(),
-            agents: records.agents.values().map(Into::into).collect(),
-            keys: records.keys.iter().map(|(id, key)| key.record(id)).collect(),
-            key_generation: records.key_generation,
-            ..v1::ApplyRequest::default()
-        };
+        let again = records.all();
         assert_eq!(Records::default().apply(&again).unwrap(), records);
+        assert_eq!(Records::from_all(1, &again), (records, vec![]));
     }
 
     #[test]

@@ -1,17 +1,28 @@
 //! What routers of a region share: records, and who holds which number.
 //!
-//! The trait speaks in the domain's terms and is shaped so that a store with leases, transactions and watches (etcd)
-//! can implement it; [`Memory`] is the store of one process.
+//! [`Memory`] is the store of a router that is alone in its region. It keeps a [`Snapshot`] on disk if it
+//! is given a directory, and starts from it: a router that finds nobody to ask still knows whom it knew.
 
+mod claims;
 mod memory;
+mod open;
+mod snapshot;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use antiphon_core::id::{Incarnation, WorkerNumber};
 use antiphon_proto::v1;
+use bytes::Bytes;
+use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::sync::watch;
 
+pub use claims::{Claims, Holder};
 pub use memory::Memory;
+pub(crate) use open::open;
+pub use snapshot::{
+    DecodeError, Owner, Snapshot, SnapshotDir,
+    disk::{Found, OpenError},
+};
 
 use crate::{field::FieldError, records::Records};
 
@@ -32,9 +43,40 @@ pub enum StoreError {
     /// The change is refused.
     #[error(transparent)]
     Invalid(#[from] FieldError),
+    /// The change does not fit into one transaction.
+    #[error("the change has {bytes} bytes, the store takes {max} at once: apply it in parts")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The largest one possible.
+        max: usize,
+    },
     /// Every number is held.
     #[error("all {0} numbers are held; deregister what is gone")]
     Exhausted(u32),
+    /// The store has lost its memory: who holds a number says so first, newcomers come after.
+    #[error("the store is new or was lost: numbers go to those who hold one already for some seconds, try again")]
+    Settling,
+    /// It cannot be reached; nothing was done, or nobody knows what was.
+    #[error("store unavailable since {} s: {reason}", .since.as_secs())]
+    Unavailable {
+        /// How long it has been out of reach.
+        since: Duration,
+        /// What the last attempt met.
+        reason: String,
+    },
+}
+
+impl From<StoreError> for tonic::Status {
+    fn from(error: StoreError) -> Self {
+        let text = error.to_string();
+        match error {
+            StoreError::Invalid(error) => error.into(),
+            StoreError::TooLarge { .. } => Self::invalid_argument(text),
+            StoreError::Exhausted(_) => Self::resource_exhausted(text),
+            StoreError::Settling | StoreError::Unavailable { .. } => Self::unavailable(text),
+        }
+    }
 }
 
 /// The region's store.
@@ -46,25 +88,45 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Changes records, all of it or nothing.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`] names the field.
+    /// [`StoreError::Invalid`] names the field. After [`StoreError::Unavailable`] the change may have been made; making
+    /// it again does no harm.
     async fn apply(&self, change: &v1::ApplyRequest) -> Result<(), StoreError>;
 
     /// Gives a worker its number. The same name keeps the number that it holds, whatever its incarnation (the caller
     /// makes sure that the former one is gone); `held` is honoured if nobody else holds it; otherwise a free one.
     ///
     /// # Errors
-    /// [`StoreError::Exhausted`].
+    /// [`StoreError::Exhausted`]; for those who hold no number [`StoreError::Settling`] and [`StoreError::Unavailable`].
     async fn claim_worker(&self, claim: &WorkerClaim) -> Result<WorkerNumber, StoreError>;
 
-    /// Gives a number back, if this incarnation still holds it.
+    /// Gives a number back, if this incarnation still holds it; later, if the store cannot be reached.
     async fn release_worker(&self, number: WorkerNumber, incarnation: Incarnation);
 
     /// Gives a relay its index (0..=63) in the region, by the same rules.
     ///
     /// # Errors
-    /// [`StoreError::Exhausted`].
+    /// As [`Self::claim_worker`].
     async fn claim_relay(&self, name: &str, held: Option<u8>) -> Result<u8, StoreError>;
 
-    /// Gives a relay's index back.
+    /// Gives a relay's index back; later, if the store cannot be reached.
     async fn release_relay(&self, name: &str);
+
+    /// How old the records may be: zero while the store is in reach.
+    fn age(&self) -> Duration;
+
+    /// What [`Self::remember`] was told last, also before a restart ([`Snapshot::known`]); empty: nothing.
+    fn remembered(&self) -> Bytes;
+
+    /// Keeps what the router knows of its fleet (routes, relays, peers' digests), in a form of its own. It is on disk
+    /// about a second later, with one write for all that came in between; nothing is kept without a directory.
+    fn remember(&self, known: Bytes);
+
+    /// Registers the store's metrics.
+    fn register(&self, registry: &mut Registry);
+}
+
+/// Registers what there is to say of the snapshot on disk.
+fn register_snapshot(registry: &mut Registry, write_errors: &Counter) {
+    let help = "Writes of the snapshot that failed and were tried again";
+    registry.register("snapshot_write_errors", help, write_errors.clone());
 }

@@ -11,7 +11,7 @@ use antiphon_proto::v1;
 use antiphon_runtime::{pki::Role, tls};
 use tonic::transport::Channel;
 
-use super::{Fleet, State, Target, hello, hello::WorkerHello};
+use super::{Fleet, State, Target, hello, hello::WorkerHello, keys::MemberKeys};
 use crate::{
     records,
     store::{StoreError, WorkerClaim},
@@ -30,6 +30,7 @@ pub(crate) struct Worker {
     /// Leases that we are asking it for.
     pub(crate) claims: u32,
     pub(crate) channel: Channel,
+    pub(super) keys: MemberKeys,
 }
 
 /// The newest report.
@@ -112,7 +113,7 @@ impl From<RegisterError> for tonic::Status {
             RegisterError::NoRegion(_) => Self::unavailable(text),
             RegisterError::NoAgent(_) => Self::failed_precondition(text),
             RegisterError::Alive(_) => Self::already_exists(text),
-            RegisterError::Store(_) => Self::resource_exhausted(text),
+            RegisterError::Store(error) => error.into(),
             RegisterError::Tls(_) => Self::invalid_argument(text),
         }
     }
@@ -152,9 +153,18 @@ impl Fleet {
         let number = self.store.claim_worker(&claim).await?;
         let mut state = self.state.lock();
         let stream = state.next_stream();
+        let former = state.workers.get(&number).filter(|w| w.hello.incarnation == hello.incarnation);
+        // A new process uses no keys yet; one that was here before does what it last said; of one that was elsewhere
+        // (this router may have started after it) nothing is known.
+        let oldest = match (former, hello.held) {
+            (Some(former), _) => former.keys.oldest,
+            (None, Some(_)) => None,
+            (None, None) => Some(0),
+        };
+        let keys = MemberKeys::unreported(oldest);
         // The former incarnation is gone: its successor is here. Its reports do not speak for the new one.
         state.workers.retain(|other, w| *other != number && w.hello.name != hello.name);
-        let worker = Worker { hello, number, stream: Some(stream), report: None, taken: 0, claims: 0, channel };
+        let worker = Worker { hello, number, stream: Some(stream), report: None, taken: 0, claims: 0, channel, keys };
         tracing::info!(worker = worker.hello.name, %number, "worker registered");
         state.workers.insert(number, worker);
         self.routes_changed(&mut state);
@@ -176,6 +186,7 @@ impl Fleet {
             active: report.active,
         });
         worker.taken = report.reserved.saturating_add(report.active);
+        worker.keys = MemberKeys::reported(&report.loaded_generations, report.oldest_generation);
         let slots = worker.slots();
         if state.slots_in_view(standing.number) == slots {
             state.refresh_worker(standing.number);

@@ -9,7 +9,7 @@ use antiphon_proto::v1::{
 use antiphon_runtime::pki::Role;
 use tonic::{Request, Response, Status};
 
-use crate::{admission::Admission, auth, field::FieldError, store::StoreError};
+use crate::{admission::Admission, auth, field::FieldError};
 
 #[derive(Clone, Debug)]
 pub(super) struct Service(pub(super) Arc<Admission>);
@@ -22,10 +22,12 @@ impl Admin for Service {
         if change.minting_generation != 0 {
             return Err(FieldError::new("mintingGeneration", "is for routers to write").into());
         }
-        self.0.fleet.store.apply(&change).await.map_err(|e| match e {
-            StoreError::Invalid(error) => Status::from(error),
-            StoreError::Exhausted(_) => Status::resource_exhausted(e.to_string()),
-        })?;
+        let users = self.0.fleet.too_early_for(change.key_generation);
+        if !users.is_empty() {
+            let text = format!("key generation {} would be one too many: {}", change.key_generation, users.join("; "));
+            return Err(Status::failed_precondition(text));
+        }
+        self.0.fleet.store.apply(&change).await?;
         // Who asks next has to see it, whether or not the watch was faster.
         let records = Arc::clone(&self.0.fleet.store.watch().borrow());
         self.0.fleet.records_changed(records);

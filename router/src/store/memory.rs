@@ -1,27 +1,78 @@
-//! The store of a single router: everything is gone with the process, and comes back from those who hold it.
+//! The store of a single router. Records and numbers end with the process unless there is a snapshot; numbers also come
+//! back from those who hold them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use antiphon_core::id::{Incarnation, RelayNumber, WorkerNumber};
+use antiphon_core::id::{Incarnation, WorkerNumber};
 use antiphon_proto::v1;
-use parking_lot::Mutex;
-use siphasher::sip::SipHasher24;
-use tokio::sync::watch;
+use antiphon_runtime::Tasks;
+use bytes::Bytes;
+use prometheus_client::{metrics::counter::Counter, registry::Registry};
+use tokio::{sync::watch, time::Instant};
 
-use super::{Store, StoreError, WorkerClaim};
+use super::{
+    Store, StoreError, WorkerClaim,
+    claims::{Claim, Kind},
+    snapshot::{Snapshot, SnapshotDir, disk::Found},
+};
 use crate::records::Records;
 
 /// Keeps records and numbers in memory.
 #[derive(Debug)]
 pub struct Memory {
     records: watch::Sender<Arc<Records>>,
-    workers: Mutex<BTreeMap<u16, (String, Incarnation)>>,
-    relays: Mutex<BTreeMap<u8, String>>,
+    snapshot: watch::Sender<Snapshot>,
+    newcomers_from: Instant,
+    write_errors: Counter,
 }
 
+/// A store that begins: nobody holds anything.
 impl Default for Memory {
     fn default() -> Self {
-        Self { records: watch::Sender::new(Arc::default()), workers: Mutex::default(), relays: Mutex::default() }
+        Self::of(Snapshot::default(), Instant::now())
+    }
+}
+
+impl Memory {
+    /// A store that goes on from what the directory has, and keeps it there. If it has anything, this is a restart:
+    /// workers and relays that were numbered after the last write come with their numbers, so newcomers wait that long.
+    #[must_use]
+    pub fn kept(dir: SnapshotDir, newcomers_wait: Duration, tasks: &Tasks) -> Self {
+        let (snapshot, wait) = match dir.load() {
+            Found::Nothing => (Snapshot::default(), Duration::ZERO),
+            Found::Unusable => (Snapshot::default(), newcomers_wait),
+            Found::Snapshot(snapshot) => {
+                (Snapshot { claims: snapshot.claims.clone().doubted(), ..*snapshot }, newcomers_wait)
+            }
+        };
+        let store = Self::of(snapshot, Instant::now() + wait);
+        dir.keep(store.snapshot.subscribe(), store.write_errors.clone(), tasks);
+        // The first start leaves a trace too: the next one is a restart.
+        store.snapshot.send_modify(|snapshot| snapshot.contact = SystemTime::now());
+        store
+    }
+
+    fn of(snapshot: Snapshot, newcomers_from: Instant) -> Self {
+        let records = watch::Sender::new(Arc::clone(&snapshot.records));
+        Self { records, snapshot: watch::Sender::new(snapshot), newcomers_from, write_errors: Counter::default() }
+    }
+
+    fn claim(&self, claim: &Claim) -> Result<u16, StoreError> {
+        let newcomers = Instant::now() >= self.newcomers_from;
+        let mut outcome = Err(StoreError::Settling);
+        self.snapshot.send_if_modified(|snapshot| {
+            outcome = snapshot.claims.choose(claim, newcomers);
+            let Ok(number) = &outcome else {
+                return false;
+            };
+            snapshot.claims.of_mut(claim.kind).put(*number, claim.holder());
+            snapshot.contact = SystemTime::now();
+            true
+        });
+        outcome
     }
 }
 
@@ -35,7 +86,11 @@ impl Store for Memory {
         let mut outcome = Ok(());
         self.records.send_if_modified(|records| {
             match records.apply(change) {
-                Ok(next) => *records = Arc::new(next),
+                Ok(next) => {
+                    *records = Arc::new(next);
+                    let kept = Arc::clone(records);
+                    self.snapshot.send_modify(|s| (s.records, s.contact) = (kept, SystemTime::now()));
+                }
                 Err(error) => outcome = Err(error.into()),
             }
             outcome.is_ok()
@@ -44,103 +99,92 @@ impl Store for Memory {
     }
 
     async fn claim_worker(&self, claim: &WorkerClaim) -> Result<WorkerNumber, StoreError> {
-        let mut workers = self.workers.lock();
-        let owned = workers.iter().find(|(_, (name, _))| *name == claim.name);
-        let held = claim.held.map(WorkerNumber::value);
-        let number = owned
-            .map(|(number, _)| *number)
-            .or_else(|| held.filter(|number| !workers.contains_key(number)))
-            // Scattered by name: after a restart a newcomer seldom takes what someone still holds and will ask for.
-            .or_else(|| free(hash(&claim.name), 0x1_0000, |n| !workers.contains_key(&n)))
-            .ok_or(StoreError::Exhausted(0x1_0000))?;
-        workers.insert(number, (claim.name.clone(), claim.incarnation));
+        let number = self.claim(&claim.into())?;
         Ok(WorkerNumber::new(number).expect("every u16 is a worker number"))
     }
 
     async fn release_worker(&self, number: WorkerNumber, incarnation: Incarnation) {
-        let mut workers = self.workers.lock();
-        if workers.get(&number.value()).is_some_and(|(_, i)| *i == incarnation) {
-            workers.remove(&number.value());
-        }
+        self.snapshot.send_if_modified(|snapshot| {
+            let workers = snapshot.claims.of_mut(Kind::Worker);
+            let theirs = workers.holder(number.value()).is_some_and(|holder| holder.incarnation == incarnation);
+            if theirs {
+                workers.remove(number.value());
+            }
+            theirs
+        });
     }
 
     async fn claim_relay(&self, name: &str, held: Option<u8>) -> Result<u8, StoreError> {
-        let mut relays = self.relays.lock();
-        let owned = relays.iter().find(|(_, owner)| *owner == name);
-        let legal = |n: u8| u16::from(n) < RelayNumber::PER_REGION && !relays.contains_key(&n);
-        let start = hash(name) % u64::from(RelayNumber::PER_REGION);
-        let index = owned
-            .map(|(index, _)| *index)
-            .or_else(|| held.filter(|index| legal(*index)))
-            .or_else(|| {
-                let free = free(start, RelayNumber::PER_REGION.into(), |n| u8::try_from(n).is_ok_and(legal));
-                free.and_then(|n| u8::try_from(n).ok())
-            })
-            .ok_or(StoreError::Exhausted(RelayNumber::PER_REGION.into()))?;
-        relays.insert(index, name.to_owned());
-        Ok(index)
+        let index = self.claim(&Claim::of_relay(name, held))?;
+        Ok(u8::try_from(index).expect("a region numbers 64 relays"))
     }
 
     async fn release_relay(&self, name: &str) {
-        self.relays.lock().retain(|_, owner| owner != name);
+        self.snapshot.send_if_modified(|snapshot| {
+            let relays = snapshot.claims.of_mut(Kind::Relay);
+            let index = relays.number_of(name);
+            index.into_iter().for_each(|index| relays.remove(index));
+            index.is_some()
+        });
     }
-}
 
-/// The first number from `start` on, wrapping around at `count`, that is free.
-fn free(start: u64, count: u64, is_free: impl Fn(u16) -> bool) -> Option<u16> {
-    (0..count).filter_map(|step| u16::try_from((start + step) % count).ok()).find(|n| is_free(*n))
-}
+    fn age(&self) -> Duration {
+        Duration::ZERO
+    }
 
-fn hash(name: &str) -> u64 {
-    // The key is public: this spreads, it protects nothing. 32 bits, so that adding a step never overflows.
-    SipHasher24::new().hash(name.as_bytes()) >> 32
+    fn remembered(&self) -> Bytes {
+        self.snapshot.borrow().known.clone()
+    }
+
+    fn remember(&self, known: Bytes) {
+        self.snapshot.send_if_modified(|snapshot| {
+            let news = snapshot.known != known;
+            snapshot.known = known;
+            news
+        });
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        super::register_snapshot(registry, &self.write_errors);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::snapshot::tests::owner;
 
-    fn claim(name: &str, incarnation: u32, held: Option<u16>) -> WorkerClaim {
+    fn worker(name: &str, held: Option<u16>) -> WorkerClaim {
         WorkerClaim {
             name: name.into(),
-            incarnation: Incarnation::new(incarnation).unwrap(),
+            incarnation: Incarnation::new(1).unwrap(),
             held: held.map(|n| WorkerNumber::new(n).unwrap()),
         }
     }
 
-    #[tokio::test]
-    async fn a_name_keeps_its_number_until_it_gives_it_back() {
-        let store = Memory::default();
-        let first = store.claim_worker(&claim("w-1", 1, None)).await.unwrap();
-        assert_eq!(store.claim_worker(&claim("w-1", 1, None)).await, Ok(first));
-        assert_eq!(store.claim_worker(&claim("w-1", 2, None)).await, Ok(first));
-        // The former incarnation cannot give back what its successor holds.
-        store.release_worker(first, Incarnation::new(1).unwrap()).await;
-        let other = store.claim_worker(&claim("w-2", 3, Some(first.value()))).await.unwrap();
-        assert_ne!(other, first);
-        store.release_worker(first, Incarnation::new(2).unwrap()).await;
-        let taken = store.claim_worker(&claim("w-3", 4, Some(first.value()))).await;
-        assert_eq!(taken, Ok(first));
-    }
+    #[tokio::test(start_paused = true)]
+    async fn after_a_restart_newcomers_wait_for_those_who_hold_a_number() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state");
+        let wait = Duration::from_secs(6);
+        let tasks = Tasks::new();
+        let first = Memory::kept(SnapshotDir::open(&path, owner()).unwrap(), wait, &tasks);
+        let number = first.claim_worker(&worker("w-1", None)).await.unwrap();
+        first.remember(Bytes::from_static(b"routes"));
+        tasks.wait(std::future::ready(())).await.unwrap();
+        drop(first);
 
-    #[tokio::test]
-    async fn after_a_restart_a_number_that_is_held_is_kept() {
-        let store = Memory::default();
-        let number = store.claim_worker(&claim("w-9", 7, Some(4711))).await.unwrap();
-        assert_eq!(number.value(), 4711);
-    }
-
-    #[tokio::test]
-    async fn a_region_numbers_64_relays_and_no_more() {
-        let store = Memory::default();
-        let mut seen = std::collections::BTreeSet::new();
-        for i in 0..64 {
-            seen.insert(store.claim_relay(&format!("r-{i}"), None).await.unwrap());
-        }
-        assert_eq!(seen.len(), 64);
-        assert_eq!(store.claim_relay("r-64", None).await, Err(StoreError::Exhausted(64)));
-        store.release_relay("r-3").await;
-        assert!(store.claim_relay("r-64", Some(200)).await.is_ok());
+        let tasks = Tasks::new();
+        let second = Memory::kept(SnapshotDir::open(&path, owner()).unwrap(), wait, &tasks);
+        assert_eq!(second.remembered(), "routes");
+        assert_eq!(second.claim_worker(&worker("w-2", None)).await, Err(StoreError::Settling));
+        // Numbered just before the crash and not on disk any more.
+        let late = second.claim_worker(&worker("w-3", Some(7))).await.unwrap();
+        assert_eq!(late.value(), 7);
+        assert_eq!(second.claim_worker(&worker("w-1", None)).await, Ok(number));
+        tokio::time::advance(wait).await;
+        assert!(second.claim_worker(&worker("w-2", None)).await.is_ok());
+        tasks.wait(std::future::ready(())).await.unwrap();
     }
 
     #[tokio::test]

@@ -1,0 +1,268 @@
+//! The directory that the snapshot is kept in, and the task that keeps it.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use antiphon_runtime::Tasks;
+use anyhow::Context as _;
+use prometheus_client::metrics::counter::Counter;
+use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+
+use super::{Owner, Snapshot, decode, encode};
+
+/// A directory that this process alone writes to: two writers could take turns in rolling each other back.
+#[derive(Debug)]
+pub struct SnapshotDir {
+    path: PathBuf,
+    owner: Owner,
+    /// Locked for as long as it is open, so until the process ends at the latest.
+    _lock: File,
+}
+
+/// Why a directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system refuses.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// What was opened.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Others could put a snapshot of their own in its place.
+    #[error("{} has mode {mode:o} and belongs to user {uid}: it has to be this user's, mode 700, or absent to be made so", path.display())]
+    NotPrivate {
+        /// Which directory.
+        path: PathBuf,
+        /// Permission bits.
+        mode: u32,
+        /// Who owns it.
+        uid: u32,
+    },
+    /// Another process holds the lock.
+    #[error("{} is in use by another router", path.display())]
+    InUse {
+        /// Which directory.
+        path: PathBuf,
+    },
+}
+
+/// What was found on disk.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Found {
+    /// Nothing has ever been kept here.
+    Nothing,
+    /// Something that cannot be used; it was logged.
+    Unusable,
+    /// The snapshot that was kept last.
+    Snapshot(Box<Snapshot>),
+}
+
+impl SnapshotDir {
+    /// Makes the directory if it is absent (mode 700) and takes its lock.
+    ///
+    /// # Errors
+    /// It cannot be made or opened, is not this user's alone, or another router has it.
+    pub fn open(path: &Path, owner: Owner) -> Result<Self, OpenError> {
+        let file_error = |path: &Path| {
+            let path = path.to_owned();
+            move |source| OpenError::File { path, source }
+        };
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file_error(path))?;
+        let found = fs::metadata(path).map_err(file_error(path))?;
+        let (mode, uid) = (found.mode() & 0o777, found.uid());
+        if mode & 0o077 != 0 || uid != rustix::process::geteuid().as_raw() {
+            return Err(OpenError::NotPrivate { path: path.to_owned(), mode, uid });
+        }
+        let lock_path = path.join(LOCK_FILE);
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let lock = options.open(&lock_path).map_err(file_error(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), owner, _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: path.to_owned() }),
+            Err(TryLockError::Error(source)) => Err(OpenError::File { path: lock_path, source }),
+        }
+    }
+
+    /// The snapshot that was kept last. What cannot be used is logged and left alone until there is something to
+    /// replace it with.
+    #[must_use]
+    pub fn load(&self) -> Found {
+        let path = self.path.join(SNAPSHOT_FILE);
+        let refusal = match fs::read(&path) {
+            Ok(bytes) => match decode(&self.owner, &bytes) {
+                Ok(snapshot) => return Found::Snapshot(Box::new(snapshot)),
+                Err(error) => error.to_string(),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Found::Nothing,
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(path = %path.display(), "the snapshot on disk is not used: {refusal}");
+        Found::Unusable
+    }
+
+    /// Replaces the snapshot in one step: a crash leaves the one or the other, whole.
+    ///
+    /// # Errors
+    /// The system's; the earlier snapshot is still there.
+    pub fn store(&self, snapshot: &Snapshot) -> io::Result<()> {
+        let (path, new) = (self.path.join(SNAPSHOT_FILE), self.path.join(NEW_FILE));
+        // A leftover would keep its content or mode.
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+        file.write_all(&encode(&self.owner, snapshot))?;
+        file.sync_all()?;
+        fs::rename(&new, &path)?;
+        File::open(&self.path)?.sync_all()
+    }
+
+    /// Starts to keep what is latest.
+    pub(in crate::store) fn keep(self, latest: watch::Receiver<Snapshot>, errors: Counter, tasks: &Tasks) {
+        // Until the sender is gone too: what is said last, while the process stops, is still kept.
+        tasks.spawn("snapshot", keep(self, latest, errors, tasks.stopping()));
+    }
+}
+
+/// Writes the latest snapshot whenever there is a new one, at most once a [`WRITE_INTERVAL`]; the last one before the
+/// stop is written for sure. A failed write is tried again.
+async fn keep(
+    dir: SnapshotDir,
+    mut latest: watch::Receiver<Snapshot>,
+    errors: Counter,
+    stopping: tokio_util::sync::CancellationToken,
+) -> anyhow::Result<()> {
+    let dir = Arc::new(dir);
+    let mut failing = false;
+    loop {
+        let last = tokio::select! {
+            changed = latest.changed() => changed.is_err(),
+            () = stopping.cancelled() => !latest.has_changed().unwrap_or(false),
+        };
+        if last {
+            return Ok(());
+        }
+        let snapshot = latest.borrow_and_update().clone();
+        let writer = Arc::clone(&dir);
+        match spawn_blocking(move || writer.store(&snapshot)).await.context("writing the snapshot")? {
+            Ok(()) => failing = false,
+            Err(error) => {
+                errors.inc();
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(path = %dir.path.display(), %error, "the snapshot cannot be kept; trying again");
+                }
+            }
+        }
+        if stopping.is_cancelled() && failing {
+            return Ok(());
+        }
+        tokio::select! {
+            () = sleep(WRITE_INTERVAL) => if failing {
+                latest.mark_changed();
+            },
+            () = stopping.cancelled() => {}
+        }
+    }
+}
+
+/// Shortest time between two writes.
+pub(crate) const WRITE_INTERVAL: Duration = Duration::from_secs(1);
+/// The snapshot's name in its directory.
+pub(crate) const SNAPSHOT_FILE: &str = "router.snapshot";
+const NEW_FILE: &str = "router.snapshot.new";
+const LOCK_FILE: &str = "lock";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::snapshot::tests::{owner, snapshot};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    /// A directory that is to be made.
+    fn absent() -> (tempfile::TempDir, PathBuf) {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("north/router-1");
+        (parent, path)
+    }
+
+    fn revision(dir: &SnapshotDir) -> Option<u64> {
+        match dir.load() {
+            Found::Snapshot(snapshot) => Some(snapshot.records.revision),
+            Found::Nothing | Found::Unusable => None,
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_kept_privately_and_replaced_whole() {
+        let (_parent, path) = absent();
+        let dir = SnapshotDir::open(&path, owner()).unwrap();
+        assert_eq!(dir.load(), Found::Nothing);
+        dir.store(&snapshot(1)).unwrap();
+        // What a crash in the middle of a write leaves behind.
+        fs::write(path.join(NEW_FILE), "half").unwrap();
+        assert_eq!(revision(&dir), Some(1));
+        dir.store(&snapshot(2)).unwrap();
+        assert_eq!(revision(&dir), Some(2));
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&path.join(SNAPSHOT_FILE))), (0o700, 0o600));
+        assert!(!path.join(NEW_FILE).exists());
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_left_out_and_replaced_later() {
+        let (_parent, path) = absent();
+        let dir = SnapshotDir::open(&path, owner()).unwrap();
+        fs::write(path.join(SNAPSHOT_FILE), "antiphon-router").unwrap();
+        assert_eq!(dir.load(), Found::Unusable);
+        dir.store(&snapshot(3)).unwrap();
+        assert_eq!(revision(&dir), Some(3));
+    }
+
+    #[test]
+    fn a_directory_has_one_router_and_nobody_else_looks_in() {
+        let (_parent, path) = absent();
+        let first = SnapshotDir::open(&path, owner()).unwrap();
+        assert!(matches!(SnapshotDir::open(&path, owner()), Err(OpenError::InUse { .. })));
+        drop(first);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o750)).unwrap();
+        let refused = SnapshotDir::open(&path, owner()).unwrap_err();
+        assert!(refused.to_string().contains("has mode 750"), "{refused}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_write_is_tried_again_and_the_last_snapshot_before_the_stop_is_written() {
+        let (_parent, path) = absent();
+        let dir = SnapshotDir::open(&path, owner()).unwrap();
+        let obstacle = path.join(NEW_FILE);
+        fs::create_dir(&obstacle).unwrap();
+        let (send, latest) = watch::channel(Snapshot::default());
+        let (errors, stop) = (Counter::default(), tokio_util::sync::CancellationToken::new());
+        let (counted, stopping) = (errors.clone(), stop.clone());
+        send.send_replace(snapshot(4));
+        let script = async move {
+            while counted.get() < 2 {
+                sleep(WRITE_INTERVAL / 2).await;
+            }
+            fs::remove_dir(&obstacle).unwrap();
+            while !path.join(SNAPSHOT_FILE).exists() {
+                sleep(WRITE_INTERVAL / 2).await;
+            }
+            send.send_replace(snapshot(5));
+            stop.cancel();
+            (path, send)
+        };
+        let (kept, (path, _send)) = tokio::join!(keep(dir, latest, errors, stopping), script);
+        kept.unwrap();
+        assert_eq!(revision(&SnapshotDir::open(&path, owner()).unwrap()), Some(5));
+    }
+}
