@@ -14,10 +14,7 @@ use antiphon_runtime::tls;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    service::Routes,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{service::Routes, transport::Server};
 
 use crate::admission::Admission;
 
@@ -78,15 +75,15 @@ pub(crate) async fn serve_internal(
     let fleet = fleet::Service(Arc::clone(&admission));
     let peer = peer::Service(Arc::clone(&admission));
     let admin = admin::Service(Arc::clone(&admission));
+    let incoming = tls::incoming(listener, &admission.fleet.identity)?;
     Server::builder()
-        .tls_config(tls::grpc_server(&admission.fleet.identity))?
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .max_concurrent_streams(MAX_INTERNAL_STREAMS)
         .add_service(FleetServer::new(fleet))
         .add_service(PeerServer::new(peer).max_encoding_message_size(MAX_INTERNAL_MESSAGE))
         .add_service(AdminServer::new(admin).max_decoding_message_size(MAX_INTERNAL_MESSAGE))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopping.cancelled_owned())
+        .serve_with_incoming_shutdown(incoming, stopping.cancelled_owned())
         .await
         .context("internal port")
 }

@@ -121,6 +121,7 @@ pub fn start(
     let readiness = Readiness::new(&["region record"]);
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    identity.follow(tasks, &mut registry);
     store.register(registry.sub_registry_with_prefix("antiphon_router"));
     let fleet = Fleet::new(identity.clone(), root, store);
     let admission = Admission::new(Arc::clone(&fleet), tasks.clone(), metrics.clone());
