@@ -5,13 +5,13 @@
 
 mod address;
 mod context;
+mod identities;
 mod process;
 mod records;
 mod root;
 
 use std::{
     collections::BTreeSet,
-    net::Ipv4Addr,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -19,9 +19,9 @@ use std::{
 
 use antiphon_core::keys::FleetRoot;
 use antiphon_crds::compile::FleetPlan;
-use antiphon_proto::v1::admin_client::AdminClient;
+use antiphon_proto::v1::{ReportWorkerGoneRequest, admin_client::AdminClient};
 use antiphon_runtime::{
-    pki::{FleetCa, PeerName, Role, shared_dns},
+    pki::{FleetCa, Role, shared_dns},
     tls,
 };
 use anyhow::{Context as _, bail};
@@ -34,6 +34,7 @@ pub use context::{Context, RouterContext};
 pub use process::{Kind, Process, ProcessSpec};
 pub(crate) use records::key_record;
 
+use identities::Identities;
 use process::find_binaries;
 
 /// How a fleet is to run.
@@ -54,8 +55,11 @@ pub struct Fleet {
     context: Context,
     processes: Vec<Process>,
     options: Options,
+    identities: Identities,
     /// Regions whose router came back and has no records yet.
     unrecorded: BTreeSet<String>,
+    /// Workers that are gone and of which no router has been told: region and name.
+    untold: BTreeSet<(String, String)>,
     // Held for as long as the fleet lives: two fleets in one directory would overwrite each other.
     _lock: std::fs::File,
     // Held for as long as the fleet lives: it is what keeps the subnet ours.
@@ -74,14 +78,24 @@ impl Fleet {
         let root = root::load_or_make(&options.dir)?;
         let ca = FleetCa::from_seed(&root.ca_seed())?;
         progress("keys and identities");
-        let (mut specs, context) = layout(&plan, &options, &mut subnet, &ca)?;
+        let mut identities = Identities::new(ca, options.dir.clone());
+        let (mut specs, context) = layout(&plan, &options, &mut subnet, &mut identities)?;
         let mut processes = Vec::new();
         specs.sort_by_key(|spec| spec.kind);
         for spec in specs {
             processes.push(Process::start(spec, &binaries, &options.dir)?);
         }
-        let unrecorded = BTreeSet::new();
-        let mut fleet = Self { plan, context, processes, options, unrecorded, _lock: lock, _subnet: subnet };
+        let mut fleet = Self {
+            plan,
+            context,
+            processes,
+            options,
+            identities,
+            unrecorded: BTreeSet::new(),
+            untold: BTreeSet::new(),
+            _lock: lock,
+            _subnet: subnet,
+        };
         fleet.wait_for_records(progress).await?;
         fleet.wait_for(Kind::Relay, progress).await?;
         fleet.wait_for(Kind::Worker, progress).await?;
@@ -204,20 +218,43 @@ impl Fleet {
         Ok(None)
     }
 
-    /// Starts again what has ended by itself and gives routers that came back their records; returns what happened.
+    /// Completes when a process ends: [`Self::heal`] is due.
+    pub async fn ended(&mut self) {
+        let lives: Vec<_> = self.processes.iter_mut().map(|process| Box::pin(process.life())).collect();
+        if lives.is_empty() {
+            std::future::pending::<()>().await;
+        }
+        futures::future::select_all(lives).await;
+    }
+
+    /// Starts again what has ended by itself, tells routers of workers that are gone, gives routers that came back
+    /// their records, and renews certificates; returns what happened.
     ///
     /// Never fails and never takes long: what does not work now is tried again at the next call, and trouble with one
     /// process is no reason to end the calls of the others.
     pub async fn heal(&mut self) -> Vec<String> {
         let mut happened = Vec::new();
         for process in &mut self.processes {
+            let spec = process.spec();
+            let (kind, whose, title) = (spec.kind, (spec.region.clone(), spec.name.clone()), spec.title());
+            match process.notice_end() {
+                Ok(Some(_)) if kind == Kind::Worker => drop(self.untold.insert(whose)),
+                Ok(_) => {}
+                Err(error) => happened.push(format!("{title}: {error:#}")),
+            }
+        }
+        // First: once it is started again the report would be taken for one of its next life.
+        happened.extend(self.tell_of_the_gone().await);
+        for process in &mut self.processes {
             match process.restart_if_ended() {
                 Ok(None) => {}
                 Ok(Some(how)) => {
-                    if process.spec().kind == Kind::Router {
-                        self.unrecorded.insert(process.spec().region.clone());
+                    let spec = process.spec();
+                    if spec.kind == Kind::Router {
+                        self.unrecorded.insert(spec.region.clone());
                     }
-                    happened.push(format!("{} {how}; started again", process.spec().title()));
+                    self.untold.remove(&(spec.region.clone(), spec.name.clone()));
+                    happened.push(format!("{} {how}; started again", spec.title()));
                 }
                 Err(error) => happened.push(format!("{}: {error:#}", process.spec().title())),
             }
@@ -231,6 +268,38 @@ impl Fleet {
                 self.unrecorded.remove(&region);
                 happened.push(format!("router of {region} has its records again"));
             }
+        }
+        happened.extend(self.renew_certificates(SystemTime::now()));
+        happened
+    }
+
+    /// Says to the routers of its region that a worker is gone, which is proof: its callers hear it from the relays.
+    async fn tell_of_the_gone(&mut self) -> Vec<String> {
+        let gone: Vec<_> = self.untold.iter().cloned().collect();
+        let told = futures::future::join_all(gone.iter().map(|(region, name)| self.tell_of(region, name))).await;
+        let mut happened = Vec::new();
+        for (worker, _) in gone.into_iter().zip(told).filter(|(_, told)| told.is_ok()) {
+            happened.push(format!("worker {}/{} is gone: its router knows", worker.0, worker.1));
+            self.untold.remove(&worker);
+        }
+        happened
+    }
+
+    async fn tell_of(&self, region: &str, name: &str) -> anyhow::Result<()> {
+        for router in self.context.routers.iter().filter(|router| router.region == region) {
+            let request = ReportWorkerGoneRequest { name: name.to_owned(), incarnation: 0 };
+            timeout(HEAL, self.admin(router)?.report_worker_gone(request)).await??;
+        }
+        Ok(())
+    }
+
+    /// Issues anew what has a third of its life left at `now`, or less. Processes take it up within seconds; live
+    /// connections go on. Returns what could not be written, and how many there were.
+    pub fn renew_certificates(&mut self, now: SystemTime) -> Vec<String> {
+        let (renewed, failed): (Vec<_>, Vec<_>) = self.identities.renew(now).into_iter().partition(Result::is_ok);
+        let mut happened: Vec<_> = failed.into_iter().filter_map(Result::err).collect();
+        if !renewed.is_empty() {
+            happened.push(format!("{} certificates renewed", renewed.len()));
         }
         happened
     }
@@ -264,18 +333,12 @@ fn layout(
     plan: &FleetPlan,
     options: &Options,
     subnet: &mut Subnet,
-    ca: &FleetCa,
+    identities: &mut Identities,
 ) -> anyhow::Result<(Vec<ProcessSpec>, Context)> {
     let (mut specs, mut routers) = (Vec::new(), Vec::new());
-    let now = SystemTime::now();
-    let identity = |name: &str, role, region: &str, ip: Ipv4Addr| -> anyhow::Result<PathBuf> {
-        let dir = identity_dir(&options.dir, region, name);
-        ca.issue(&PeerName::new(name, role, region)?, &[ip.into()], now)?.save(&dir)?;
-        Ok(dir)
-    };
     for region in &plan.regions {
         let ip = subnet.take()?;
-        let dir = identity("router-0", Role::Router, &region.name, ip)?;
+        let dir = identities.issue("router-0", Role::Router, &region.name, Some(ip))?;
         let spec = ProcessSpec::router(&region.name, ip, dir, root::path(&options.dir));
         routers.push(RouterContext {
             region: region.name.clone(),
@@ -285,36 +348,30 @@ fn layout(
             latitude: region.latitude,
             longitude: region.longitude,
         });
-        let internal = format!("{ip}:{}", process::ROUTER_INTERNAL);
+        let internal = [format!("{ip}:{}", process::ROUTER_INTERNAL)];
         specs.push(spec);
         for index in 0..region.relays {
             let (name, ip) = (format!("relay-{index}"), subnet.take()?);
-            let dir = identity(&name, Role::Relay, &region.name, ip)?;
+            let dir = identities.issue(&name, Role::Relay, &region.name, Some(ip))?;
             specs.push(ProcessSpec::relay(&name, &region.name, ip, dir, &internal, options.stop_deadline));
         }
         for pool in plan.pools.iter().filter(|pool| pool.region == region.name) {
             for index in 0..pool.replicas {
                 let name = format!("{}-{index}", pool.agent.replace('/', "-"));
                 let ip = subnet.take()?;
-                let dir = identity(&name, Role::Worker, &region.name, ip)?;
+                let dir = identities.issue(&name, Role::Worker, &region.name, Some(ip))?;
                 specs.push(ProcessSpec::worker(&name, pool, ip, dir, &internal, options.stop_deadline));
             }
         }
     }
-    let operator = PeerName::new("operator", Role::Operator, "local")?;
-    let operator_dir = identity_dir(&options.dir, "local", "operator");
-    ca.issue(&operator, &[], now)?.save(&operator_dir)?;
+    let operator_identity = identities.issue("operator", Role::Operator, "local", None)?;
     let context = Context {
         routers,
-        ca_pem: ca.certificate_pem().to_owned(),
-        operator_identity: operator_dir,
+        ca_pem: identities.ca_pem().to_owned(),
+        operator_identity,
         api_key_file: context::key_path(&options.dir),
     };
     Ok((specs, context))
-}
-
-fn identity_dir(dir: &Path, region: &str, name: &str) -> PathBuf {
-    dir.join("identities").join(region).join(name)
 }
 
 /// The root of a fleet's directory, for commands that only read.

@@ -30,20 +30,20 @@ pub(crate) async fn run(args: &UpArgs, dir: PathBuf, json: bool) -> anyhow::Resu
     let status = Progress::new(json || !std::io::stderr().is_terminal());
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     loop {
-        tokio::select! {
+        let ticked = tokio::select! {
             () = &mut signal => break,
-            _ = ticks.tick() => {
-                let healed = tokio::select! {
-                    healed = fleet.heal() => healed,
-                    () = &mut signal => break,
-                };
-                for healed in healed {
-                    status.note(&healed);
-                }
-                if let Ok(text) = timeout(Duration::from_secs(1), line(&fleet)).await {
-                    status.say(text);
-                }
-            }
+            _ = ticks.tick() => true,
+            () = fleet.ended() => false,
+        };
+        let healed = tokio::select! {
+            healed = fleet.heal() => healed,
+            () = &mut signal => break,
+        };
+        for healed in healed {
+            status.note(&healed);
+        }
+        if ticked && let Ok(text) = timeout(Duration::from_secs(1), line(&fleet)).await {
+            status.say(text);
         }
     }
     status.clear();

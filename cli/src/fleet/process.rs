@@ -5,7 +5,7 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -45,6 +45,14 @@ impl Kind {
             Self::Router => "antiphon-router",
             Self::Relay => "antiphon-relay",
             Self::Worker => "antiphon-worker",
+        }
+    }
+
+    /// Whether it takes `--state`.
+    const fn keeps_state(self) -> bool {
+        match self {
+            Self::Relay => true,
+            Self::Router | Self::Worker => false,
         }
     }
 
@@ -90,6 +98,10 @@ impl ProcessSpec {
         self
     }
 
+    fn with_each(self, flag: &str, values: &[String]) -> Self {
+        values.iter().fold(self, |spec, value| spec.with(flag, value))
+    }
+
     fn port(self, flag: &str, port: u16) -> Self {
         let address = format!("{}:{port}", self.ip);
         self.with(flag, address)
@@ -107,14 +119,14 @@ impl ProcessSpec {
         region: &str,
         ip: Ipv4Addr,
         identity: PathBuf,
-        router: &str,
+        routers: &[String],
         drain: Duration,
     ) -> Self {
         Self::new(Kind::Relay, name, region, ip, &identity)
             .with("name", name)
             .port("public", RELAY_PUBLIC)
             .port("tunnel", RELAY_TUNNEL)
-            .with("router", router)
+            .with_each("router", routers)
             // Many processes share few cores here.
             .with("cores", 1)
             .with("pin", false)
@@ -126,7 +138,7 @@ impl ProcessSpec {
         pool: &PoolPlan,
         ip: Ipv4Addr,
         identity: PathBuf,
-        router: &str,
+        routers: &[String],
         drain: Duration,
     ) -> Self {
         Self::new(Kind::Worker, name, &pool.region, ip, &identity)
@@ -136,7 +148,7 @@ impl ProcessSpec {
             .with("slots", pool.slots)
             .port("tunnel", WORKER_TUNNEL)
             .port("control", WORKER_CONTROL)
-            .with("router", router)
+            .with_each("router", routers)
             .with("drain-deadline", humantime::format_duration(drain))
     }
 }
@@ -149,6 +161,8 @@ pub struct Process {
     log: PathBuf,
     child: Child,
     started: Instant,
+    /// How this life ended, once that was noticed.
+    end: Option<ExitStatus>,
     /// Ended on purpose: not to be started again.
     stopped: bool,
     restarts: u32,
@@ -160,10 +174,10 @@ impl Process {
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let log = logs.join(format!("{}-{}.log", spec.region, spec.name));
         File::create(&log).with_context(|| log.display().to_string())?;
-        let spec = if spec.kind == Kind::Relay { keeping_state(spec, dir)? } else { spec };
+        let spec = if spec.kind.keeps_state() { keeping_state(spec, dir)? } else { spec };
         let binary = binaries.join(spec.kind.binary());
         let child = spawn(&spec, &binary, &log)?;
-        Ok(Self { spec, binary, log, child, started: Instant::now(), stopped: false, restarts: 0 })
+        Ok(Self { spec, binary, log, child, started: Instant::now(), end: None, stopped: false, restarts: 0 })
     }
 
     /// What it was started from.
@@ -263,7 +277,7 @@ impl Process {
     ///
     /// # Errors
     /// It still runs.
-    pub async fn ended(&mut self, deadline: Duration) -> anyhow::Result<std::process::ExitStatus> {
+    pub async fn ended(&mut self, deadline: Duration) -> anyhow::Result<ExitStatus> {
         let ended = timeout(deadline, self.child.wait()).await;
         Ok(ended.with_context(|| format!("{} still runs after {deadline:?}", self.spec.title()))??)
     }
@@ -285,32 +299,47 @@ impl Process {
     /// It cannot be started.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
         self.child.wait().await?;
+        self.begin()
+    }
+
+    fn begin(&mut self) -> anyhow::Result<()> {
         self.child = spawn(&self.spec, &self.binary, &self.log)?;
-        self.started = Instant::now();
-        self.stopped = false;
+        (self.started, self.end, self.stopped) = (Instant::now(), None, false);
         Ok(())
     }
 
-    /// Starts it again if it has ended by itself; says how it had.
-    pub(super) fn restart_if_ended(&mut self) -> anyhow::Result<Option<String>> {
-        if self.stopped {
+    /// Completes when it ends; never once that was noticed.
+    pub(super) async fn life(&mut self) {
+        if self.end.is_some() || self.child.wait().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// How it ended, the first time that this is asked after it did.
+    pub(super) fn notice_end(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        if self.end.is_some() {
             return Ok(None);
         }
-        let Some(status) = self.child.try_wait()? else { return Ok(None) };
+        self.end = self.child.try_wait()?;
+        Ok(self.end)
+    }
+
+    /// Starts it again if it was noticed to have ended by itself; says how it had.
+    pub(super) fn restart_if_ended(&mut self) -> anyhow::Result<Option<String>> {
+        let Some(status) = self.end.filter(|_| !self.stopped) else { return Ok(None) };
         // A process that ends as soon as it begins is tried ever more slowly.
         let pause = Duration::from_millis(200 << self.restarts.min(6));
         if self.started.elapsed() < pause {
             return Ok(None);
         }
         self.restarts = if self.started.elapsed() > Duration::from_secs(60) { 0 } else { self.restarts + 1 };
-        self.child = spawn(&self.spec, &self.binary, &self.log)?;
-        self.started = Instant::now();
+        self.begin()?;
         Ok(Some(format!("ended ({status})")))
     }
 }
 
-/// A directory for a relay's state. It is empty when a fleet starts: the workers of an earlier one are gone, all of
-/// them, and a route to them would never leave.
+/// A directory for a process's state. It is empty when a fleet starts: the workers of an earlier one are gone, all of
+/// them, and a route to them would never leave. A process that is started again finds what it had.
 fn keeping_state(spec: ProcessSpec, dir: &Path) -> anyhow::Result<ProcessSpec> {
     let state = dir.join("state").join(&spec.region).join(&spec.name);
     match std::fs::remove_dir_all(&state) {
