@@ -41,7 +41,7 @@ pub struct Args {
     /// Address that routers reach the API under; the bound one unless given.
     #[arg(long, env = "ANTIPHON_WORKER_CONTROL_ADDRESS")]
     pub control_address: Option<String>,
-    /// Routers of the region, IP:PORT or HOST:PORT, in the order to try.
+    /// Routers of the region, IP:PORT or HOST:PORT; it registers with all of them.
     #[arg(long, env = "ANTIPHON_WORKER_ROUTER", required = true, value_delimiter = ',')]
     pub router: Vec<String>,
     /// Directory with cert.pem, key.pem and ca.pem.
@@ -53,9 +53,21 @@ pub struct Args {
     /// How long live sessions may go on after SIGTERM.
     #[arg(long, env = "ANTIPHON_WORKER_DRAIN_DEADLINE", default_value = "25s", value_parser = humantime::parse_duration)]
     pub drain_deadline: Duration,
+    /// How long live connections use a connection ID; key rotations take three times that.
+    #[arg(long, env = "ANTIPHON_WORKER_CID_LIFETIME", default_value = "10m", value_parser = cid_lifetime)]
+    pub cid_lifetime: Duration,
     /// Log as JSON.
     #[arg(long, env = "ANTIPHON_WORKER_LOG_JSON")]
     pub log_json: bool,
+}
+
+/// Shorter ones would have every connection renew its IDs all the time.
+fn cid_lifetime(text: &str) -> Result<Duration, String> {
+    let lifetime = humantime::parse_duration(text).map_err(|e| e.to_string())?;
+    if (Duration::from_millis(500)..=Duration::from_secs(86_400)).contains(&lifetime) {
+        return Ok(lifetime);
+    }
+    Err("500 ms to 1 day expected".into())
 }
 
 fn agent_name(text: &str) -> Result<String, String> {

@@ -11,7 +11,7 @@ use std::{
 use antiphon_core::{
     cid::{CidMinter, SessionCid, SessionNonce},
     clock::Millis,
-    id::{Epoch, ServerId, SessionId},
+    id::{Epoch, KeyGeneration, RelayNumber, ServerId, SessionId},
     lease::{ActivateError, Lease, LeaseId, LeaseRequest, LeaseTable, ReserveRefusal},
 };
 use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode};
@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     gate::{Attempt, Gate},
     metrics::Metrics,
+    rotation::Rotation,
+    session::history::PathHistory,
 };
 
 /// What a lease is for, and the live facts of its session.
@@ -39,6 +41,13 @@ pub(crate) struct Terms {
     pub(crate) attempts: Vec<(SessionCid, SessionNonce)>,
     pub(crate) expires_at: SystemTime,
     pub(crate) since: SystemTime,
+    granted: Instant,
+    /// Key generation that its first connection IDs are minted with.
+    minted: KeyGeneration,
+    /// Oldest key generation that its connection may still use; 0: it has none.
+    generation: AtomicU32,
+    /// The way of its packets.
+    pub(crate) path: Mutex<PathHistory>,
     /// Set once, when somebody ends the session from outside.
     pub(crate) end: watch::Sender<Option<EndCode>>,
     pub(crate) turns: AtomicU32,
@@ -90,6 +99,7 @@ pub(crate) struct Door {
     pub(crate) server_id: ServerId,
     pub(crate) minter: Arc<Mutex<CidMinter>>,
     pub(crate) gate: Arc<Mutex<Gate>>,
+    pub(crate) rotation: Arc<Rotation>,
 }
 
 #[derive(Debug)]
@@ -259,6 +269,12 @@ impl Capacity {
         self.inner.lock().table.iter().map(|(_, lease, active)| (lease.attachment.clone(), active)).collect()
     }
 
+    /// The oldest key generation that a lease or connection still uses.
+    pub(crate) fn oldest_generation(&self) -> Option<KeyGeneration> {
+        let now = SystemTime::now();
+        self.inner.lock().table.iter().filter_map(|(_, lease, _)| lease.attachment.oldest_generation(now)).min()
+    }
+
     /// Completes when the counts may have changed since the last call.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
@@ -330,6 +346,10 @@ impl Door {
             attempts,
             expires_at,
             since: SystemTime::now(),
+            granted: Instant::now(),
+            minted: self.rotation.minting(),
+            generation: AtomicU32::new(0),
+            path: Mutex::default(),
             end: watch::Sender::new(None),
             turns: AtomicU32::new(0),
             relay: AtomicU32::new(0),
@@ -348,17 +368,41 @@ impl Terms {
         owner
     }
 
-    pub(crate) fn set_relay(&self, relay: u16) {
-        self.relay.store(relay.into(), Ordering::Relaxed);
+    pub(crate) fn set_relay(&self, relay: Option<RelayNumber>) {
+        self.relay.store(relay.map_or(0, RelayNumber::value).into(), Ordering::Relaxed);
+    }
+
+    /// The oldest key generation that its connection may still use.
+    pub(crate) fn set_generation(&self, generation: KeyGeneration) {
+        self.generation.store(generation.value(), Ordering::Relaxed);
+    }
+
+    /// Time since the lease was granted.
+    pub(crate) fn age(&self) -> Duration {
+        self.granted.elapsed()
+    }
+
+    /// The oldest generation that anybody may use for this session: its connection, or an attempt to connect.
+    fn oldest_generation(&self, now: SystemTime) -> Option<KeyGeneration> {
+        let attempts = (now <= self.expires_at + CLOCKS_DIFFER).then_some(self.minted);
+        self.connection_generation().into_iter().chain(attempts).min()
+    }
+
+    /// The oldest generation that its connection may still use; none before its first second.
+    pub(crate) fn connection_generation(&self) -> Option<KeyGeneration> {
+        KeyGeneration::new(self.generation.load(Ordering::Relaxed)).ok().filter(|generation| generation.value() > 0)
     }
 }
 
+/// A lease's first connection IDs are worth something for this much longer where the clock is behind.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(30);
 /// First connection IDs per lease: one per attempt, each good for one connection.
 const ATTEMPTS: usize = 4;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::{KeySet, tests::material};
     use antiphon_core::{
         cid::{CidCodec, ConfigId, NonceCounter},
         id::{Incarnation, RegionNumber, ShardNumber, WorkerNumber},
@@ -376,7 +420,10 @@ mod tests {
         let mut codec = CidCodec::new();
         codec.insert(config, [1; 16]);
         let gate = Gate::new(server_id, codec, 4);
-        Door { server_id, minter: Arc::new(Mutex::new(minter)), gate: Arc::new(Mutex::new(gate)) }
+        let (configs, resets) = material(&[7], 7, 1);
+        let keys = KeySet::new(&configs, &[[1; 32]], &resets, 1).unwrap();
+        let rotation = Arc::new(Rotation::new(&keys, Duration::from_secs(60), Instant::now()));
+        Door { server_id, minter: Arc::new(Mutex::new(minter)), gate: Arc::new(Mutex::new(gate)), rotation }
     }
 
     fn capacity(slots: u32) -> Capacity {

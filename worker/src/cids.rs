@@ -8,11 +8,15 @@ use quinn::{ConnectionId, ConnectionIdGenerator};
 
 /// Hands the shard's minter to quinn. Clones mint from the same counter.
 #[derive(Debug, Clone)]
-pub(crate) struct ShardCids(pub(crate) Arc<Mutex<CidMinter>>);
+pub(crate) struct ShardCids {
+    pub(crate) minter: Arc<Mutex<CidMinter>>,
+    /// After this long QUIC replaces a live connection's IDs: a new key generation reaches it so.
+    pub(crate) lifetime: Duration,
+}
 
 impl ConnectionIdGenerator for ShardCids {
     fn generate_cid(&mut self) -> ConnectionId {
-        ConnectionId::new(self.0.lock().mint_connection().as_bytes())
+        ConnectionId::new(self.minter.lock().mint_connection().as_bytes())
     }
 
     // Validation is the gate's work: nothing else reaches quinn.
@@ -21,6 +25,6 @@ impl ConnectionIdGenerator for ShardCids {
     }
 
     fn cid_lifetime(&self) -> Option<Duration> {
-        None
+        Some(self.lifetime)
     }
 }

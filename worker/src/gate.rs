@@ -8,7 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use antiphon_core::{
-    cid::{CidCodec, Kind, SessionCid, SessionNonce},
+    cid::{CidCodec, ConfigId, Kind, SessionCid, SessionNonce},
     id::{Epoch, ServerId, SessionId},
 };
 
@@ -27,6 +27,19 @@ pub(crate) enum GateDrop {
     UnknownInitial,
     /// A first connection ID in a packet that is no Initial.
     InitialIdMisused,
+    /// More than a client sends before its path is a session's own.
+    Unproven,
+}
+
+/// What the gate has seen of a datagram that may pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Admitted {
+    /// The connection's name: nonce of the connection ID.
+    pub(crate) nonce: u64,
+    /// Configuration of the connection ID.
+    pub(crate) config: u8,
+    /// An Initial: QUIC derives keys for it, and may begin a handshake.
+    pub(crate) initial: bool,
 }
 
 impl GateDrop {
@@ -40,6 +53,7 @@ impl GateDrop {
             Self::ForeignServer => "foreign_server",
             Self::UnknownInitial => "unknown_initial",
             Self::InitialIdMisused => "initial_id_misused",
+            Self::Unproven => "unproven",
         }
     }
 }
@@ -114,12 +128,13 @@ impl Gate {
     ///
     /// # Errors
     /// Why not; the datagram is dropped then.
-    pub(crate) fn admit(&mut self, now_s: u64, datagram: &[u8]) -> Result<(), GateDrop> {
+    pub(crate) fn admit(&self, now_s: u64, datagram: &[u8]) -> Result<Admitted, GateDrop> {
         let first = *datagram.first().ok_or(GateDrop::Malformed)?;
         if first & LONG_HEADER == 0 {
             let cid = datagram.get(1..1 + SessionCid::LEN).ok_or(GateDrop::Malformed)?;
-            return match self.ours(cid)?.kind() {
-                Some(Kind::Connection) => Ok(()),
+            let nonce = self.ours(cid)?;
+            return match nonce.kind() {
+                Some(Kind::Connection) => Ok(Admitted { nonce: nonce.value(), config: config(cid), initial: false }),
                 _ => Err(GateDrop::InitialIdMisused),
             };
         }
@@ -134,11 +149,12 @@ impl Gate {
         let cid = datagram.get(6..6 + SessionCid::LEN).ok_or(GateDrop::Malformed)?;
         let nonce = self.ours(cid)?;
         // RFC 9000, section 17.2: the packet type is in bits 4 and 5.
+        let admitted = |initial| Ok(Admitted { nonce: nonce.value(), config: config(cid), initial });
         match (first >> 4 & 0b11, nonce.kind()) {
-            (INITIAL, Some(Kind::Initial)) if self.attempts.contains_key(&nonce.value()) => Ok(()),
-            (INITIAL, Some(Kind::Connection)) if self.in_handshake(now_s, nonce) => Ok(()),
+            (INITIAL, Some(Kind::Initial)) if self.attempts.contains_key(&nonce.value()) => admitted(true),
+            (INITIAL, Some(Kind::Connection)) if self.in_handshake(now_s, nonce) => admitted(true),
             (INITIAL, _) => Err(GateDrop::UnknownInitial),
-            (HANDSHAKE, Some(Kind::Connection)) => Ok(()),
+            (HANDSHAKE, Some(Kind::Connection)) => admitted(false),
             (HANDSHAKE, _) => Err(GateDrop::InitialIdMisused),
             _ => Err(GateDrop::PacketType),
         }
@@ -185,6 +201,11 @@ impl Gate {
     }
 }
 
+/// The configuration in a connection ID's first octet.
+fn config(cid: &[u8]) -> u8 {
+    cid.first().map_or(ConfigId::UNROUTABLE, |octet| octet >> 5)
+}
+
 const LONG_HEADER: u8 = 0x80;
 const QUIC_V1: [u8; 4] = [0, 0, 0, 1];
 const INITIAL: u8 = 0;
@@ -196,7 +217,7 @@ const HANDSHAKE_S: u64 = 10;
 mod tests {
     use super::*;
     use antiphon_core::{
-        cid::{CidMinter, ConfigId, NonceCounter},
+        cid::{CidMinter, NonceCounter},
         id::{Incarnation, RegionNumber, ShardNumber, WorkerNumber},
     };
     use proptest::prelude::*;
@@ -246,7 +267,7 @@ mod tests {
         let packet = long(INITIAL, &cid, &[]);
         assert_eq!(gate.admit(0, &packet), Err(GateDrop::UnknownInitial));
         gate.expect([nonce], attempt());
-        assert_eq!(gate.admit(0, &packet), Ok(()));
+        assert!(gate.admit(0, &packet).is_ok());
         assert_eq!(gate.attempt(cid.as_bytes()), Some((nonce, attempt())));
         gate.forget([nonce]);
         assert_eq!(gate.admit(0, &packet), Err(GateDrop::UnknownInitial), "a replay after the end");
@@ -260,15 +281,15 @@ mod tests {
         assert_eq!(gate.admit(0, &answer), Err(GateDrop::UnknownInitial));
         let sent = long(INITIAL, &SessionCid::from_bytes([3; 17]), own.as_bytes());
         gate.on_sent(0, &sent);
-        assert_eq!(gate.admit(HANDSHAKE_S, &answer), Ok(()));
+        assert!(gate.admit(HANDSHAKE_S, &answer).is_ok());
         assert_eq!(gate.admit(HANDSHAKE_S + 1, &answer), Err(GateDrop::UnknownInitial));
     }
 
     #[test]
     fn what_is_not_for_this_incarnation_stops_here() {
-        let (mut gate, mut other, mut own) = (gate(), minter(8), minter(9));
+        let (gate, mut other, mut own) = (gate(), minter(8), minter(9));
         assert_eq!(gate.admit(0, &short(&other.mint_connection())), Err(GateDrop::ForeignServer));
-        assert_eq!(gate.admit(0, &short(&own.mint_connection())), Ok(()));
+        assert!(gate.admit(0, &short(&own.mint_connection())).is_ok());
         let (initial, _) = own.mint_initial(100);
         assert_eq!(gate.admit(0, &short(&initial)), Err(GateDrop::InitialIdMisused));
         assert_eq!(gate.admit(0, &long(HANDSHAKE, &initial, &[])), Err(GateDrop::InitialIdMisused));

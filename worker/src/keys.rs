@@ -115,6 +115,15 @@ impl KeySet {
         self.loaded.iter().map(|generation| generation.number)
     }
 
+    /// The generation of each configuration.
+    pub(crate) fn by_config(&self) -> [Option<KeyGeneration>; ConfigId::COUNT] {
+        let mut table = [None; ConfigId::COUNT];
+        for generation in &self.loaded {
+            table[usize::from(generation.config.value())] = Some(generation.number);
+        }
+        table
+    }
+
     /// Public keys that tickets may be signed with.
     pub(crate) fn ticket_keys(&self) -> Vec<[u8; 32]> {
         self.ticket_keys.clone()

@@ -11,12 +11,18 @@ mod conversation;
 mod gate;
 mod keys;
 mod metrics;
+mod paths;
+mod quota;
 mod registration;
 mod relays;
+mod rotation;
 mod service;
 mod session;
 mod shard;
+mod skew;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::{
     net::{IpAddr, SocketAddr},

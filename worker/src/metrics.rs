@@ -57,6 +57,7 @@ struct Reason {
 pub(crate) struct ShardMetrics {
     pub(crate) received: Counter,
     pub(crate) sent: Counter,
+    pub(crate) clock_skew: Gauge,
     dropped: Family<Reason, Counter>,
 }
 
@@ -130,6 +131,8 @@ impl Metrics {
         r.register("received_frames", "Tunnel frames received", m.shard.received.clone());
         r.register("sent_frames", "Tunnel frames sent", m.shard.sent.clone());
         r.register("dropped_frames", "Frames dropped before QUIC, by reason", m.shard.dropped.clone());
+        let skew = "Seconds that the clock of the relay furthest off is ahead of this one";
+        r.register("clock_skew_seconds", skew, m.shard.clock_skew.clone());
         r.register("slots", "Sessions this worker can hold", m.slots.clone());
         r.register("reserved_sessions", "Leases without an owner yet", m.reserved.clone());
         r.register("active_sessions", "Sessions with an active owner", m.active.clone());

@@ -46,6 +46,7 @@ pub(crate) struct Registration {
     capacity: Arc<Capacity>,
     metrics: Metrics,
     pin: bool,
+    cid_lifetime: Duration,
     /// Key generations in use, oldest first.
     loaded: Vec<u32>,
 }
@@ -82,6 +83,7 @@ impl Registration {
             capacity,
             metrics,
             pin: args.pin,
+            cid_lifetime: args.cid_lifetime,
             loaded: Vec::new(),
         }
     }
@@ -156,6 +158,8 @@ impl Registration {
         let counts = self.capacity.counts();
         let phase = if counts.draining { Phase::Draining } else { Phase::Active };
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
+        let tunnels = self.shards.as_ref().and_then(Shards::oldest_tunnel_generation);
+        let oldest = self.capacity.oldest_generation().into_iter().chain(tunnels).min();
         let report = WorkerReport {
             phase: phase.into(),
             slots: counts.slots,
@@ -163,7 +167,7 @@ impl Registration {
             active: counts.active,
             unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX),
             loaded_generations: self.loaded.clone(),
-            ..WorkerReport::default()
+            oldest_generation: oldest.map_or(0, KeyGeneration::value),
         };
         match sender.try_send(message(Message::Report(report))) {
             Err(mpsc::error::TrySendError::Closed(_)) => bail!("router closed the stream"),
@@ -194,6 +198,7 @@ impl Registration {
             region: &self.hello.region,
             slots: self.hello.slots,
             pin: self.pin,
+            cid_lifetime: self.cid_lifetime,
             capacity: self.capacity.clone(),
             metrics: self.metrics.clone(),
         };

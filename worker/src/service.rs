@@ -105,14 +105,13 @@ impl Worker for WorkerService {
             |terms: &Terms| terms.session == session && [terms.tenant.as_str(), ""].contains(&request.tenant.as_str());
         let found = sessions.iter().find(|(terms, active)| *active && own(terms));
         let (terms, _) = found.ok_or_else(|| Status::not_found(format!("{session} is not active here")))?;
-        let age = terms.since.elapsed().unwrap_or_default();
         Ok(Response::new(SessionPath {
             session: session.to_string(),
             region: self.region.clone(),
             worker: self.name.clone(),
             epoch: terms.epoch.value(),
-            age_ms: u32::try_from(age.as_millis()).unwrap_or(u32::MAX),
-            ..SessionPath::default()
+            age_ms: u32::try_from(terms.age().as_millis()).unwrap_or(u32::MAX),
+            ..terms.path.lock().describe()
         }))
     }
 }

@@ -1,6 +1,8 @@
 //! A session's life on its connection: handshake, activation, conversation, end.
 
+pub(crate) mod history;
 mod live;
+mod watch;
 
 use std::{
     sync::Arc,
@@ -30,6 +32,7 @@ use crate::{
     shard::{ShardContext, audio_format},
 };
 use live::Live;
+use watch::PathWatch;
 
 /// Serves one connection attempt to its end. Never fails: whatever a client does concerns its session only.
 pub(crate) async fn serve(
@@ -76,6 +79,7 @@ async fn attend(
     stopping: CancellationToken,
 ) -> Result<(), AttendError> {
     let format = audio_format(terms.codec).ok_or_else(|| AttendError::Setup("codec".into()))?;
+    let generation = context.rotation.minting();
     let connecting = incoming.accept_with(context.server_configs.of(format))?;
     let too_slow = |_| AttendError::TooSlow(SET_UP);
     let connection = timeout(SET_UP, connecting).await.map_err(too_slow)??;
@@ -104,7 +108,8 @@ async fn attend(
         }
     };
     context.metrics.activation(ActivationOutcome::Activated);
-    let live = Live::begin(context.clone(), terms.clone(), connection, writer, reader, owner);
+    let watch = PathWatch::begin(context.clone(), terms.clone(), &connection, generation);
+    let live = Live::begin(watch, context.clone(), terms.clone(), connection, writer, reader, owner);
     match live {
         Ok(live) => live.run(stopping).await,
         Err(reason) => {

@@ -1,10 +1,15 @@
 //! A worker's QUIC endpoints: one UDP port, one thread and one endpoint each.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use antiphon_core::{
     cid::{CidMinter, NonceCounter},
-    id::{Incarnation, RegionNumber, RelayNumber, ServerId, ShardNumber, WorkerNumber},
+    id::{Incarnation, KeyGeneration, RegionNumber, RelayNumber, ServerId, ShardNumber, WorkerNumber},
     tunnel::Notice,
 };
 use antiphon_media::format::AudioFormat;
@@ -27,7 +32,9 @@ use crate::{
     gate::Gate,
     keys::{KeySet, ResetKeys, ResetTable},
     metrics::Metrics,
+    paths::Paths,
     relays::RelayTable,
+    rotation::Rotation,
     session,
     socket::{RelayNotice, TunnelSocket},
 };
@@ -37,6 +44,9 @@ use crate::{
 pub(crate) struct ShardContext {
     pub(crate) server_id: ServerId,
     pub(crate) gate: Arc<Mutex<Gate>>,
+    pub(crate) paths: Arc<Paths>,
+    pub(crate) relays: Arc<ArcSwap<RelayTable>>,
+    pub(crate) rotation: Arc<Rotation>,
     pub(crate) capacity: Arc<Capacity>,
     pub(crate) metrics: Metrics,
     pub(crate) ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
@@ -93,6 +103,7 @@ pub(crate) struct ShardsConfig<'a> {
     pub(crate) region: &'a str,
     pub(crate) slots: u32,
     pub(crate) pin: bool,
+    pub(crate) cid_lifetime: Duration,
     pub(crate) capacity: Arc<Capacity>,
     pub(crate) metrics: Metrics,
 }
@@ -104,6 +115,7 @@ pub(crate) struct Shards {
     relays: Vec<Arc<ArcSwap<RelayTable>>>,
     resets: Vec<Arc<ArcSwap<ResetTable>>>,
     ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
+    rotation: Arc<Rotation>,
 }
 
 impl Shards {
@@ -116,6 +128,7 @@ impl Shards {
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
         let (codec, minting) = (keys.codec(), keys.minting());
+        let rotation = Arc::new(Rotation::new(keys, config.cid_lifetime, std::time::Instant::now()));
         let server_configs = ServerConfigs::new(config.identity, config.slots)?;
         let ticket_keys = Arc::new(ArcSwap::from_pointee(keys.ticket_keys()));
         tracing::info!(region = config.region, worker = %config.numbers.1, shards = sockets.len(), "opening shards");
@@ -133,6 +146,9 @@ impl Shards {
             let context = ShardContext {
                 server_id,
                 gate: gate.clone(),
+                paths: Arc::default(),
+                relays: relays.clone(),
+                rotation: rotation.clone(),
                 capacity: config.capacity.clone(),
                 metrics: config.metrics.clone(),
                 ticket_keys: ticket_keys.clone(),
@@ -144,18 +160,17 @@ impl Shards {
                 context: Arc::new(context),
                 socket,
                 minter: minter.clone(),
-                relays: relays.clone(),
                 resets: reset_table.clone(),
                 draining,
                 core: config.pin.then_some(number),
             };
             shard.start(tasks)?;
-            doors.push(Door { server_id, minter, gate });
+            doors.push(Door { server_id, minter, gate, rotation: rotation.clone() });
             tables.push(relays);
             resets.push(reset_table);
         }
         config.capacity.open(doors.clone());
-        Ok(Self { doors, relays: tables, resets, ticket_keys })
+        Ok(Self { doors, relays: tables, resets, ticket_keys, rotation })
     }
 
     /// Goes on with other keys. Live sessions keep theirs for as long as the keys are loaded.
@@ -168,6 +183,13 @@ impl Shards {
             door.gate.lock().set_codec(codec.clone());
             door.minter.lock().rotate(minting.config, minting.key);
         }
+        self.rotation.set(keys, std::time::Instant::now());
+    }
+
+    /// The oldest key generation that a relay's tunnel still uses.
+    pub(crate) fn oldest_tunnel_generation(&self) -> Option<KeyGeneration> {
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        self.relays.iter().filter_map(|table| table.load().oldest_in_use(now_s)).min()
     }
 
     /// Takes over the relays that frames are accepted from, all shards or none.
@@ -184,7 +206,6 @@ struct Shard {
     context: Arc<ShardContext>,
     socket: std::net::UdpSocket,
     minter: Arc<Mutex<CidMinter>>,
-    relays: Arc<ArcSwap<RelayTable>>,
     resets: Arc<ArcSwap<ResetTable>>,
     draining: watch::Sender<DrainingRelays>,
     core: Option<u8>,
@@ -216,9 +237,16 @@ impl Shard {
         let (notices, told) = mpsc::channel(64);
         let context = self.context;
         let metrics = context.metrics.shard.clone();
-        let socket = TunnelSocket::new(self.socket, context.gate.clone(), self.relays, notices, metrics)?;
+        let socket = TunnelSocket::new(
+            self.socket,
+            context.gate.clone(),
+            context.relays.clone(),
+            context.paths.clone(),
+            notices,
+            metrics,
+        )?;
         let mut config = EndpointConfig::new(Arc::new(ResetKeys::new(self.resets)));
-        let cids = ShardCids(self.minter);
+        let cids = ShardCids { minter: self.minter, lifetime: context.rotation.lifetime() };
         config.cid_generator(move || Box::new(cids.clone())).max_udp_payload_size(LARGEST_DATAGRAM)?;
         let server = context.server_configs.of(AudioFormat::Opus).as_ref().clone();
         let socket = Arc::new(socket);

@@ -13,12 +13,12 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use antiphon_core::{
     id::RelayNumber,
-    tunnel::{ClientAddr, Ecn, HEADER_LEN, Notice, OpenError},
+    tunnel::{ClientAddr, Ecn, HEADER_LEN, Header, Notice, OpenError, coarse_time},
 };
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -29,9 +29,12 @@ use quinn::{
 use tokio::{io::Interest, sync::mpsc};
 
 use crate::{
-    gate::Gate,
+    gate::{Admitted, Gate, GateDrop},
     metrics::{Drop, ShardMetrics},
-    relays::RelayTable,
+    paths::Paths,
+    quota::{Allowance, Quota},
+    relays::{Opened, RelayTable},
+    skew::{ClockSkew, NOTABLE_S},
 };
 
 /// A relay said something about itself.
@@ -61,14 +64,42 @@ pub(crate) struct TunnelSocket {
     rx: Mutex<Received>,
     gate: Arc<Mutex<Gate>>,
     relays: Arc<ArcSwap<RelayTable>>,
+    paths: Arc<Paths>,
     notices: mpsc::Sender<RelayNotice>,
     metrics: ShardMetrics,
+    started: Instant,
+    /// Frames on their way out; kept for its memory.
+    frames: Mutex<Vec<u8>>,
 }
 
 /// Frames that came in one batch and wait to be handed on.
 struct Received {
     buffers: Vec<Vec<u8>>,
     pending: VecDeque<Pending>,
+    limits: Limits,
+    skew: ClockSkew,
+}
+
+/// What may come from where no session is known to be: enough for handshakes and migrations, and far less than would
+/// keep QUIC busy. The first of each pair holds for one client address behind one relay, so that whoever forges a
+/// client's packets from elsewhere takes nothing from that client; the second for one connection ID from everywhere.
+struct Limits {
+    initials: (Quota, Quota),
+    others: (Quota, Quota),
+}
+
+impl Limits {
+    fn new() -> Self {
+        Self {
+            initials: (Quota::new(INITIALS_OF_PATH), Quota::new(INITIALS_OF_ID)),
+            others: (Quota::new(OTHERS_OF_PATH), Quota::new(OTHERS_OF_ID)),
+        }
+    }
+
+    fn allow(&mut self, now_ms: u64, path: SocketAddr, seen: Admitted) -> bool {
+        let (of_path, of_id) = if seen.initial { &mut self.initials } else { &mut self.others };
+        of_path.take(now_ms, (path, seen.nonce)) && of_id.take(now_ms, seen.nonce)
+    }
 }
 
 struct Pending {
@@ -91,14 +122,18 @@ impl TunnelSocket {
         socket: std::net::UdpSocket,
         gate: Arc<Mutex<Gate>>,
         relays: Arc<ArcSwap<RelayTable>>,
+        paths: Arc<Paths>,
         notices: mpsc::Sender<RelayNotice>,
         metrics: ShardMetrics,
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let state = UdpSocketState::new((&socket).into())?;
         let buffers = (0..BATCH_SIZE).map(|_| vec![0; LARGEST_TRAIN]).collect();
-        let rx = Mutex::new(Received { buffers, pending: VecDeque::new() });
-        Ok(Self { io: tokio::net::UdpSocket::from_std(socket)?, state, rx, gate, relays, notices, metrics })
+        let (limits, skew) = (Limits::new(), ClockSkew::default());
+        let rx = Mutex::new(Received { buffers, pending: VecDeque::new(), limits, skew });
+        let io = tokio::net::UdpSocket::from_std(socket)?;
+        let (started, frames) = (Instant::now(), Mutex::default());
+        Ok(Self { io, state, rx, gate, relays, paths, notices, metrics, started, frames })
     }
 
     /// Reads one batch off the system and keeps what may go on to QUIC.
@@ -108,41 +143,70 @@ impl TunnelSocket {
             let mut slices: Vec<IoSliceMut<'_>> = rx.buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
             self.io.try_io(Interest::READABLE, || self.state.recv((&self.io).into(), &mut slices, &mut meta))?
         };
-        let now_s = unix_seconds();
+        let moment = Moment { s: unix_seconds(), ms: self.started.elapsed().as_millis() as u64 };
         let relays = self.relays.load();
-        let mut gate = self.gate.lock();
+        let gate = self.gate.lock();
+        let Received { buffers, pending, limits, skew } = rx;
         for (index, meta) in meta[..count].iter().enumerate() {
             // The system merges frames of different clients into one train: same relay, same port.
             let mut start = 0;
             while start < meta.len {
                 let end = (start + meta.stride.max(1)).min(meta.len);
-                let frame = &rx.buffers[index][start..end];
-                if let Some(from) = self.classify(&relays, &mut gate, now_s, frame) {
+                let frame = &buffers[index][start..end];
+                let opened = self.open(&relays, skew, moment.s, meta.addr, frame);
+                if let Some((from, mark)) = opened.and_then(|frame| self.classify(&gate, limits, moment, frame)) {
                     // The client's own mark travels in the header; the tunnel leg may have added congestion.
-                    let ecn = meta.ecn.filter(|e| *e == EcnCodepoint::Ce).or(from.1);
-                    let (start, from) = (start + HEADER_LEN, from.0);
-                    rx.pending.push_back(Pending { buffer: index, start, end, from, ecn });
+                    let ecn = meta.ecn.filter(|e| *e == EcnCodepoint::Ce).or(mark);
+                    pending.push_back(Pending { buffer: index, start: start + HEADER_LEN, end, from, ecn });
                 }
                 start = end;
+            }
+        }
+        if let Some(furthest) = skew.poll(moment.s) {
+            self.metrics.clock_skew.set(furthest.ahead_s.into());
+            if furthest.ahead_s.unsigned_abs() >= NOTABLE_S {
+                let (relay, ahead_s) = (furthest.relay, furthest.ahead_s);
+                tracing::warn!(%relay, ahead_s, "a relay's clock differs from this one; frames are stale from 30 s on");
             }
         }
         Ok(())
     }
 
+    /// Verifies a frame; notes how its clock goes.
+    fn open<'a>(
+        &self,
+        relays: &RelayTable,
+        skew: &mut ClockSkew,
+        now_s: u64,
+        source: SocketAddr,
+        frame: &'a [u8],
+    ) -> Option<Opened<'a>> {
+        self.metrics.received.inc();
+        let ahead = |header: Header| header.time.wrapping_sub(coarse_time(now_s)).cast_signed();
+        match relays.open(now_s, source, frame) {
+            Some(Ok(opened)) => {
+                skew.note(opened.header.relay, ahead(opened.header));
+                Some(opened)
+            }
+            Some(Err(error)) => {
+                if let (OpenError::Stale, Ok(header)) = (error, Header::parse(frame)) {
+                    skew.note(header.relay, ahead(header));
+                }
+                self.drop(drop_reason(error))
+            }
+            None => self.drop(Drop::UnknownRelay),
+        }
+    }
+
     /// The path a frame came by and its ECN mark, if QUIC may see it.
     fn classify(
         &self,
-        relays: &RelayTable,
-        gate: &mut Gate,
-        now_s: u64,
-        frame: &[u8],
+        gate: &Gate,
+        limits: &mut Limits,
+        now: Moment,
+        frame: Opened<'_>,
     ) -> Option<(SocketAddr, Option<EcnCodepoint>)> {
-        self.metrics.received.inc();
-        let (header, datagram) = match relays.open(now_s, frame) {
-            Some(Ok(opened)) => opened,
-            Some(Err(error)) => return self.drop(drop_reason(error)),
-            None => return self.drop(Drop::UnknownRelay),
-        };
+        let Opened { header, datagram } = frame;
         if header.client == ClientAddr::RELAY {
             if let Some(notice) = Notice::from_bytes(datagram) {
                 // Full: the same notice is on its way already, and the relay repeats it.
@@ -150,10 +214,13 @@ impl TunnelSocket {
             }
             return None;
         }
-        if let Err(reason) = gate.admit(now_s, datagram) {
-            return self.drop(Drop::Gate(reason));
+        let path = path_address(header.client, header.relay);
+        match gate.admit(now.s, datagram) {
+            Ok(seen) if self.paths.note_received(path, seen.config) || limits.allow(now.ms, path, seen) => {}
+            Ok(_) => return self.drop(Drop::Gate(GateDrop::Unproven)),
+            Err(reason) => return self.drop(Drop::Gate(reason)),
         }
-        Some((path_address(header.client, header.relay), EcnCodepoint::from_bits(header.ecn.bits())))
+        Some((path, EcnCodepoint::from_bits(header.ecn.bits())))
     }
 
     fn drop<T>(&self, reason: Drop) -> Option<T> {
@@ -178,7 +245,8 @@ impl AsyncUdpSocket for TunnelSocket {
             transmit.contents.chunks(segment).for_each(|datagram| gate.on_sent(now_s, datagram));
         }
         let count = transmit.contents.len().div_ceil(segment);
-        let mut frames = Vec::with_capacity(transmit.contents.len() + count * HEADER_LEN);
+        let mut frames = self.frames.lock();
+        frames.clear();
         let client = ClientAddr { ip: *client.ip(), port: client.port() };
         let ecn = transmit.ecn.map_or(Ecn::NotEct, |e| Ecn::from_bits(e as u8));
         let datagrams = transmit.contents.chunks(segment);
@@ -188,6 +256,7 @@ impl AsyncUdpSocket for TunnelSocket {
             return Ok(());
         };
         self.metrics.sent.inc_by(count as u64);
+        self.paths.note_sent(transmit.destination, count as u64);
         let segment_size = transmit.segment_size.map(|size| size + HEADER_LEN);
         let outer = Transmit { destination, ecn: transmit.ecn, contents: &frames, segment_size, src_ip: None };
         self.io.try_io(Interest::WRITABLE, || self.state.send((&self.io).into(), &outer))
@@ -281,6 +350,21 @@ impl UdpPoller for Writable {
     }
 }
 
+/// When a batch came.
+#[derive(Debug, Clone, Copy)]
+struct Moment {
+    /// Unix seconds.
+    s: u64,
+    /// Milliseconds of this socket's own clock.
+    ms: u64,
+}
+
+/// A handshake takes two datagrams and their retransmissions.
+const INITIALS_OF_PATH: Allowance = Allowance { rate: 8, burst: 16 };
+const INITIALS_OF_ID: Allowance = Allowance { rate: 32, burst: 64 };
+/// A client on a new path sends 50 packets a second, and first again what the old one may have lost.
+const OTHERS_OF_PATH: Allowance = Allowance { rate: 100, burst: 100 };
+const OTHERS_OF_ID: Allowance = Allowance { rate: 1_000, burst: 400 };
 /// The most that the system merges into one receive.
 const LARGEST_TRAIN: usize = 65_535;
 

@@ -28,12 +28,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::farewell;
+use super::{farewell, watch::PathWatch};
 use crate::{
     capacity::Terms,
     conversation::{Conversation, Output, Setup},
     shard::{DrainingRelays, ShardContext, audio_format},
-    socket::path_relay,
 };
 
 /// Why an active session is over.
@@ -51,6 +50,7 @@ enum End {
 
 /// A session with an active owner.
 pub(super) struct Live {
+    watch: PathWatch,
     context: Arc<ShardContext>,
     terms: Arc<Terms>,
     connection: Connection,
@@ -69,6 +69,7 @@ pub(super) struct Live {
 
 impl Live {
     pub(super) fn begin(
+        watch: PathWatch,
         context: Arc<ShardContext>,
         terms: Arc<Terms>,
         connection: Connection,
@@ -88,6 +89,7 @@ impl Live {
         let beats = Heartbeats::new(0, terms.epoch);
         let began = Instant::now();
         Ok(Self {
+            watch,
             context,
             terms,
             connection,
@@ -178,6 +180,7 @@ impl Live {
 
     fn on_datagram(&mut self, datagram: &Bytes) {
         let now_us = self.now_us();
+        self.watch.on_heard(&self.connection, self.beats.silence(now_us));
         self.beats.on_heard(now_us);
         match split_flow(datagram) {
             Some((Flow::Audio, payload)) => {
@@ -249,6 +252,7 @@ impl Live {
         self.send_again().await;
         let now_us = self.now_us();
         let silence = self.beats.silence(now_us);
+        self.watch.on_step(silence);
         if silence > CLIENT_GONE {
             return Err(End::Told(EndCode::ClientSilent));
         }
@@ -272,9 +276,7 @@ impl Live {
         }
         self.steps += 1;
         if self.steps.is_multiple_of(SLOW_STEPS) {
-            if let Some(relay) = path_relay(self.connection.remote_address()) {
-                self.terms.set_relay(relay.value());
-            }
+            self.watch.measure(&self.connection, &jitter);
             let draining = self.context.draining_relays.borrow().clone();
             self.leave_draining_relay(&draining).await?;
         }
@@ -326,7 +328,7 @@ impl Live {
 
     /// Tells the client once to leave a relay that will stop.
     async fn leave_draining_relay(&mut self, draining: &DrainingRelays) -> Result<(), End> {
-        let Some(relay) = path_relay(self.connection.remote_address()) else {
+        let Some(relay) = self.watch.relay() else {
             return Ok(());
         };
         let Some(until) = draining.get(&relay).filter(|until| **until > Instant::now()) else {
@@ -336,7 +338,9 @@ impl Live {
             return Ok(());
         }
         self.told_to_leave = Some(relay);
-        let deadline_ms = u32::try_from(until.duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
+        let left = until.duration_since(Instant::now());
+        self.watch.on_draining(relay, left);
+        let deadline_ms = u32::try_from(left.as_millis()).unwrap_or(u32::MAX);
         self.tell(ToClient::MoveRelay(MoveRelay { relay: relay.value().into(), deadline_ms })).await
     }
 }

@@ -1,0 +1,4 @@
+//! Tests of whole shards: real QUIC connections over real sockets, through relays that do as they are told.
+
+mod rig;
+mod rotation;
