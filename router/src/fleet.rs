@@ -4,6 +4,7 @@
 //! `capacity` (free leases) and `settled` (an answer that someone's placement may depend on).
 
 mod hello;
+mod keys;
 mod peers;
 mod relays;
 mod routes;
@@ -29,6 +30,8 @@ pub(crate) use routes::{RouteMap, delta, full};
 pub(crate) use workers::{Claim, Standing};
 
 use crate::{create::Create, records::Records, store::Store};
+use keys::Keys;
+pub(crate) use keys::follow as follow_keys;
 use peers::Peer;
 use relays::Relay;
 use workers::Worker;
@@ -77,6 +80,7 @@ struct State {
     /// `None`: something changed that it cannot follow; made anew when it is needed.
     view: Option<View>,
     last_stream: u64,
+    keys: Keys,
 }
 
 /// The planner's snapshot and what its indices stand for.
@@ -139,6 +143,8 @@ impl Fleet {
         state.records = records;
         state.view = None;
         drop(state);
+        // What it asks to write down, the next tick asks again.
+        let _ = self.replan_keys();
         for counter in [&self.topology, &self.capacity, &self.settled] {
             counter.send_modify(|n| *n += 1);
         }

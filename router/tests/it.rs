@@ -10,6 +10,8 @@
 mod fleet;
 #[path = "it/http.rs"]
 mod http;
+#[path = "it/keys.rs"]
+mod keys;
 #[path = "it/openapi.rs"]
 mod openapi;
 #[path = "it/peering.rs"]

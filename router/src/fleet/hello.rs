@@ -1,6 +1,6 @@
 //! Who wants to register, checked.
 
-use antiphon_core::id::{Incarnation, RelayNumber, ServerId, ShardNumber, WorkerNumber};
+use antiphon_core::id::{Incarnation, RelayNumber, ShardNumber, WorkerNumber};
 use antiphon_proto::v1;
 use antiphon_runtime::pki::PeerName;
 
@@ -99,16 +99,6 @@ fn own_name(name: &str, region: &str, peer: &PeerName) -> Result<(), FieldError>
         }
     }
     Ok(())
-}
-
-/// The server ID of one shard.
-pub(crate) fn server_id(
-    region: antiphon_core::id::RegionNumber,
-    worker: WorkerNumber,
-    shard: ShardNumber,
-    incarnation: Incarnation,
-) -> ServerId {
-    ServerId { region, worker, shard, incarnation }
 }
 
 /// Far above what one machine serves.

@@ -4,11 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use antiphon_core::{
     clock::Millis,
+    generation::RegionKeys,
     placement::{Freshness, PoolView, RegionView},
 };
 use antiphon_proto::v1;
 
-use super::{Fleet, routes, routes::RouteMap};
+use super::{Fleet, keys, routes, routes::RouteMap};
 use crate::records::{self, Region};
 
 /// One other region.
@@ -17,6 +18,8 @@ pub(crate) struct Peer {
     pub(crate) digest: Option<Arc<v1::RegionDigest>>,
     pub(crate) heard: Option<Millis>,
     pub(crate) routes: RouteMap,
+    /// What it said of its keys.
+    pub(crate) keys: RegionKeys,
 }
 
 impl Peer {
@@ -62,6 +65,7 @@ impl Fleet {
             }
             let before = peer.digest.as_ref().map(|d| &d.relays);
             relays_changed = before != Some(&digest.relays);
+            peer.keys.heard(keys::said(&digest));
             peer.digest = Some(Arc::new(digest));
         }
         let routes_changed = update.routes.is_some_and(|update| {

@@ -10,7 +10,12 @@ use antiphon_core::{
 };
 use antiphon_proto::v1;
 
-use super::{Fleet, State, hello::RelayHello, workers::RegisterError, workers::Standing};
+use super::{
+    Fleet, State,
+    hello::RelayHello,
+    keys::MemberKeys,
+    workers::{RegisterError, Standing},
+};
 use crate::records;
 
 /// A registered relay. It stays until it deregisters.
@@ -20,6 +25,7 @@ pub(crate) struct Relay {
     pub(crate) stream: Option<u64>,
     pub(crate) phase: Phase,
     pub(crate) heard: Millis,
+    pub(super) keys: MemberKeys,
 }
 
 impl Relay {
@@ -56,7 +62,13 @@ impl Fleet {
         let mut state = self.state.lock();
         let stream = state.next_stream();
         tracing::info!(relay = hello.name, %number, "relay registered");
-        let relay = Relay { hello, stream: Some(stream), phase: Phase::Active, heard: self.clock.now() };
+        let relay = Relay {
+            hello,
+            stream: Some(stream),
+            phase: Phase::Active,
+            heard: self.clock.now(),
+            keys: MemberKeys::unreported(Some(0)),
+        };
         state.relays.insert(number, relay);
         drop(state);
         self.topology.send_modify(|n| *n += 1);
@@ -72,6 +84,7 @@ impl Fleet {
         };
         let before = relay.phase(now);
         (relay.phase, relay.heard) = (records::phase(report.phase), now);
+        relay.keys = MemberKeys::reported(&report.loaded_generations, 0);
         let changed = before != relay.phase;
         drop(state);
         if changed {
@@ -108,8 +121,7 @@ impl Fleet {
     }
 
     /// Number and tunnel address of every relay whose frames workers accept.
-    pub(crate) fn tunnel_ends(&self) -> Vec<(RelayNumber, String)> {
-        let state = self.state.lock();
+    pub(super) fn tunnel_ends(&self, state: &State) -> Vec<(RelayNumber, String)> {
         let own = state.relays.iter();
         let own = own.map(|(number, relay)| (*number, relay.hello.tunnel_address.clone()));
         let digests = state.peers.values().filter_map(|p| p.digest.as_deref());

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use antiphon_core::{clock::Millis, placement::Phase};
+use antiphon_core::{clock::Millis, id::RelayNumber, placement::Phase};
 use antiphon_proto::v1;
 
-use super::{Fleet, State, workers::Worker};
+use super::{Fleet, State, relays::Relay, workers::Worker};
 use crate::records::proto_phase;
 
 impl Fleet {
@@ -38,6 +38,11 @@ impl Fleet {
             residency: record.residency.clone(),
             pools: pools.into_values().collect(),
             relays: state.relays.iter().map(|(n, r)| r.info(*n, now)).collect(),
+            loaded_generations: state.keys.said.loaded.clone(),
+            minting_generation: state.keys.said.minting,
+            oldest_generation: state.keys.said.oldest,
+            wanted_generation: state.keys.said.wanted,
+            via_relays: record.via_relays,
             ..v1::RegionDigest::default()
         })
     }
@@ -63,6 +68,7 @@ impl Fleet {
             };
             let heard = peer.and_then(|p| p.heard);
             let workers = state.workers.values().filter(|_| local);
+            let relays = state.relays.iter().filter(|_| local);
             v1::RegionStatus {
                 digest,
                 digest_age_ms: match (local, heard) {
@@ -72,11 +78,13 @@ impl Fleet {
                 },
                 local,
                 workers: workers.map(|w| worker_status(w, &state, now)).collect(),
+                relays: relays.map(|(number, relay)| relay_status(*number, relay, now)).collect(),
                 ..v1::RegionStatus::default()
             }
         };
         v1::FleetStatusResponse {
             regions: state.records.regions.values().map(region).collect(),
+            rotation_held_up_by: state.keys.held_up_by.iter().map(ToString::to_string).collect(),
             ..v1::FleetStatusResponse::default()
         }
     }
@@ -128,7 +136,18 @@ fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatu
         report_age_ms: age.map_or(u32::MAX, millis),
         placeable: why_not.is_empty(),
         why_not,
+        loaded_generations: worker.keys.loaded.clone(),
+        oldest_generation: worker.keys.oldest.unwrap_or(0),
         ..v1::WorkerStatus::default()
+    }
+}
+
+fn relay_status(number: RelayNumber, relay: &Relay, now: Millis) -> v1::RelayStatus {
+    v1::RelayStatus {
+        relay: Some(relay.info(number, now)),
+        name: relay.hello.name.clone(),
+        loaded_generations: relay.keys.loaded.clone(),
+        ..v1::RelayStatus::default()
     }
 }
 

@@ -1,62 +1,81 @@
 //! What a worker or relay is given when it registers: its number and its keys, nobody else's (invariant I11).
 
-use antiphon_core::id::{KeyGeneration, RelayNumber, ShardNumber, WorkerNumber};
+use antiphon_core::id::{KeyGeneration, RelayNumber, ServerId, ShardNumber, WorkerNumber};
 use antiphon_proto::{ticket, v1};
 
-use super::{Fleet, hello::server_id};
+use super::{Fleet, keys::Keys};
 
 impl Fleet {
     /// Everything a worker needs. `None`: it is not registered any more.
     pub(crate) fn worker_welcome(&self, number: WorkerNumber) -> Option<v1::WorkerWelcome> {
-        let relays = self.worker_relays(number)?;
+        let v1::WorkerKeys { cid_configs, ticket_keys, relays, reset_keys } = self.worker_keys(number)?;
         let state = self.state.lock();
         let region = self.own_number(&state)?;
         let worker = state.workers.get(&number)?;
         let behaviour = state.records.agents.get(&worker.hello.agent)?.behaviour.clone();
-        let reset_key = |(shard, _): &(ShardNumber, String)| {
-            let id = server_id(region, number, *shard, worker.hello.incarnation);
-            v1::ResetKey {
-                shard: shard.value().into(),
-                generation: generation().value(),
-                key: self.root.reset_key(id, generation()).to_vec().into(),
-            }
-        };
         Some(v1::WorkerWelcome {
             region_number: region.value().into(),
             worker_number: number.value().into(),
             server_name: worker.hello.server_name.clone(),
-            cid_configs: self.cid_configs(),
-            ticket_keys: vec![ticket::public_key(&self.root.ticket_seed(generation())).to_vec().into()],
+            cid_configs,
+            ticket_keys,
             behaviour: Some(behaviour),
             relays,
             report_interval_ms: REPORT_INTERVAL_MS,
-            reset_keys: worker.hello.shards.iter().map(reset_key).collect(),
+            reset_keys,
         })
     }
 
-    /// The relays that a worker accepts frames from, with the keys of each of its shards.
-    pub(crate) fn worker_relays(&self, number: WorkerNumber) -> Option<Vec<v1::WorkerRelay>> {
-        let ends = self.tunnel_ends();
-        let (region, hello) = {
+    /// All keys of a worker, each of every generation that is loaded.
+    pub(crate) fn worker_keys(&self, number: WorkerNumber) -> Option<v1::WorkerKeys> {
+        let (shards, ends, keys) = {
             let state = self.state.lock();
             let region = self.own_number(&state)?;
-            (region, state.workers.get(&number)?.hello.clone())
+            (state.workers.get(&number)?.shard_ids(region), self.tunnel_ends(&state), state.keys.clone())
         };
-        let relay = |(relay, tunnel_address): (RelayNumber, String)| {
-            let secret = self.root.relay_secret(relay, generation());
-            let keys = hello.shards.iter().map(|(shard, _)| {
-                let id = server_id(region, number, *shard, hello.incarnation);
-                let keys = secret.tunnel_keys(id);
-                v1::TunnelKeys {
-                    shard: shard.value().into(),
-                    generation: generation().value(),
-                    up: keys.up.as_bytes().to_vec().into(),
-                    down: keys.down.as_bytes().to_vec().into(),
-                }
-            });
-            v1::WorkerRelay { number: relay.value().into(), tunnel_address, keys: keys.collect() }
+        let ticket_key = |generation| ticket::public_key(&self.root.ticket_seed(generation)).to_vec().into();
+        let relay = |(relay, tunnel_address): (RelayNumber, String)| v1::WorkerRelay {
+            number: relay.value().into(),
+            tunnel_address,
+            keys: keys.generations().flat_map(|g| self.tunnel_keys(relay, g, &shards)).collect(),
         };
-        Some(ends.into_iter().map(relay).collect())
+        Some(v1::WorkerKeys {
+            cid_configs: self.cid_configs(&keys),
+            ticket_keys: keys.generations().map(ticket_key).collect(),
+            relays: ends.into_iter().map(relay).collect(),
+            reset_keys: self.reset_keys(&shards, &keys),
+        })
+    }
+
+    /// What one relay shares with each of a worker's shards.
+    fn tunnel_keys(
+        &self,
+        relay: RelayNumber,
+        generation: KeyGeneration,
+        shards: &[(ShardNumber, ServerId)],
+    ) -> Vec<v1::TunnelKeys> {
+        let secret = self.root.relay_secret(relay, generation);
+        let keys = shards.iter().map(|(shard, id)| {
+            let keys = secret.tunnel_keys(*id);
+            v1::TunnelKeys {
+                shard: shard.value().into(),
+                generation: generation.value(),
+                up: keys.up.as_bytes().to_vec().into(),
+                down: keys.down.as_bytes().to_vec().into(),
+            }
+        });
+        keys.collect()
+    }
+
+    pub(super) fn reset_keys(&self, shards: &[(ShardNumber, ServerId)], keys: &Keys) -> Vec<v1::ResetKey> {
+        let of_generation = |generation: KeyGeneration| {
+            shards.iter().map(move |(shard, id)| v1::ResetKey {
+                shard: shard.value().into(),
+                generation: generation.value(),
+                key: self.root.reset_key(*id, generation).to_vec().into(),
+            })
+        };
+        keys.generations().flat_map(of_generation).collect()
     }
 
     /// The newest behaviour of a worker's agent. `None`: the agent or the worker is gone; what it has stays in force.
@@ -68,37 +87,35 @@ impl Fleet {
 
     /// Everything a relay needs except its routes.
     pub(crate) fn relay_welcome(&self, number: RelayNumber) -> v1::RelayWelcome {
-        let secret = self.root.relay_secret(number, generation());
+        let v1::RelayKeys { cid_configs, secrets } = self.relay_keys(number);
         v1::RelayWelcome {
             relay_number: number.value().into(),
-            cid_configs: self.cid_configs(),
-            secrets: vec![v1::RelaySecret {
-                generation: generation().value(),
-                secret: secret.as_bytes().to_vec().into(),
-                sealing: true,
-            }],
+            cid_configs,
+            secrets,
             report_interval_ms: REPORT_INTERVAL_MS,
         }
     }
 
-    /// Seed of the key that signs tickets.
-    pub(crate) fn ticket_seed(&self) -> [u8; 32] {
-        self.root.ticket_seed(generation())
+    /// All keys of a relay, each of every generation that is loaded.
+    pub(crate) fn relay_keys(&self, number: RelayNumber) -> v1::RelayKeys {
+        let keys = self.state.lock().keys.clone();
+        let secret = |generation: KeyGeneration| v1::RelaySecret {
+            generation: generation.value(),
+            secret: self.root.relay_secret(number, generation).as_bytes().to_vec().into(),
+            sealing: generation == keys.minting(),
+        };
+        v1::RelayKeys { cid_configs: self.cid_configs(&keys), secrets: keys.generations().map(secret).collect() }
     }
 
-    fn cid_configs(&self) -> Vec<v1::CidConfig> {
-        vec![v1::CidConfig {
-            config_id: generation().value() % CID_CONFIGS,
-            generation: generation().value(),
-            key: self.root.cid_key(generation()).to_vec().into(),
-            minting: true,
-        }]
+    fn cid_configs(&self, keys: &Keys) -> Vec<v1::CidConfig> {
+        let config = |generation: KeyGeneration| v1::CidConfig {
+            config_id: generation.value() % CID_CONFIGS,
+            generation: generation.value(),
+            key: self.root.cid_key(generation).to_vec().into(),
+            minting: generation == keys.minting(),
+        };
+        keys.generations().map(config).collect()
     }
-}
-
-/// The generation in use. A later one is minted only after every region reports that it loaded it.
-fn generation() -> KeyGeneration {
-    KeyGeneration::new(1).expect("every u32 is a generation")
 }
 
 /// How often workers and relays report.

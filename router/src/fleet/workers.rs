@@ -4,14 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use antiphon_core::{
     clock::Millis,
-    id::{RegionNumber, WorkerNumber},
+    id::{RegionNumber, ServerId, ShardNumber, WorkerNumber},
     placement::{Freshness, Phase, WorkerView},
 };
 use antiphon_proto::v1;
 use antiphon_runtime::{pki::Role, tls};
 use tonic::transport::Channel;
 
-use super::{Fleet, State, Target, hello, hello::WorkerHello, keys::MemberKeys};
+use super::{Fleet, State, Target, hello::WorkerHello, keys::MemberKeys};
 use crate::{
     records,
     store::{StoreError, WorkerClaim},
@@ -84,10 +84,15 @@ impl Worker {
 
     /// Its routes: server ID and address of each shard.
     pub(crate) fn routes(&self, region: RegionNumber) -> impl Iterator<Item = (u64, Arc<str>)> {
-        self.hello.shards.iter().map(move |(shard, address)| {
-            let id = hello::server_id(region, self.number, *shard, self.hello.incarnation);
-            (id.to_u64(), address.as_str().into())
-        })
+        let addresses = self.hello.shards.iter().map(|(_, address)| address.as_str().into());
+        self.shard_ids(region).into_iter().map(|(_, id)| id.to_u64()).zip(addresses)
+    }
+
+    /// The server ID of each shard.
+    pub(crate) fn shard_ids(&self, region: RegionNumber) -> Vec<(ShardNumber, ServerId)> {
+        let (worker, incarnation) = (self.number, self.hello.incarnation);
+        let shards = self.hello.shards.iter().map(|(shard, _)| *shard);
+        shards.map(|shard| (shard, ServerId { region, worker, shard, incarnation })).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use antiphon_core::id::{RelayNumber, WorkerNumber};
 use antiphon_proto::v1::{
-    AgentBehaviour, RelayDirective, RelayMessage, WorkerDirective, WorkerMessage, WorkerRelay, WorkerRelays,
+    AgentBehaviour, RelayDirective, RelayKeys, RelayMessage, WorkerDirective, WorkerKeys, WorkerMessage, WorkerRelays,
     fleet_server, relay_directive, relay_message, worker_directive, worker_message,
 };
 use antiphon_runtime::pki::Role;
@@ -90,7 +90,7 @@ struct WorkerStream {
     fleet: Arc<Fleet>,
     standing: Standing<WorkerNumber>,
     directives: Directives<WorkerDirective>,
-    relays: Vec<WorkerRelay>,
+    keys: WorkerKeys,
     behaviour: Option<AgentBehaviour>,
 }
 
@@ -108,9 +108,14 @@ impl WorkerStream {
         directives: Directives<WorkerDirective>,
     ) -> Result<Self, Status> {
         let welcome = fleet.worker_welcome(standing.number);
-        let mut stream = Self { fleet, standing, directives, relays: Vec::new(), behaviour: None };
+        let mut stream = Self { fleet, standing, directives, keys: WorkerKeys::default(), behaviour: None };
         let welcome = welcome.ok_or_else(|| Status::aborted("the records changed: try again"))?;
-        stream.relays.clone_from(&welcome.relays);
+        stream.keys = WorkerKeys {
+            cid_configs: welcome.cid_configs.clone(),
+            ticket_keys: welcome.ticket_keys.clone(),
+            relays: welcome.relays.clone(),
+            reset_keys: welcome.reset_keys.clone(),
+        };
         stream.behaviour.clone_from(&welcome.behaviour);
         stream.send(worker_directive::Directive::Welcome(welcome));
         Ok(stream)
@@ -157,16 +162,21 @@ impl WorkerStream {
 
     /// Sends what changed. `false`: the worker does not take it, or is not registered any more.
     fn tell(&mut self) -> bool {
-        let Some(relays) = self.fleet.worker_relays(self.standing.number) else {
+        let Some(keys) = self.fleet.worker_keys(self.standing.number) else {
             return false;
         };
         if !self.fleet.worker_stands(self.standing) {
             return false;
         }
         let mut taken = true;
-        if relays != self.relays {
-            self.relays.clone_from(&relays);
-            taken &= self.send(worker_directive::Directive::Relays(WorkerRelays { relays }));
+        let relays_alone = WorkerKeys { relays: self.keys.relays.clone(), ..keys.clone() } == self.keys;
+        if keys != self.keys {
+            self.keys.clone_from(&keys);
+            taken &= self.send(if relays_alone {
+                worker_directive::Directive::Relays(WorkerRelays { relays: keys.relays })
+            } else {
+                worker_directive::Directive::Keys(keys)
+            });
         }
         let behaviour = self.fleet.worker_behaviour(self.standing.number);
         if let Some(behaviour) = behaviour.filter(|b| Some(b) != self.behaviour.as_ref()) {
@@ -187,6 +197,7 @@ struct RelayStream {
     fleet: Arc<Fleet>,
     standing: Standing<RelayNumber>,
     directives: Directives<RelayDirective>,
+    keys: RelayKeys,
     routes: Option<Arc<RouteMap>>,
     version: u64,
 }
@@ -200,7 +211,8 @@ impl Drop for RelayStream {
 impl RelayStream {
     fn new(fleet: Arc<Fleet>, standing: Standing<RelayNumber>, directives: Directives<RelayDirective>) -> Self {
         let welcome = fleet.relay_welcome(standing.number);
-        let mut stream = Self { fleet, standing, directives, routes: None, version: 0 };
+        let keys = RelayKeys { cid_configs: welcome.cid_configs.clone(), secrets: welcome.secrets.clone() };
+        let mut stream = Self { fleet, standing, directives, keys, routes: None, version: 0 };
         stream.send(relay_directive::Directive::Welcome(welcome));
         stream.tell();
         stream
@@ -243,10 +255,16 @@ impl RelayStream {
     }
 
     fn tell(&mut self) -> bool {
+        let mut taken = true;
+        let keys = self.fleet.relay_keys(self.standing.number);
+        if keys != self.keys {
+            self.keys.clone_from(&keys);
+            taken &= self.send(relay_directive::Directive::Keys(keys));
+        }
         let routes = self.fleet.all_routes();
         let update = told_routes(&mut self.version, self.routes.as_ref(), &routes);
         self.routes = Some(routes);
-        update.is_none_or(|update| self.send(relay_directive::Directive::Routes(update)))
+        taken && update.is_none_or(|update| self.send(relay_directive::Directive::Routes(update)))
     }
 
     fn send(&self, directive: relay_directive::Directive) -> bool {

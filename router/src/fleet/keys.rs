@@ -1,0 +1,376 @@
+//! The keys' generations: what relays and workers are given, and how a rotation goes on.
+//!
+//! [`generation::plan`] decides; this brings it what members and other regions say, keeps what it decides, and writes
+//! to the store what the region mints with, so that no restart and no other router of the region goes back.
+
+use std::{sync::Arc, time::Duration};
+
+use antiphon_core::{
+    clock::Millis,
+    generation::{self, HeldUp, Member, Other, Plan, RegionKeys, Snapshot},
+    id::KeyGeneration,
+};
+use antiphon_proto::v1;
+use antiphon_runtime::Tasks;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::{Fleet, State, peers::DIGEST_LEASE};
+
+/// The generations in force.
+#[derive(Clone, Debug)]
+pub(super) struct Keys {
+    pub(super) oldest: u32,
+    pub(super) newest: u32,
+    /// What is new is made with this one.
+    pub(super) minting: u32,
+    /// What the region says of itself.
+    pub(super) said: RegionKeys,
+    pub(super) held_up_by: Vec<HeldUp>,
+    /// Generation that something may be under way with, and until when.
+    under_way: Option<(u32, Millis)>,
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self { oldest: 1, newest: 1, minting: 1, said: RegionKeys::default(), held_up_by: vec![], under_way: None }
+    }
+}
+
+impl Keys {
+    /// All that are handed out.
+    pub(super) fn generations(&self) -> impl Iterator<Item = KeyGeneration> {
+        (self.oldest..=self.newest).map(generation)
+    }
+
+    /// The one that is minted with.
+    pub(super) fn minting(&self) -> KeyGeneration {
+        generation(self.minting)
+    }
+}
+
+/// What a member of the region reported of its keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MemberKeys {
+    pub(super) loaded: Vec<u32>,
+    /// `None`: it may use any.
+    pub(super) oldest: Option<u32>,
+}
+
+impl MemberKeys {
+    /// Of one that registers: it says itself what it has loaded.
+    pub(super) const fn unreported(oldest: Option<u32>) -> Self {
+        Self { loaded: Vec::new(), oldest }
+    }
+
+    pub(super) fn reported(loaded: &[u32], oldest: u32) -> Self {
+        // Nobody holds more at a time; a longer list is nonsense and proves nothing.
+        let sane = loaded.len() <= MAX_REPORTED;
+        Self { loaded: if sane { loaded.to_vec() } else { Vec::new() }, oldest: Some(oldest) }
+    }
+}
+
+impl Fleet {
+    /// Plans anew. What the store has yet to hear is returned: the generation that the region may mint with.
+    pub(crate) fn replan_keys(&self) -> Option<u32> {
+        let mut state = self.state.lock();
+        let (plan, minting) = self.plan_keys(&mut state)?;
+        let changed = (plan.oldest, plan.newest, minting) != (state.keys.oldest, state.keys.newest, state.keys.minting);
+        let news = changed || state.keys.said != plan.keys;
+        if changed {
+            tracing::info!(oldest = plan.oldest, newest = plan.newest, minting, "key generations");
+        }
+        let written = state.records.minting_generation;
+        let keys = &mut state.keys;
+        (keys.oldest, keys.newest, keys.minting) = (plan.oldest, plan.newest, minting);
+        (keys.said, keys.held_up_by) = (plan.keys, plan.held_up_by);
+        drop(state);
+        if news {
+            self.topology.send_modify(|n| *n += 1);
+        }
+        (plan.minting != written).then_some(plan.minting)
+    }
+
+    /// The plan, and what the region mints with now; `None` before the region has its record.
+    fn plan_keys(&self, state: &mut State) -> Option<(Plan, u32)> {
+        self.own_number(state)?;
+        let now = self.clock.now();
+        let wanted = state.records.key_generation.max(1);
+        let minting = match state.records.minting_generation {
+            0 => generation::presumed_minting(wanted),
+            minting => minting.min(wanted),
+        };
+        let before = state.keys.minting;
+        let planned_before = state.keys.said.wanted > 0;
+        if planned_before && minting > before {
+            // Tickets are out that were signed with the former key, and not every worker has heard of the new one.
+            state.keys.under_way = Some((before, now.after(UNDER_WAY)));
+        }
+        state.keys.under_way = state.keys.under_way.filter(|(_, until)| now < *until);
+        let snapshot = self.keys_snapshot(state, wanted, minting, now);
+        Some((generation::plan(&snapshot), minting))
+    }
+
+    fn keys_snapshot<'a>(&self, state: &'a State, wanted: u32, minting: u32, now: Millis) -> Snapshot<'a> {
+        let workers = state.workers.values().map(|w| (w.hello.name.as_str(), &w.keys));
+        let relays = state.relays.values().map(|r| (r.hello.name.as_str(), &r.keys));
+        let member =
+            |(name, keys): (&'a str, &'a MemberKeys)| Member { name, loaded: &keys.loaded, oldest: keys.oldest };
+        let others = state.records.regions.values().filter(|r| r.name != self.region);
+        let others = others.map(|record| {
+            let peer = state.peers.get(&record.name);
+            Other {
+                name: &record.name,
+                keys: peer.map(|p| p.keys.clone()).unwrap_or_default(),
+                heard: peer.and_then(|p| p.heard).is_some_and(|at| now.since(at) <= DIGEST_LEASE),
+            }
+        });
+        Snapshot {
+            wanted,
+            minting,
+            under_way: state.keys.under_way.map_or(minting, |(generation, _)| generation),
+            settled: now.since(Millis::default()) >= SETTLING,
+            members: workers.chain(relays).map(member).collect(),
+            others: others.collect(),
+        }
+    }
+
+    /// Why the region cannot be told yet to move to a generation; empty: it can.
+    pub(crate) fn too_early_for(&self, asked: u32) -> Vec<String> {
+        let state = self.state.lock();
+        let wanted = state.records.key_generation.max(1);
+        if asked <= wanted || self.own_number(&state).is_none() {
+            return Vec::new();
+        }
+        let snapshot = self.keys_snapshot(&state, wanted, state.keys.minting, self.clock.now());
+        generation::too_early(&snapshot, asked).iter().map(HeldUp::to_string).collect()
+    }
+
+    /// Seed of the key that signs tickets now.
+    pub(crate) fn ticket_seed(&self) -> [u8; 32] {
+        let minting = self.state.lock().keys.minting();
+        self.root.ticket_seed(minting)
+    }
+}
+
+/// What a region said of its keys.
+pub(super) fn said(digest: &v1::RegionDigest) -> RegionKeys {
+    let sane = digest.loaded_generations.len() <= MAX_REPORTED;
+    RegionKeys {
+        wanted: digest.wanted_generation,
+        minting: digest.minting_generation,
+        loaded: if sane { digest.loaded_generations.clone() } else { Vec::new() },
+        oldest: digest.oldest_generation,
+    }
+}
+
+/// Keeps the keys planned: at least every [`TICK`], as silence and time count too.
+pub(crate) async fn follow(fleet: Arc<Fleet>, tasks: Tasks) -> anyhow::Result<()> {
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let stopping = tasks.stopping();
+    let mut failing = false;
+    while stopping.run_until_cancelled(tick.tick()).await.is_some() {
+        let Some(minting) = fleet.replan_keys() else {
+            continue;
+        };
+        let begun = v1::ApplyRequest { minting_generation: minting, ..v1::ApplyRequest::default() };
+        match fleet.store.apply(&begun).await {
+            Ok(()) => failing = false,
+            // Until the store has it, the region goes on as before.
+            Err(error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, minting, "cannot write down which key generation to mint with");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn generation(value: u32) -> KeyGeneration {
+    KeyGeneration::new(value).expect("every u32 is a generation")
+}
+
+const TICK: Duration = Duration::from_millis(500);
+/// Longer than relays and workers wait between two tries to register.
+pub(super) const SETTLING: Duration = Duration::from_secs(10);
+/// A ticket's life, and as long again as a directive may take.
+pub(super) const UNDER_WAY: Duration = Duration::from_secs(40);
+/// Generations that anybody may say to have loaded.
+const MAX_REPORTED: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use antiphon_core::{
+        id::{Incarnation, ShardNumber, WorkerNumber},
+        keys::FleetRoot,
+    };
+    use antiphon_runtime::pki::{FleetCa, PeerName, Role};
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::{
+        Memory,
+        fleet::{Standing, WorkerHello},
+    };
+
+    /// A region's router and one worker of it.
+    struct Region {
+        name: &'static str,
+        fleet: Arc<Fleet>,
+        worker: Standing<WorkerNumber>,
+        /// Of the worker's live sessions; 0: none.
+        oldest: u32,
+    }
+
+    impl Region {
+        async fn new(name: &'static str) -> Self {
+            let root = FleetRoot::from_bytes([7; 32]);
+            let peer = PeerName::new("router-1", Role::Router, name).unwrap();
+            let ca = FleetCa::from_seed(&root.ca_seed()).unwrap();
+            let identity = ca.issue(&peer, &[], std::time::SystemTime::now()).unwrap();
+            let fleet = Fleet::new(identity, root, Arc::new(Memory::default()));
+            let region = |(name, number): (&str, u32)| v1::RegionRecord {
+                name: name.into(),
+                number,
+                router_address: "127.0.0.1:1".into(),
+                ..v1::RegionRecord::default()
+            };
+            let behaviour = v1::AgentBehaviour { agent: "a/b".into(), engine: "echo".into(), ..Default::default() };
+            let change = v1::ApplyRequest {
+                regions: [("here", 1), ("there", 2)].map(region).to_vec(),
+                agents: vec![v1::AgentRecord { behaviour: Some(behaviour), ..Default::default() }],
+                ..Default::default()
+            };
+            let this =
+                Self { name, fleet, worker: Standing { number: WorkerNumber::new(0).unwrap(), stream: 0 }, oldest: 1 };
+            this.apply(change).await;
+            let hello = WorkerHello {
+                name: "w-1".into(),
+                server_name: "w-1.worker".into(),
+                agent: "a/b".into(),
+                gpu_class: String::new(),
+                slots: 1,
+                incarnation: Incarnation::new(1).unwrap(),
+                held: None,
+                shards: vec![(ShardNumber::new(0).unwrap(), "127.0.0.1:2".into())],
+                control_address: "127.0.0.1:3".into(),
+            };
+            let worker = this.fleet.register_worker(hello).await.unwrap();
+            Self { worker, ..this }
+        }
+
+        async fn apply(&self, change: v1::ApplyRequest) {
+            self.fleet.store.apply(&change).await.unwrap();
+            let records = Arc::clone(&self.fleet.store.watch().borrow());
+            self.fleet.records_changed(records);
+        }
+
+        async fn wants(&self, key_generation: u32) {
+            self.apply(v1::ApplyRequest { key_generation, ..Default::default() }).await;
+        }
+
+        /// The generations that the worker is given, and the one that it mints with.
+        fn given(&self) -> (Vec<u32>, u32) {
+            let keys = self.fleet.worker_keys(self.worker.number).unwrap();
+            let minting = keys.cid_configs.iter().filter(|c| c.minting).map(|c| c.generation);
+            assert_eq!(keys.ticket_keys.len(), keys.cid_configs.len());
+            assert_eq!(keys.reset_keys.len(), keys.cid_configs.len());
+            (keys.cid_configs.iter().map(|c| c.generation).collect(), minting.sum())
+        }
+
+        /// The worker loads what it is given and says so.
+        fn report(&self) {
+            let report = v1::WorkerReport {
+                slots: 1,
+                loaded_generations: self.given().0,
+                oldest_generation: self.oldest,
+                ..Default::default()
+            };
+            assert!(self.fleet.worker_reported(self.worker, &report));
+        }
+
+        async fn plan(&self) {
+            if let Some(minting_generation) = self.fleet.replan_keys() {
+                self.apply(v1::ApplyRequest { minting_generation, ..Default::default() }).await;
+            }
+            let _ = self.fleet.replan_keys();
+        }
+
+        fn tell(&self, other: &Self) {
+            let update = v1::RegionUpdate { digest: self.fleet.digest(), routes: None };
+            other.fleet.peer_reported(self.name, update);
+        }
+
+        fn held_up_by(&self) -> Vec<String> {
+            self.fleet.status().rotation_held_up_by
+        }
+    }
+
+    async fn round(regions: &[Region; 2]) {
+        for region in regions {
+            region.plan().await;
+            region.report();
+            region.plan().await;
+        }
+        let [here, there] = regions;
+        here.tell(there);
+        there.tell(here);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_regions_move_on_together_and_unload_when_nothing_old_is_left() {
+        let mut regions = [Region::new("here").await, Region::new("there").await];
+        advance(SETTLING).await;
+        round(&regions).await;
+        assert_eq!(regions[0].given(), (vec![1], 1));
+        regions[0].wants(2).await;
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions[0].given(), (vec![1, 2], 1), "there has not been told");
+        assert_eq!(regions[0].held_up_by(), ["there: was told to move to generation 1 only"]);
+        regions[1].wants(2).await;
+        round(&regions).await;
+        round(&regions).await;
+        for region in &regions {
+            assert_eq!(region.given(), (vec![1, 2], 2));
+            let seed = FleetRoot::from_bytes([7; 32]).ticket_seed(generation(2));
+            assert_eq!(region.fleet.ticket_seed(), seed);
+        }
+        // A long call here still uses the first one; there nothing does, and tickets have expired.
+        regions[1].oldest = 0;
+        advance(UNDER_WAY).await;
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(|r| r.given().0), [vec![1, 2], vec![1, 2]]);
+        assert_eq!(regions[1].held_up_by(), ["here: still uses generation 1"]);
+        regions[0].oldest = 2;
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(|r| r.given()), [(vec![2], 2), (vec![2], 2)]);
+        assert!(regions[0].held_up_by().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_and_a_fresh_start_hold_a_rotation_up() {
+        let regions = [Region::new("here").await, Region::new("there").await];
+        for region in &regions {
+            region.wants(2).await;
+        }
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions[0].given(), (vec![1, 2], 1));
+        assert!(regions[0].held_up_by()[0].contains("may not have registered yet"));
+        advance(SETTLING).await;
+        round(&regions).await;
+        advance(2 * DIGEST_LEASE).await;
+        regions[0].plan().await;
+        assert_eq!(regions[0].given(), (vec![1, 2], 1));
+        assert_eq!(regions[0].held_up_by(), ["there: is not heard"]);
+        assert!(regions[0].fleet.too_early_for(3).is_empty());
+        assert_eq!(regions[0].fleet.too_early_for(4).len(), 3);
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions[0].given(), (vec![1, 2], 2));
+    }
+}
