@@ -1,6 +1,7 @@
 //! HTTP/JSON under `/v1/sessions`; errors are `application/problem+json` (RFC 9457).
 
 mod json;
+mod path;
 mod problem;
 
 use std::{sync::Arc, time::Duration};
@@ -28,6 +29,7 @@ use crate::{
     field::FieldError,
 };
 use json::{CreateBody, Explanation, ListQuery, Listing, Session};
+use path::SessionPath;
 use problem::Problem;
 
 /// The routes of the public port.
@@ -36,6 +38,7 @@ pub(crate) fn router(admission: Arc<Admission>) -> Router {
         .route("/v1/sessions", get(list).post(create))
         .route("/v1/sessions/{session}", delete(remove))
         .route("/v1/sessions/{session}/explain", get(explain))
+        .route("/v1/sessions/{session}/path", get(path))
         .route("/openapi.json", get(openapi))
         .fallback(async || Problem::of(StatusCode::NOT_FOUND, "no such resource: see /openapi.json"))
         .method_not_allowed_fallback(async || {
@@ -103,6 +106,14 @@ async fn explain(
     Named(session): Named,
 ) -> Answer<axum::Json<Explanation>> {
     Ok(axum::Json(admission.explain(&caller, session)?.into()))
+}
+
+async fn path(
+    State(admission): State<Arc<Admission>>,
+    Keyed(caller): Keyed,
+    Named(session): Named,
+) -> Answer<axum::Json<SessionPath>> {
+    Ok(axum::Json(admission.path(&caller.tenant, session).await?.into()))
 }
 
 async fn remove(

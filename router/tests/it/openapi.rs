@@ -57,6 +57,7 @@ impl Checker {
                         "array" => value.is_array(),
                         "string" => value.is_string(),
                         "number" => value.is_number(),
+                        "boolean" => value.is_boolean(),
                         "integer" => value.is_u64() || value.is_i64(),
                         other => panic!("{at}: unknown type {other}"),
                     };
@@ -117,7 +118,18 @@ impl Checker {
                 }
             }
         }
-        let answers = ["Session", "Relay", "Candidate", "Explanation", "SessionSummary", "SessionList", "Problem"];
+        let answers = [
+            "Session",
+            "Relay",
+            "Candidate",
+            "Explanation",
+            "SessionSummary",
+            "SessionList",
+            "SessionPath",
+            "PathUse",
+            "PathEvent",
+            "Problem",
+        ];
         for name in answers {
             let documented = self.document["components"]["schemas"][name]["properties"].as_object();
             let documented: BTreeSet<String> = documented.unwrap().keys().cloned().collect();
@@ -157,6 +169,10 @@ async fn the_document_matches_what_is_served() {
     let id = placed.body["session"].as_str().unwrap().to_owned();
     checker.take("get", explain, &region.ask(key, "GET", &format!("/v1/sessions/{id}/explain"), None).await);
     checker.take("get", sessions, &region.ask(key, "GET", "/v1/sessions?limit=5", None).await);
+    let path = "/v1/sessions/{session}/path";
+    let way = region.ask(key, "GET", &format!("/v1/sessions/{id}/path"), None).await;
+    assert_eq!((&way.body["worker"], &way.body["paths"][0]["relay"]), (&json!("w-1"), &json!(64)));
+    checker.take("get", path, &way);
 
     checker.take("post", sessions, &post(|b| b["codec"] = json!("mp3")).await);
     let conflict = post(|b| {
@@ -188,6 +204,7 @@ async fn the_document_matches_what_is_served() {
         ("get", sessions, sessions),
         ("delete", one, &format!("/v1/sessions/{id}")),
         ("get", explain, &format!("/v1/sessions/{id}/explain")),
+        ("get", path, &format!("/v1/sessions/{id}/path")),
     ] {
         let answer = region.http(bare(&method.to_uppercase(), concrete)).await;
         assert_eq!(answer.status, 401);
@@ -198,6 +215,8 @@ async fn the_document_matches_what_is_served() {
     checker.take("get", explain, &region.ask(key, "GET", "/v1/sessions/bad/explain", None).await);
     let unknown = "/v1/sessions/7zzzzzzzzzzzzzzzzzzzzzzzzz";
     checker.take("get", explain, &region.ask(key, "GET", &format!("{unknown}/explain"), None).await);
+    checker.take("get", path, &region.ask(key, "GET", "/v1/sessions/bad/path", None).await);
+    checker.take("get", path, &region.ask(key, "GET", &format!("{unknown}/path"), None).await);
     checker.take("delete", one, &region.ask(key, "DELETE", "/v1/sessions/bad", None).await);
     checker.take("delete", one, &region.ask(key, "DELETE", unknown, None).await);
     // With its only worker gone nobody can say whether a session is still there.
@@ -207,6 +226,7 @@ async fn the_document_matches_what_is_served() {
         let gone = answer.status == 503;
         if gone {
             checker.take("delete", one, &answer);
+            checker.take("get", path, &region.ask(key, "GET", &format!("/v1/sessions/{id}/path"), None).await);
         }
         gone
     })

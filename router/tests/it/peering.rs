@@ -8,7 +8,7 @@ use crate::world::{FRANKFURT, Region, Relay, VIRGINIA, World, create, eventually
 const SINGAPORE: (f64, f64) = (1.35, 103.82);
 
 /// Both regions know both.
-async fn pair(world: &World) -> (Region, Region) {
+pub(crate) async fn pair(world: &World) -> (Region, Region) {
     let (frankfurt, virginia) = (world.router("frankfurt").await, world.router("virginia").await);
     for region in [&frankfurt, &virginia] {
         let mut change = world.agent(&["frankfurt", "virginia"]);
@@ -169,4 +169,29 @@ async fn a_cordoned_region_gets_nothing_new_and_distance_limits_the_rest() {
     let never = ask(&world, &frankfurt, SINGAPORE).await.unwrap_err();
     assert_eq!(never.code(), Code::FailedPrecondition, "{never:?}");
     assert_eq!(antiphon_proto::refusal::of_status(&never).unwrap().reason, "too_far");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_path_of_a_session_is_told_wherever_it_is() {
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
+    eventually("frankfurt hears of virginia's leases", async || free_in(&world, &frankfurt, "virginia").await == 10)
+        .await;
+    // One that frankfurt placed there, one that it knows nothing of, and another tenant's.
+    let placed = ask(&world, &frankfurt, VIRGINIA).await.unwrap().session;
+    there.hold([7; 16], "acme", 3);
+    there.hold([8; 16], "other", 3);
+    let path = async |session: String| {
+        let request = with_key(&world.key, v1::ExplainPathRequest { session });
+        let answer = frankfurt.sessions().explain_path(request).await;
+        answer.map(tonic::Response::into_inner)
+    };
+    let text = |byte| antiphon_core::id::SessionId::from_bytes([byte; 16]).to_string();
+    for session in [placed, text(7)] {
+        let told = path(session.clone()).await.unwrap();
+        assert_eq!((told.session, told.region.as_str(), told.worker.as_str()), (session, "virginia", "w-1"));
+    }
+    assert_eq!(path(text(8)).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(path(text(9)).await.unwrap_err().code(), Code::NotFound);
 }

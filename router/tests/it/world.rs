@@ -187,6 +187,8 @@ impl World {
             asked: AtomicU32::new(0),
             mute: AtomicBool::new(false),
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
+            keys: Mutex::default(),
+            oldest: AtomicU32::new(0),
             stubborn: Mutex::new(false),
             changed,
         });
@@ -380,6 +382,10 @@ pub(crate) struct Shared {
     pub(crate) gate: Semaphore,
     /// Stays connected and says nothing.
     pub(crate) mute: AtomicBool,
+    /// Its keys, as it was last given them.
+    pub(crate) keys: Mutex<v1::WorkerKeys>,
+    /// Oldest key generation that its sessions use; 0: none.
+    pub(crate) oldest: AtomicU32,
     /// Refuses although it has room.
     pub(crate) stubborn: Mutex<bool>,
     changed: watch::Sender<()>,
@@ -433,6 +439,12 @@ impl Worker {
             shard: ShardNumber::new(0).unwrap(),
             incarnation: *self.incarnation.lock(),
         });
+        *self.shared.keys.lock() = v1::WorkerKeys {
+            cid_configs: welcome.cid_configs.clone(),
+            ticket_keys: welcome.ticket_keys.clone(),
+            relays: welcome.relays.clone(),
+            reset_keys: welcome.reset_keys.clone(),
+        };
         *self.stream.lock() = Some(messages.clone());
         let (shared, weak) = (Arc::clone(&self.shared), messages.downgrade());
         let mut changed = self.shared.changed.subscribe();
@@ -450,6 +462,8 @@ impl Worker {
                     phase: v1::Phase::Active.into(),
                     slots: shared.slots,
                     reserved: u32::try_from(shared.sessions.lock().len()).unwrap(),
+                    loaded_generations: shared.loaded(),
+                    oldest_generation: shared.oldest.load(Ordering::SeqCst),
                     ..v1::WorkerReport::default()
                 };
                 let Some(messages) = weak.upgrade() else {
@@ -463,8 +477,13 @@ impl Worker {
         });
         // Whether or not anybody looks at them, directives are taken for as long as the stream lives.
         let (seen, look) = mpsc::channel(64);
+        let shared = Arc::clone(&self.shared);
         self.tasks.spawn("directives", async move {
             while let Ok(Some(directive)) = directives.message().await {
+                if let Some(Directive::Keys(keys)) = &directive.directive {
+                    shared.keys.lock().clone_from(keys);
+                    shared.changed.send_replace(());
+                }
                 let _ = seen.try_send(directive);
             }
             Ok(())
@@ -504,6 +523,18 @@ impl Worker {
 
     pub(crate) fn asked(&self) -> u32 {
         self.shared.asked.load(Ordering::SeqCst)
+    }
+}
+
+impl Shared {
+    /// The key generations that it holds.
+    pub(crate) fn loaded(&self) -> Vec<u32> {
+        self.keys.lock().cid_configs.iter().map(|c| c.generation).collect()
+    }
+
+    /// The one that it mints with.
+    pub(crate) fn minting(&self) -> u32 {
+        self.keys.lock().cid_configs.iter().filter(|c| c.minting).map(|c| c.generation).sum()
     }
 }
 
@@ -596,7 +627,8 @@ impl worker_server::Worker for Shared {
             region: self.region.clone(),
             worker: self.name.clone(),
             epoch: session.epoch,
-            paths: vec![v1::PathUse { relay: 64, current: true, ..v1::PathUse::default() }],
+            paths: vec![v1::PathUse { relay: 64, current: true, rtt_us: 20_000, ..v1::PathUse::default() }],
+            events: vec![v1::PathEvent { kind: "opened".into(), relay: 64, ..v1::PathEvent::default() }],
             ..v1::SessionPath::default()
         }))
     }
@@ -609,7 +641,8 @@ pub(crate) struct Relay {
     pub(crate) version: u64,
     pub(crate) removals_intended: bool,
     directives: Streaming<v1::RelayDirective>,
-    _messages: mpsc::Sender<v1::RelayMessage>,
+    pub(crate) keys: v1::RelayKeys,
+    messages: mpsc::Sender<v1::RelayMessage>,
 }
 
 impl Relay {
@@ -634,7 +667,8 @@ impl Relay {
             version: 0,
             removals_intended: false,
             directives: directives.unwrap().into_inner(),
-            _messages: messages,
+            keys: v1::RelayKeys::default(),
+            messages,
         };
         relay.follow("the first table", |r| r.version > 0).await;
         relay
@@ -645,11 +679,28 @@ impl Relay {
         while !holds(self) {
             let directive = soon(what, self.directives.message()).await;
             match directive.unwrap().unwrap().directive.unwrap() {
-                v1::relay_directive::Directive::Welcome(welcome) => self.welcome = welcome,
+                v1::relay_directive::Directive::Welcome(welcome) => {
+                    let (cid_configs, secrets) = (welcome.cid_configs.clone(), welcome.secrets.clone());
+                    self.load(v1::RelayKeys { cid_configs, secrets }).await;
+                    self.welcome = welcome;
+                }
+                v1::relay_directive::Directive::Keys(keys) => self.load(keys).await,
                 v1::relay_directive::Directive::Routes(update) => self.take(update),
-                v1::relay_directive::Directive::Keys(_) | v1::relay_directive::Directive::Neighbours(_) => {}
+                v1::relay_directive::Directive::Neighbours(_) => {}
             }
         }
+    }
+
+    /// Takes keys and says that it has them.
+    async fn load(&mut self, keys: v1::RelayKeys) {
+        let report = v1::RelayReport {
+            phase: v1::Phase::Active.into(),
+            loaded_generations: keys.cid_configs.iter().map(|c| c.generation).collect(),
+            ..v1::RelayReport::default()
+        };
+        self.keys = keys;
+        let report = v1::RelayMessage { message: Some(v1::relay_message::Message::Report(report)) };
+        self.messages.send(report).await.unwrap();
     }
 
     fn take(&mut self, update: v1::RouteUpdate) {
