@@ -1,5 +1,7 @@
 //! A small fleet and a caller.
 
+pub(crate) mod cable;
+
 use std::{future::Future, time::Duration};
 
 use antiphon_cli::fleet::{Fleet, Kind, Options};
@@ -127,6 +129,8 @@ pub(crate) struct Seen {
     pub(crate) relay: usize,
     pub(crate) switches: Vec<Switch>,
     pub(crate) answers_begun: usize,
+    /// Frames of 20 ms heard of the answer begun last.
+    pub(crate) frames: usize,
     pub(crate) rebound: usize,
 }
 
@@ -159,6 +163,9 @@ impl Caller {
 
 impl Party for Caller {
     fn step(&mut self, heard: &Heard<'_>, say: &mut [i16]) -> Step {
+        if heard.generation.is_some() {
+            self.seen.send_modify(|seen| seen.frames += 1);
+        }
         self.inner.step(heard, say)
     }
 
@@ -169,7 +176,10 @@ impl Party for Caller {
                 seen.relay = switch.to;
                 seen.switches.push(*switch);
             }
-            Event::ResponseStarted { .. } => seen.answers_begun += 1,
+            Event::ResponseStarted { .. } => {
+                seen.answers_begun += 1;
+                seen.frames = 0;
+            }
             Event::Rebound => seen.rebound += 1,
             _ => {}
         });
