@@ -7,6 +7,7 @@ mod calls;
 mod capacity;
 mod commands;
 mod hostile;
+mod interop;
 mod lossy;
 mod outage;
 mod support;
