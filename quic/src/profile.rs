@@ -6,11 +6,7 @@ use quinn::{
     AckFrequencyConfig, TransportConfig, VarInt,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
-use rustls::{
-    RootCertStore,
-    crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer},
-};
+use rustls::{RootCertStore, crypto::CryptoProvider, pki_types::CertificateDer, server::ResolvesServerCert};
 
 use crate::congestion::AudioFloorConfig;
 
@@ -85,19 +81,18 @@ fn ack_frequency() -> AckFrequencyConfig {
     config
 }
 
-/// TLS 1.3 for the worker's end.
+/// TLS 1.3 for the worker's end. `certificates` is asked at each handshake, so that renewed ones need no new endpoint.
 ///
 /// # Errors
-/// The certificate and key do not belong together or are of an unknown kind.
+/// The provider lacks what QUIC needs.
 pub fn server_crypto(
     provider: Arc<CryptoProvider>,
-    certificate: CertificateDer<'static>,
-    key: PrivateKeyDer<'static>,
+    certificates: Arc<dyn ResolvesServerCert>,
 ) -> Result<QuicServerConfig, rustls::Error> {
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
-        .with_single_cert(vec![certificate], key)?;
+        .with_cert_resolver(certificates);
     tls.alpn_protocols = vec![ALPN.to_vec()];
     // A resumed session would skip the certificate but not the lease; tickets only cost bytes here.
     tls.send_tls13_tickets = 0;

@@ -40,7 +40,6 @@ use antiphon_runtime::{
 use anyhow::{Context as _, ensure};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
 
 pub use args::Args;
 
@@ -63,6 +62,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let tasks = Tasks::new();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    identity.follow(&tasks, &mut registry);
     let readiness = Readiness::new(&["registered"]);
     let capacity = Arc::new(Capacity::new(args.agent.clone(), args.slots, metrics.clone()));
 
@@ -141,14 +141,12 @@ fn serve_control(
 ) -> anyhow::Result<()> {
     let service = WorkerService { capacity, region: args.region.clone(), name: args.name.clone() };
     let server = tonic::transport::Server::builder()
-        .tls_config(tls::grpc_server(identity))?
         .timeout(Duration::from_secs(5))
         .concurrency_limit_per_connection(256)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .add_service(WorkerServer::new(service));
-    let stopping = tasks.stopping();
+    let (incoming, stopping) = (tls::incoming(listener, identity)?, tasks.stopping());
     tasks.service("control", async move {
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         Ok(server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?)
     });
     Ok(())

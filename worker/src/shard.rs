@@ -65,7 +65,7 @@ pub(crate) struct ServerConfigs(Vec<(AudioFormat, Arc<ServerConfig>)>);
 
 impl ServerConfigs {
     fn new(identity: &Identity, slots: u32) -> anyhow::Result<Self> {
-        let crypto = Arc::new(server_crypto(tls::provider(), identity.certificate(), identity.key())?);
+        let crypto = Arc::new(server_crypto(tls::provider(), identity.presenter())?);
         let configs = AudioFormat::ALL.map(|format| {
             let budget = AudioBudget { frame_bytes: format.max_packet_bytes() + 1 };
             let mut config = ServerConfig::with_crypto(crypto.clone());
