@@ -140,6 +140,37 @@ pub enum KeysCommand {
         /// Public part, as `keys list` prints it.
         id: String,
     },
+    /// Move the fleet to its next generation of secrets, during live calls.
+    #[command(after_help = ROTATE_EXAMPLES)]
+    Rotate(RotateArgs),
+    /// Show which generation of secrets each region wants, has loaded and uses.
+    #[command(after_help = GENERATIONS_EXAMPLES)]
+    Generations,
+}
+
+/// `antiphon keys rotate`.
+///
+/// Connection-ID keys, tunnel secrets, ticket keys and reset keys move together. No call notices.
+#[derive(Debug, Args)]
+pub struct RotateArgs {
+    /// Tell the regions and do not wait for them.
+    #[arg(long, conflicts_with_all = ["until", "patience"])]
+    pub no_wait: bool,
+    /// What to wait for.
+    #[arg(long, value_enum, default_value_t = RotateUntil::Minted)]
+    pub until: RotateUntil,
+    /// Longest wait.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
+    pub patience: Duration,
+}
+
+/// How far a rotation is to go before the command ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RotateUntil {
+    /// Everything new uses the new generation.
+    Minted,
+    /// And nothing uses an older one: live calls have moved too, which takes up to a quarter of an hour.
+    Unused,
 }
 
 /// `antiphon demo`.
@@ -234,3 +265,13 @@ fn location(text: &str) -> Result<(f64, f64), String> {
     antiphon_core::geo::Location::new(latitude, longitude).map_err(|e| e.to_string())?;
     Ok((latitude, longitude))
 }
+
+const ROTATE_EXAMPLES: &str = "\
+Examples:
+  antiphon keys rotate                               until everything new uses the next generation
+  antiphon keys rotate --until unused --patience 30m until the older one is out of use
+  antiphon keys rotate --no-wait && antiphon keys generations";
+const GENERATIONS_EXAMPLES: &str = "\
+Examples:
+  antiphon keys generations
+  antiphon keys generations --json | jq -r '.regions[] | select(.wanted > .minting) | .heldUpBy[]'";

@@ -25,7 +25,7 @@ use crate::present::out;
 use crate::{
     args::{KeysArgs, KeysCommand},
     fleet::{Context, key_record, new_key},
-    present,
+    present, rotation,
     sessions::{Failed, PATIENCE, no_answer},
 };
 
@@ -36,6 +36,8 @@ pub(crate) async fn run(args: &KeysArgs, dir: &Path, json: bool) -> anyhow::Resu
         KeysCommand::Create { tenant, agent } => create(&context, dir, tenant, agent, json).await,
         KeysCommand::List => list(&context, json).await,
         KeysCommand::Revoke { id } => revoke(&context, dir, id, json).await,
+        KeysCommand::Rotate(args) => rotation::rotate(args, dir, json).await,
+        KeysCommand::Generations => rotation::generations(dir, json).await,
     }
 }
 
@@ -152,7 +154,8 @@ async fn lists(context: &Context) -> (Vec<(String, Vec<KeyRecord>)>, Failed) {
     (lists.into_iter().map(|(region, list)| (region, list.keys)).collect(), failed)
 }
 
-async fn ask_all<T>(
+/// Asks the router of every region at once.
+pub(crate) async fn ask_all<T>(
     context: &Context,
     ask: impl AsyncFn(AdminClient<Channel>) -> Result<Response<T>, Status>,
 ) -> (Vec<(String, T)>, Failed) {
@@ -268,25 +271,12 @@ const LOCK: &str = "keys.json.lock";
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::PermissionsExt as _, sync::Arc, time::SystemTime};
+    use std::os::unix::fs::PermissionsExt as _;
 
-    use antiphon_proto::v1::{
-        ApplyResponse, FleetStatusRequest, FleetStatusResponse, ListKeysResponse, ReportWorkerGoneRequest,
-        ReportWorkerGoneResponse,
-        admin_server::{Admin, AdminServer},
-    };
-    use antiphon_runtime::{
-        pki::{FleetCa, PeerName, Role, shared_dns},
-        tls,
-    };
-    use parking_lot::Mutex;
-    use tempfile::TempDir;
-    use tokio::net::TcpListener;
-    use tokio_stream::wrappers::TcpListenerStream;
-    use tonic::{Request, transport::Server};
+    use antiphon_runtime::pki::FleetCa;
 
     use super::*;
-    use crate::fleet::RouterContext;
+    use crate::stand_in::{NOBODY, Told, context, with_router};
 
     fn record(id: u8, tenant: &str) -> KeyRecord {
         let id = format!("{id:012}");
@@ -340,86 +330,6 @@ mod tests {
         assert_eq!(differences, ["the router of quito does not have 000000000001"]);
     }
 
-    /// Keeps keys as a router does, without its checks: what these tests are about is who is told what.
-    #[derive(Debug, Default)]
-    struct Keys(Mutex<BTreeMap<String, KeyRecord>>);
-
-    #[derive(Debug, Clone, Default)]
-    struct Told(Arc<Keys>);
-
-    #[tonic::async_trait]
-    impl Admin for Told {
-        async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
-            let change = request.into_inner();
-            if change.keys.iter().any(|key| key.tenant == "refused") {
-                return Err(Status::invalid_argument("no such tenant"));
-            }
-            let mut keys = self.0.0.lock();
-            keys.extend(change.keys.into_iter().map(|key| (key.id.clone(), key)));
-            keys.retain(|id, _| !change.removed_keys.contains(id));
-            Ok(Response::new(ApplyResponse {}))
-        }
-
-        async fn list_keys(&self, _: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
-            Ok(Response::new(ListKeysResponse { keys: self.0.0.lock().values().cloned().collect() }))
-        }
-
-        async fn fleet_status(&self, _: Request<FleetStatusRequest>) -> Result<Response<FleetStatusResponse>, Status> {
-            Err(Status::unimplemented("not asked here"))
-        }
-
-        async fn report_worker_gone(
-            &self,
-            _: Request<ReportWorkerGoneRequest>,
-        ) -> Result<Response<ReportWorkerGoneResponse>, Status> {
-            Err(Status::unimplemented("not asked here"))
-        }
-    }
-
-    impl Told {
-        fn ids(&self) -> Vec<String> {
-            self.0.0.lock().keys().cloned().collect()
-        }
-    }
-
-    /// A fleet of one router per address, and an operator who may talk to them.
-    fn context(dir: &TempDir, ca: &FleetCa, addresses: &[String]) -> Context {
-        let operator = PeerName::new("operator", Role::Operator, "local").unwrap();
-        let identity = dir.path().join("operator");
-        ca.issue(&operator, &[], SystemTime::now()).unwrap().save(&identity).unwrap();
-        let router = |(index, address): (usize, &String)| RouterContext {
-            region: format!("region-{index}"),
-            public: address.clone(),
-            internal: address.clone(),
-            server_name: shared_dns(Role::Router, &format!("region-{index}")),
-            latitude: 0.0,
-            longitude: 0.0,
-        };
-        Context {
-            routers: addresses.iter().enumerate().map(router).collect(),
-            ca_pem: ca.certificate_pem().to_owned(),
-            operator_identity: identity,
-            api_key_file: dir.path().join("api-key"),
-        }
-    }
-
-    /// Runs `body` against the router of `region-0`, over mTLS as in a fleet.
-    async fn with_router<F: Future>(ca: &FleetCa, told: Told, body: impl FnOnce(String) -> F) -> F::Output {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let name = PeerName::new("router-0", Role::Router, "region-0").unwrap();
-        let identity = ca.issue(&name, &[], SystemTime::now()).unwrap();
-        let mut server = Server::builder().tls_config(tls::grpc_server(&identity)).unwrap();
-        let server = server.add_service(AdminServer::new(told)).serve_with_incoming(TcpListenerStream::new(listener));
-        tokio::select! {
-            served = server => panic!("the server ended: {served:?}"),
-            output = body(address) => output,
-        }
-    }
-
-    /// Privileged, and nothing has listened there for decades (tcpmux, RFC 1078).
-    const NOBODY: &str = "127.0.0.1:1";
-
     #[tokio::test]
     async fn a_key_is_created_listed_and_revoked_everywhere() {
         let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::default());
@@ -429,11 +339,7 @@ mod tests {
             assert_eq!(made, ExitCode::SUCCESS);
             let kept = stored(dir.path()).unwrap();
             assert_eq!(kept[0].agents, ["default/desk", "shop/*"]);
-            assert_eq!(
-                kept,
-                told.0.0.lock().values().cloned().collect::<Vec<_>>(),
-                "what a router has is what is kept"
-            );
+            assert_eq!(kept, told.keys(), "what a router has is what is kept");
             let revoked = revoke(&context, dir.path(), &kept[0].id, false).await.unwrap();
             assert_eq!((revoked, told.ids(), stored(dir.path()).unwrap()), (ExitCode::SUCCESS, Vec::new(), Vec::new()));
             let again = revoke(&context, dir.path(), &kept[0].id, false).await.unwrap_err().to_string();

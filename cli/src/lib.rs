@@ -10,7 +10,10 @@ mod explain;
 pub mod fleet;
 mod keys;
 mod present;
+mod rotation;
 mod sessions;
+#[cfg(test)]
+mod stand_in;
 mod up;
 
 use std::{path::PathBuf, process::ExitCode};

@@ -1,0 +1,123 @@
+use antiphon_proto::v1::{RegionDigest, RegionStatus};
+use antiphon_runtime::pki::FleetCa;
+use tempfile::TempDir;
+
+use super::*;
+use crate::stand_in::{NOBODY, Told, context, with_router};
+
+fn region(name: &str, wanted: u32, minting: u32) -> RegionKeys {
+    let loaded = (minting..=wanted).collect();
+    RegionKeys { region: name.into(), wanted, loaded, minting, oldest: minting, held_up_by: Vec::new() }
+}
+
+#[test]
+fn a_new_generation_waits_until_all_use_the_last_one() {
+    for (regions, expected) in [
+        (vec![region("a", 0, 0), region("b", 1, 1)], Next::Begin(2)),
+        (vec![region("a", 4, 4), region("b", 4, 4)], Next::Begin(5)),
+        (vec![region("a", 4, 4), region("b", 4, 3)], Next::Finish(4)),
+        (vec![region("a", 4, 3), region("b", 3, 3)], Next::Finish(4)),
+    ] {
+        assert_eq!(next(&regions), expected, "{regions:?}");
+    }
+}
+
+#[test]
+fn a_region_speaks_for_itself_before_others_do() {
+    let status = |name: &str, local: bool, minting: u32| RegionStatus {
+        digest: Some(RegionDigest { region: name.into(), minting_generation: minting, ..RegionDigest::default() }),
+        local,
+        ..RegionStatus::default()
+    };
+    let answer = |regions: Vec<RegionStatus>, held: &str| FleetStatusResponse {
+        regions,
+        rotation_held_up_by: vec![held.into()],
+        ..FleetStatusResponse::default()
+    };
+    let answers = [
+        ("b".into(), answer(vec![status("a", false, 1), status("b", true, 3), status("c", false, 2)], "b's worker")),
+        ("a".into(), answer(vec![status("a", true, 2), status("b", false, 1)], "a's relay")),
+    ];
+    let found = regions(&answers);
+    let found: Vec<_> = found.iter().map(|r| (r.region.as_str(), r.minting, r.held_up_by.join(""))).collect();
+    assert_eq!(found, [("a", 2, "a's relay".into()), ("b", 3, "b's worker".into()), ("c", 2, String::new())]);
+}
+
+#[test]
+fn each_step_is_said_once_and_waiting_says_for_whom() {
+    let mut before = vec![region("a", 2, 1)];
+    before[0].loaded = vec![1];
+    let mut loaded = before.clone();
+    loaded[0].loaded = vec![1, 2];
+    let mut minting = loaded.clone();
+    minting[0].minting = 2;
+    let mut unused = minting.clone();
+    unused[0].oldest = 0;
+    assert_eq!(changes(&before, &loaded, 2), ["a has loaded generation 2"]);
+    assert_eq!(changes(&loaded, &loaded, 2), [""; 0]);
+    assert_eq!(changes(&loaded, &minting, 2), ["a uses for everything new generation 2"]);
+    assert_eq!(changes(&minting, &unused, 2), ["a uses nothing older than generation 2"]);
+    assert_eq!(changes(&[], &before, 2), [""; 0]);
+    before[0].held_up_by = vec!["worker w: has not loaded generation 2".into()];
+    let text = waiting(&before, &Failed::default(), 2);
+    assert_eq!(text, "generation 2: a waits for worker w: has not loaded generation 2");
+}
+
+#[test]
+fn unknown_figures_are_dashes_and_absent_from_json() {
+    let row = region("a", 3, 2).row();
+    assert_eq!(row, ["a", "3", "2 3", "2", "2", "-"]);
+    let idle = RegionKeys { region: "b".into(), ..RegionKeys::default() };
+    assert_eq!(idle.row(), ["b", "-", "-", "-", "-", "-"]);
+    assert_eq!(idle.json()["oldestInUse"], Value::Null);
+}
+
+fn saved(dir: &TempDir, ca: &FleetCa, addresses: &[String]) {
+    let text = serde_json::to_string(&context(dir, ca, addresses)).unwrap();
+    std::fs::write(dir.path().join("fleet.json"), text).unwrap();
+}
+
+fn args(no_wait: bool, patience: Duration) -> RotateArgs {
+    RotateArgs { no_wait, until: RotateUntil::Unused, patience }
+}
+
+#[tokio::test]
+async fn a_rotation_ends_when_the_region_is_there_and_the_next_one_goes_further() {
+    let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::default());
+    with_router(&ca, told.clone(), async |address| {
+        saved(&dir, &ca, &[address]);
+        for expected in [2, 3] {
+            let ended = rotate(&args(false, Duration::from_secs(60)), dir.path(), true).await.unwrap();
+            assert_eq!((ended, told.wanted()), (ExitCode::SUCCESS, expected));
+        }
+        assert_eq!(generations(dir.path(), false).await.unwrap(), ExitCode::SUCCESS);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_that_is_held_up_fails_after_patience_and_is_gone_on_with() {
+    let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::stuck());
+    with_router(&ca, told.clone(), async |address| {
+        saved(&dir, &ca, &[address]);
+        for _ in 0..2 {
+            let ended = rotate(&args(false, Duration::ZERO), dir.path(), false).await.unwrap();
+            assert_eq!((ended, told.wanted()), (ExitCode::FAILURE, 2));
+        }
+        assert_eq!(rotate(&args(true, Duration::ZERO), dir.path(), false).await.unwrap(), ExitCode::SUCCESS);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nothing_is_begun_while_a_router_is_away() {
+    let (dir, ca, told) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap(), Told::default());
+    with_router(&ca, told.clone(), async |address| {
+        saved(&dir, &ca, &[address, NOBODY.into()]);
+        let error = rotate(&args(false, Duration::ZERO), dir.path(), false).await.unwrap_err().to_string();
+        assert!(error.starts_with("nothing was changed") && error.contains("region-1"), "{error}");
+        assert_eq!(told.wanted(), 0);
+        assert_eq!(generations(dir.path(), true).await.unwrap(), ExitCode::FAILURE);
+    })
+    .await;
+}
