@@ -118,13 +118,15 @@ fn resident(clients: u32, cpus: Cpus) -> anyhow::Result<f64> {
     let mut sink = Wires::bind(&[Ipv4Addr::LOCALHOST])?;
     let relay = Forwarder::own("relay", Served::Relay, sink.address(0), cpus)?;
     let source = Wire::bind(Ipv4Addr::UNSPECIFIED)?;
-    let packet = packet(0);
+    // No connection ID comes more often than a relay lets it.
+    let packets: Vec<_> = (0..CONNECTIONS).map(packet).collect();
     let (mut sent, mut received, mut progress) = (0_u32, 0, Instant::now());
     while received < MANY_CLIENTS {
         if sent < MANY_CLIENTS && sent - received < WITHIN_A_SOCKETS_BUFFER {
             // 127.1.0.0 and on: every address of 127.0.0.0/8 is this machine.
             let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 1, 0, 0)) + sent % clients);
-            source.send_from(IpAddr::V4(address), relay.public, &packet)?;
+            let packet = &packets[sent as usize % packets.len()];
+            source.send_from(IpAddr::V4(address), relay.public, packet)?;
             sent += 1;
         }
         let come = sink.receive(0, |_, _| {})?;
@@ -144,6 +146,7 @@ const WINDOW: Duration = Duration::from_millis(400);
 const MOST_LOST: f64 = 0.01;
 const ATTEMPTS: u32 = 5;
 const MANY_CLIENTS: u32 = 1_000_000;
+const CONNECTIONS: u16 = 1024;
 const WITHIN_A_SOCKETS_BUFFER: u32 = 64;
 const PATIENCE: Duration = Duration::from_secs(2);
 

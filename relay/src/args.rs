@@ -1,8 +1,15 @@
 //! The command line.
 
-use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    num::{NonZeroU16, NonZeroU32, NonZeroUsize},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::Parser;
+
+use crate::limits::Limits;
 
 /// Forwards QUIC datagrams between clients and voice workers, without state.
 #[derive(Clone, Debug, Parser)]
@@ -26,7 +33,7 @@ pub struct Args {
     /// Where workers reach it, if that is not what `--tunnel` says.
     #[arg(long, env = "ANTIPHON_RELAY_TUNNEL_ADDRESS", value_name = "IP:PORT")]
     pub tunnel_address: Option<SocketAddr>,
-    /// Routers of the region, tried in order; give it several times or with commas.
+    /// All routers of the region; the relay registers with each. Give it several times or with commas.
     #[arg(long, env = "ANTIPHON_RELAY_ROUTER", value_name = "HOST:PORT", value_delimiter = ',', required = true)]
     pub router: Vec<String>,
     /// Directory with `cert.pem`, `key.pem` and `ca.pem`.
@@ -48,6 +55,15 @@ pub struct Args {
     /// How long a planned stop may take at most.
     #[arg(long, env = "ANTIPHON_RELAY_DRAIN_DEADLINE", value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     pub drain_deadline: Duration,
+    /// Packets a second that pass of any one connection ID, per core and relay that they come in at.
+    #[arg(long, env = "ANTIPHON_RELAY_CID_RATE", value_name = "N", default_value_t = Limits::default().cid_rate)]
+    pub cid_rate: NonZeroU16,
+    /// Initial packets a second that pass of any one connection ID, likewise.
+    #[arg(long, env = "ANTIPHON_RELAY_INITIAL_RATE", value_name = "N", default_value_t = Limits::default().initial_rate)]
+    pub initial_rate: NonZeroU16,
+    /// Stateless resets a second that a core sends in the name of workers that are proven dead.
+    #[arg(long, env = "ANTIPHON_RELAY_RESET_RATE", value_name = "N", default_value_t = Limits::default().reset_rate)]
+    pub reset_rate: NonZeroU32,
     /// Log JSON instead of text.
     #[arg(long, env = "ANTIPHON_RELAY_LOG_JSON")]
     pub log_json: bool,

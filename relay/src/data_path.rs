@@ -11,15 +11,22 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use antiphon_core::tunnel::{ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, Notice, coarse_time};
+use antiphon_core::{
+    clock::Millis,
+    id::{KeyGeneration, RelayNumber},
+    keys::TunnelKey,
+    tunnel::{ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, KeySlot, Notice, coarse_time},
+};
 use anyhow::Context as _;
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use mio::Waker;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use crate::{metrics::Metrics, socket, table::Table};
+use crate::{forward::Now, limits::Limits, metrics::Metrics, socket, table::Table};
 
 mod core;
+mod skew;
 
 use core::Core;
 
@@ -34,18 +41,68 @@ pub struct Config {
     pub cores: usize,
     /// Whether each is pinned to a core.
     pub pin: bool,
+    /// What each lets pass.
+    pub limits: Limits,
 }
 
 /// The running threads. They stop when this is dropped.
 #[derive(Debug)]
 pub struct DataPath {
-    table: Arc<ArcSwap<Table>>,
-    activity: Arc<Activity>,
+    shared: Arc<Shared>,
+    /// Generations that all threads can use.
+    loaded: Mutex<Vec<KeyGeneration>>,
     stop: Arc<AtomicBool>,
     wakers: Vec<Waker>,
     notifier: std::net::UdpSocket,
     public: SocketAddr,
     tunnel: SocketAddr,
+}
+
+/// What the threads share.
+#[derive(Debug)]
+struct Shared {
+    table: ArcSwap<InForce>,
+    /// Per thread: the table that it uses, or a later one.
+    used: Vec<AtomicU64>,
+    clock: Clock,
+}
+
+/// A table, and how many came before it.
+#[derive(Debug)]
+struct InForce {
+    sequence: u64,
+    table: Arc<Table>,
+}
+
+impl std::ops::Deref for InForce {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl Shared {
+    fn new(threads: usize) -> Self {
+        Self {
+            table: ArcSwap::from_pointee(InForce { sequence: 0, table: Arc::new(Table::empty()) }),
+            used: (0..threads).map(|_| AtomicU64::new(0)).collect(),
+            clock: Clock::new(),
+        }
+    }
+
+    fn table(&self) -> Guard<Arc<InForce>> {
+        self.table.load()
+    }
+
+    /// The table to use from now on, for that thread.
+    fn in_force(&self, thread: usize) -> Guard<Arc<InForce>> {
+        let (table, used) = (self.table.load(), &self.used[thread]);
+        if used.load(Ordering::Relaxed) != table.sequence {
+            used.store(table.sequence, Ordering::Release);
+        }
+        table
+    }
 }
 
 /// How the threads ended.
@@ -69,14 +126,14 @@ impl DataPath {
             public: fronts[0].local_addr()?,
             tunnel: backs[0].local_addr()?,
             notifier: backs[0].try_clone()?,
-            table: Arc::new(ArcSwap::from_pointee(Table::empty())),
-            activity: Arc::new(Activity::new()),
+            shared: Arc::new(Shared::new(config.cores)),
+            loaded: Mutex::default(),
             stop: Arc::new(AtomicBool::new(false)),
             wakers: Vec::with_capacity(config.cores),
         };
         let cpus = config.pin.then(allowed_cpus).unwrap_or_default();
         for (index, (front, back)) in fronts.into_iter().zip(backs).enumerate() {
-            let (core, waker) = Core::new(front, back, path.table.clone(), metrics.clone(), path.activity.clone())?;
+            let (core, waker) = Core::new(front, back, index, path.shared.clone(), metrics.clone(), &config.limits)?;
             path.wakers.push(waker);
             let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
             start_thread(core, index, cpu, path.stop.clone(), exited.clone())?;
@@ -96,49 +153,94 @@ impl DataPath {
         self.tunnel
     }
 
-    /// Puts a table in force, from every thread's next batch on.
+    /// Puts a table in force, from every thread's next batch on. One caller at a time.
     pub fn swap(&self, table: Table) {
-        self.table.store(Arc::new(table));
+        let sequence = self.shared.table().sequence + 1;
+        self.shared.table.store(Arc::new(InForce { sequence, table: Arc::new(table) }));
+        // A thread that waits says which table it uses, too.
+        self.wake();
     }
 
     /// The table in force.
     #[must_use]
     pub fn table(&self) -> Arc<Table> {
-        self.table.load_full()
+        self.shared.table().table.clone()
+    }
+
+    /// Generations of keys that every thread can decode and verify with, in order. A new one counts from the moment on
+    /// when no thread uses a table without it any more.
+    #[must_use]
+    pub fn loaded_generations(&self) -> Vec<KeyGeneration> {
+        let mut loaded = self.loaded.lock();
+        let table = self.shared.table();
+        let settled = self.shared.used.iter().all(|used| used.load(Ordering::Acquire) >= table.sequence);
+        if settled {
+            *loaded = table.loaded_generations().to_vec();
+        } else {
+            loaded.retain(|generation| table.loaded_generations().contains(generation));
+        }
+        loaded.clone()
     }
 
     /// When the last client's datagram was sent on, if one was.
     #[must_use]
     pub fn last_client_datagram(&self) -> Option<Instant> {
-        self.activity.last()
+        self.shared.clock.last()
     }
 
-    /// Tells every shard in the table; gives the number of notices sent.
+    /// How often another relay of a region was taken because the one in use had fallen silent.
+    #[must_use]
+    pub fn switches(&self) -> u64 {
+        self.shared.table().switches()
+    }
+
+    /// Tells every shard in the table, the workers of regions behind their relays through those, and the relays whose
+    /// clients come through this one; gives the number of notices sent.
     pub fn notify(&self, notice: Notice) -> usize {
-        let table = self.table.load();
-        let tell = |route: &&crate::table::Route| {
-            let header = Header {
-                direction: Direction::Up,
-                key_slot: route.slot,
-                hop_limit: INITIAL_HOP_LIMIT,
-                ecn: Ecn::NotEct,
-                client: ClientAddr::RELAY,
-                relay: table.relay(),
-                time: coarse_time(unix_seconds()),
-            };
-            let mut frame = [0; HEADER_LEN + Notice::LEN];
-            frame[HEADER_LEN..].copy_from_slice(&notice.to_bytes());
-            let sealed = header.seal_frame(&route.key, &mut frame).is_ok();
-            let address = socket::in_family(route.address, self.tunnel.is_ipv6());
-            // What is lost is repeated.
-            sealed && address.is_some_and(|a| self.notifier.send_to(&frame, a).is_ok())
+        let (table, now) = (self.shared.table(), self.shared.clock.now());
+        let own = table.relay();
+        let up = |address, slot, key| self.tell(notice, Direction::Up, own, now, (address, slot, key));
+        let shards = table.routes().filter(|(_, r)| up(r.address, r.slot, &r.key)).count();
+        let regions = table.ways(now.ms).filter(|(_, n)| up(n.address, n.slot, &n.key)).count();
+        let down = |n: &&crate::neighbour::Neighbour| {
+            let sealing = n.sealing_for_its_clients();
+            sealing.is_some_and(|(slot, key)| self.tell(notice, Direction::Down, own, now, (n.address, slot, key)))
         };
-        table.routes().filter(tell).count()
+        shards + regions + table.neighbours().iter().filter(down).count()
+    }
+
+    fn tell(
+        &self,
+        notice: Notice,
+        direction: Direction,
+        relay: RelayNumber,
+        now: Now,
+        (address, key_slot, key): (SocketAddr, KeySlot, &TunnelKey),
+    ) -> bool {
+        let header = Header {
+            direction,
+            key_slot,
+            hop_limit: INITIAL_HOP_LIMIT,
+            ecn: Ecn::NotEct,
+            client: ClientAddr::RELAY,
+            relay,
+            time: coarse_time(now.unix_s),
+        };
+        let mut frame = [0; HEADER_LEN + Notice::LEN];
+        frame[HEADER_LEN..].copy_from_slice(&notice.to_bytes());
+        let sealed = header.seal_frame(key, &mut frame).is_ok();
+        let address = socket::in_family(address, self.tunnel.is_ipv6());
+        // What is lost is repeated.
+        sealed && address.is_some_and(|a| self.notifier.send_to(&frame, a).is_ok())
     }
 
     /// Makes the threads end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
         for waker in &self.wakers {
             if let Err(error) = waker.wake() {
                 tracing::warn!(%error, "waking a forwarding thread");
@@ -197,33 +299,34 @@ impl Drop for Exit {
     }
 }
 
-/// When the last client's datagram was sent on, as the threads see it.
+/// The threads' clocks, and when the last client's datagram was sent on.
 #[derive(Debug)]
-struct Activity {
+struct Clock {
     start: Instant,
     /// Milliseconds since `start`, plus one; zero for never.
     last: AtomicU64,
 }
 
-impl Activity {
+impl Clock {
     fn new() -> Self {
         Self { start: Instant::now(), last: AtomicU64::new(0) }
     }
 
-    fn record(&self) {
-        let since = self.start.elapsed().as_millis() as u64;
-        self.last.fetch_max(since + 1, Ordering::Relaxed);
+    fn now(&self) -> Now {
+        let unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        Now { unix_s, ms: Millis(self.start.elapsed().as_millis() as u64) }
+    }
+
+    fn record(&self, now: Now) {
+        if self.last.load(Ordering::Relaxed) <= now.ms.0 {
+            self.last.fetch_max(now.ms.0 + 1, Ordering::Relaxed);
+        }
     }
 
     fn last(&self) -> Option<Instant> {
         let since = self.last.load(Ordering::Relaxed).checked_sub(1)?;
         Some(self.start + Duration::from_millis(since))
     }
-}
-
-fn unix_seconds() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |d| d.as_secs())
 }
 
 fn allowed_cpus() -> Vec<usize> {

@@ -18,10 +18,10 @@ use prometheus_client::{
         gauge::{ConstGauge, Gauge},
         histogram::Histogram,
     },
-    registry::Registry,
+    registry::{Registry, Unit},
 };
 
-use crate::forward::DropReason;
+use crate::forward::{DropReason, Sender, Skew};
 
 /// Which way datagrams go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,16 +52,19 @@ pub enum Refused {
     Gap,
     /// It makes no sense.
     Malformed,
+    /// Another router says otherwise.
+    Disagreement,
 }
 
 impl Refused {
-    const ALL: [Self; 3] = [Self::MassRemoval, Self::Gap, Self::Malformed];
+    const ALL: [Self; 4] = [Self::MassRemoval, Self::Gap, Self::Malformed, Self::Disagreement];
 
     const fn label(self) -> &'static str {
         match self {
             Self::MassRemoval => "mass_removal",
             Self::Gap => "gap",
             Self::Malformed => "malformed",
+            Self::Disagreement => "disagreement",
         }
     }
 }
@@ -79,12 +82,21 @@ pub struct Metrics {
     batches: [Histogram; 2],
     dropped: [Counter; DropReason::ALL.len()],
     receive_errors: Counter,
-    refused_updates: [Counter; 3],
+    refused_updates: [Counter; Refused::ALL.len()],
+    resets: Counter,
+    skew: [Gauge; 2],
+    /// Regions reached through their relays.
+    pub regions: Gauge,
+    /// Relays of other regions that are known.
+    pub neighbours: Gauge,
+    neighbour_switches: Counter,
+    /// Newest key generation that all threads can use.
+    pub loaded_generation: Gauge,
     /// Routable server IDs.
     pub routes: Gauge,
     /// Version of the routes in force.
     pub table_version: Gauge,
-    /// Whether a router is connected: 0 or 1.
+    /// Routers connected.
     pub router_connected: Gauge,
     /// Version of the routes on disk.
     pub state_version: Gauge,
@@ -116,10 +128,18 @@ impl Metrics {
         registry.register("batch_packets", "Datagrams per batch received", batches.clone());
         let receive_errors = Counter::default();
         registry.register("receive_errors", "Receive calls that failed", receive_errors.clone());
+        let resets = Counter::default();
+        registry.register("stateless_resets", "Stateless resets sent in the name of dead workers", resets.clone());
+        let neighbour_switches = Counter::default();
+        let help = "Relays of other regions left because they had fallen silent";
+        registry.register("neighbour_switches", help, neighbour_switches.clone());
         let state_write_errors = Counter::default();
         registry.register("state_write_errors", "Failed writes of the state", state_write_errors.clone());
         let confirmed = Arc::new(Confirmed::default());
         registry.register_collector(Box::new(confirmed.clone()));
+        let skew = Family::<[(&str, &str); 1], Gauge>::default();
+        let help = "How far the clock of the last stale but genuine frame's sender was ahead; negative for behind";
+        registry.register_with_unit("clock_skew", help, Unit::Seconds, skew.clone());
         let mut gauge = |name: &str, help: &str| {
             let gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -136,9 +156,15 @@ impl Metrics {
             dropped: DropReason::ALL.map(|r| dropped.get_or_create_owned(&[("reason", r.label())])),
             receive_errors,
             refused_updates: Refused::ALL.map(|r| refused.get_or_create_owned(&[("reason", r.label())])),
+            resets,
+            skew: Way::ALL.map(|w| skew.get_or_create_owned(&[("direction", w.label())])),
+            regions: gauge("regions", "Regions reached through their relays"),
+            neighbours: gauge("neighbours", "Relays of other regions"),
+            neighbour_switches,
+            loaded_generation: gauge("loaded_generation", "Newest key generation that all threads can use"),
             routes: gauge("routes", "Routable server IDs"),
             table_version: gauge("table_version", "Version of the routes in force"),
-            router_connected: gauge("router_connected", "1 while a router is connected"),
+            router_connected: gauge("router_connected", "Routers connected"),
             state_version: gauge("state_version", "Version of the routes on disk"),
             state_write_errors,
             confirmed,
@@ -167,6 +193,23 @@ impl Metrics {
     #[must_use]
     pub fn sends(&self, way: Way) -> u64 {
         self.sends[way as usize].get()
+    }
+
+    /// Takes over how often relays of other regions were left because they had fallen silent.
+    pub fn switched(&self, so_far: u64) {
+        self.neighbour_switches.inc_by(so_far.saturating_sub(self.neighbour_switches.get()));
+    }
+
+    /// Stateless resets sent so far.
+    #[must_use]
+    pub fn resets(&self) -> u64 {
+        self.resets.get()
+    }
+
+    /// How far ahead the last stale but genuine frame's clock was, in seconds.
+    #[must_use]
+    pub fn skew(&self, way: Way) -> i64 {
+        self.skew[way as usize].get()
     }
 
     /// Counts a failed receive call.
@@ -211,6 +254,8 @@ pub struct Tally {
     forwarded: [Volume; 2],
     sends: [u64; 2],
     dropped: [u64; DropReason::ALL.len()],
+    resets: u64,
+    skew: [Option<i16>; 2],
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -240,6 +285,20 @@ impl Tally {
         self.dropped[reason as usize] += packets as u64;
     }
 
+    /// A stateless reset was sent.
+    pub const fn reset(&mut self) {
+        self.resets += 1;
+    }
+
+    /// A genuine frame was stale: down from workers, up from other regions' relays.
+    pub const fn skewed(&mut self, skew: Skew) {
+        let way = match skew.sender {
+            Sender::Shard(_) => Way::Down,
+            Sender::Relay(_) => Way::Up,
+        };
+        self.skew[way as usize] = Some(skew.ahead_s);
+    }
+
     /// Adds everything to the shared series and starts over.
     pub fn publish(&mut self, metrics: &Metrics) {
         for way in Way::ALL {
@@ -254,6 +313,14 @@ impl Tally {
                 metrics.forwarded_packets[at].inc_by(forwarded.packets);
                 metrics.forwarded_bytes[at].inc_by(forwarded.bytes);
                 metrics.sends[at].inc_by(self.sends[at]);
+            }
+        }
+        if self.resets > 0 {
+            metrics.resets.inc_by(self.resets);
+        }
+        for (gauge, ahead) in metrics.skew.iter().zip(self.skew) {
+            if let Some(ahead) = ahead {
+                gauge.set(ahead.into());
             }
         }
         for (counter, count) in metrics.dropped.iter().zip(self.dropped) {

@@ -16,14 +16,16 @@ use antiphon_runtime::{
     shutdown, telemetry,
 };
 use anyhow::{Context as _, ensure};
+use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::{net::TcpListener, sync::watch, time::sleep_until};
 
 use crate::{
     Args,
-    control::{CONDITIONS, Control, Lifecycle},
+    control::{CONDITIONS, Knowledge, Lifecycle, Link},
     data_path::{Config, DataPath, Exits},
     drain::{Drain, Reason, Step},
+    limits::Limits,
     metrics::Metrics,
     state::{
         Owner,
@@ -61,6 +63,9 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
         cores,
         pin,
         drain_deadline,
+        cid_rate,
+        initial_rate,
+        reset_rate,
         log_json: _,
     } = args;
     let identity = Identity::load(&identity).context("identity")?;
@@ -69,7 +74,9 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     let restored = state.as_ref().and_then(StateDir::load);
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
-    let config = Config { public, tunnel, cores: cores.or(available_parallelism().ok()).map_or(1, usize::from), pin };
+    let limits = Limits { cid_rate, initial_rate, reset_rate };
+    let config =
+        Config { public, tunnel, cores: cores.or(available_parallelism().ok()).map_or(1, usize::from), pin, limits };
     let (data_path, exits) = DataPath::start(&config, &metrics)?;
     let data_path = Arc::new(data_path);
     let peer = identity.peer().clone();
@@ -91,23 +98,20 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     if let Some(dir) = state {
         tasks.spawn("state", keep(dir, to_keep, metrics.clone()));
     }
-    let control = Control {
-        routers: router,
-        identity,
-        hello,
-        data_path: data_path.clone(),
-        readiness: readiness.clone(),
-        metrics,
-        restored,
-        latest,
-        lifecycle,
-    };
-    tasks.spawn("control", control.run(tasks.stopping()));
+    let knowledge =
+        Knowledge::new(router.len(), restored, data_path.clone(), readiness.clone(), metrics.clone(), latest);
+    let knowledge = Arc::new(Mutex::new(knowledge));
+    for (index, router) in router.into_iter().enumerate() {
+        let (identity, hello, lifecycle) = (identity.clone(), hello.clone(), lifecycle.clone());
+        let link = Link { router, index, identity, hello, knowledge: knowledge.clone(), lifecycle };
+        tasks.spawn("control", link.run(tasks.stopping()));
+    }
+    drop((knowledge, lifecycle));
     tasks
         .wait(async move {
             stop.await;
             readiness.set("not draining", false);
-            // Receivers live as long as the control task; without it there is nobody to tell.
+            // Receivers live as long as the links; without them there is nobody to tell.
             life.send_replace(Lifecycle::Draining);
             drain(&data_path, drain_deadline).await;
             life.send_replace(Lifecycle::Leaving);

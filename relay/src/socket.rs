@@ -1,6 +1,7 @@
 //! UDP sockets: many on one port, batched receive with offload, trains out.
 
 use std::{
+    cell::Cell,
     io::{self, IoSliceMut},
     net::{IpAddr, SocketAddr},
 };
@@ -9,11 +10,9 @@ use antiphon_core::tunnel::Ecn;
 use quinn::udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{
-    forward::DropReason,
-    metrics::{Tally, Way},
-    train::Train,
-};
+use crate::{forward::DropReason, metrics::Tally, train::Train};
+
+mod errors;
 
 /// Binds `count` sockets to one address; the kernel spreads senders over them by their address.
 ///
@@ -53,6 +52,10 @@ pub struct Port {
     socket: mio::net::UdpSocket,
     state: UdpSocketState,
     is_ipv6: bool,
+    /// Whether errors of other frames than the one at hand come up in its calls.
+    hears_errors: bool,
+    /// Some may be waiting.
+    troubled: Cell<bool>,
 }
 
 impl Port {
@@ -63,7 +66,30 @@ impl Port {
     pub fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
         let state = UdpSocketState::new((&socket).into())?;
         let is_ipv6 = socket.local_addr()?.is_ipv6();
-        Ok(Self { socket: mio::net::UdpSocket::from_std(socket), state, is_ipv6 })
+        let socket = mio::net::UdpSocket::from_std(socket);
+        Ok(Self { socket, state, is_ipv6, hears_errors: false, troubled: Cell::new(false) })
+    }
+
+    /// Like [`Self::new`], and [`Self::closed`] tells where nobody listens.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn hearing_errors(socket: std::net::UdpSocket) -> io::Result<Self> {
+        let port = Self::new(socket)?;
+        errors::keep(&port.socket, port.is_ipv6)?;
+        Ok(Self { hears_errors: true, ..port })
+    }
+
+    /// Something may wait for [`Self::closed`].
+    pub fn trouble(&self) {
+        self.troubled.set(self.hears_errors);
+    }
+
+    /// Tells the addresses, in their own family, that frames were sent to and at which nobody listens.
+    pub fn closed(&self, closed: impl FnMut(SocketAddr)) {
+        if self.troubled.take() {
+            errors::take(&self.socket, closed);
+        }
     }
 
     /// For registering with a poll.
@@ -79,38 +105,64 @@ impl Port {
         let mut chunks = memory.chunks_exact_mut(MESSAGE_BYTES);
         let mut buffers: [IoSliceMut<'_>; BATCH_SIZE] =
             std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        self.state.recv((&self.socket).into(), &mut buffers, meta)
+        loop {
+            match self.state.recv((&self.socket).into(), &mut buffers, meta) {
+                // Of a frame sent earlier; told once.
+                Err(error) if self.hears_errors && error.kind() != io::ErrorKind::WouldBlock && is_remote(&error) => {
+                    self.trouble();
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Sends a train, with one system call where the system can. What cannot be sent is dropped and counted: audio
     /// that waits for a full buffer is late anyway.
-    pub fn send(&self, train: &Train, way: Way, tally: &mut Tally) {
+    pub fn send(&self, train: &Train, tally: &mut Tally) {
         let whole = self.state.max_gso_segments() >= train.len();
-        if whole && self.transmit(train, train.bytes(), way, tally) {
+        if whole && self.transmit(train, train.bytes(), tally) {
             return;
         }
         for segment in train.bytes().chunks(train.segment_size()) {
-            self.transmit(train, segment, way, tally);
+            self.transmit(train, segment, tally);
+        }
+    }
+
+    /// Sends one datagram that belongs to no train; says whether the system took it.
+    pub fn send_one(&self, to: SocketAddr, contents: &[u8]) -> bool {
+        let transmit = |destination| Transmit { destination, ecn: None, contents, segment_size: None, src_ip: None };
+        in_family(to, self.is_ipv6).is_some_and(|to| self.try_send(&transmit(to)).is_ok())
+    }
+
+    /// An error may be that of a frame sent earlier: it is told once, so the second try is this frame's own.
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        match self.state.try_send((&self.socket).into(), transmit) {
+            Err(error) if self.hears_errors && is_remote(&error) => {
+                self.trouble();
+                self.state.try_send((&self.socket).into(), transmit)
+            }
+            outcome => outcome,
         }
     }
 
     /// False when several segments were refused as such: they have to go one by one.
-    fn transmit(&self, train: &Train, contents: &[u8], way: Way, tally: &mut Tally) -> bool {
+    fn transmit(&self, train: &Train, contents: &[u8], tally: &mut Tally) -> bool {
+        let leg = train.leg();
         let packets = contents.len().div_ceil(train.segment_size());
-        let Some(destination) = in_family(train.destination(), self.is_ipv6) else {
+        let Some(destination) = in_family(leg.destination, self.is_ipv6) else {
             tally.dropped(DropReason::ClientAddress, packets);
             return true;
         };
         let transmit = Transmit {
             destination,
-            ecn: EcnCodepoint::from_bits(train.ecn().bits()),
+            ecn: EcnCodepoint::from_bits(leg.ecn.bits()),
             contents,
             segment_size: (packets > 1).then_some(train.segment_size()),
             src_ip: None,
         };
-        let refused = match self.state.try_send((&self.socket).into(), &transmit) {
+        let refused = match self.try_send(&transmit) {
             Ok(()) => {
-                tally.sent(way, packets, contents.len());
+                tally.sent(leg.way, packets, contents.len());
                 return true;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => DropReason::SendBuffer,
@@ -122,6 +174,13 @@ impl Port {
         tally.dropped(refused, packets);
         true
     }
+}
+
+/// Whether a call's error is what somebody on a frame's way said.
+fn is_remote(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable, PermissionDenied};
+    let kinds = [ConnectionRefused, HostUnreachable, NetworkUnreachable, PermissionDenied];
+    kinds.contains(&error.kind()) || error.raw_os_error().is_some_and(|code| REMOTE.contains(&code))
 }
 
 /// The address as a socket of that family takes it; `None` for IPv6 on an IPv4 socket.
@@ -155,6 +214,13 @@ const BUFFER_BYTES: usize = 4 << 20;
 
 /// Linux: message too long.
 const EMSGSIZE: i32 = rustix::io::Errno::MSGSIZE.raw_os_error();
+/// Linux: what messages of others become that have no kind of their own.
+const REMOTE: [i32; 4] = [
+    EMSGSIZE,
+    rustix::io::Errno::HOSTDOWN.raw_os_error(),
+    rustix::io::Errno::NOPROTOOPT.raw_os_error(),
+    rustix::io::Errno::PROTO.raw_os_error(),
+];
 
 #[cfg(test)]
 mod tests {

@@ -8,11 +8,23 @@ use std::net::SocketAddr;
 
 use antiphon_core::tunnel::Ecn;
 
-/// One address and mark, many datagrams.
+use crate::metrics::Way;
+
+/// Where a datagram goes, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leg {
+    /// Whither.
+    pub destination: SocketAddr,
+    /// For the IP header.
+    pub ecn: Ecn,
+    /// What it counts as.
+    pub way: Way,
+}
+
+/// One leg, many datagrams.
 #[derive(Debug)]
 pub struct Train {
-    destination: SocketAddr,
-    ecn: Ecn,
+    leg: Leg,
     segment: usize,
     /// A shorter segment ended it.
     closed: bool,
@@ -23,8 +35,7 @@ pub struct Train {
 impl Train {
     fn new() -> Self {
         Self {
-            destination: SocketAddr::from(([0, 0, 0, 0], 0)),
-            ecn: Ecn::NotEct,
+            leg: Leg { destination: SocketAddr::from(([0, 0, 0, 0], 0)), ecn: Ecn::NotEct, way: Way::Up },
             segment: 0,
             closed: true,
             segments: 0,
@@ -34,14 +45,8 @@ impl Train {
 
     /// Where to.
     #[must_use]
-    pub const fn destination(&self) -> SocketAddr {
-        self.destination
-    }
-
-    /// For the IP headers.
-    #[must_use]
-    pub const fn ecn(&self) -> Ecn {
-        self.ecn
+    pub const fn leg(&self) -> Leg {
+        self.leg
     }
 
     /// Bytes of every segment but the last, which may be shorter.
@@ -68,17 +73,12 @@ impl Train {
         &self.bytes
     }
 
-    fn begin(&mut self, destination: SocketAddr, ecn: Ecn, segment: usize) {
-        self.destination = destination;
-        self.ecn = ecn;
+    fn begin(&mut self, leg: Leg, segment: usize) {
+        self.leg = leg;
         self.segment = segment;
         self.closed = segment > MAX_SEGMENT;
         self.segments = 0;
         self.bytes.clear();
-    }
-
-    fn leads_to(&self, destination: SocketAddr, ecn: Ecn) -> bool {
-        self.destination == destination && self.ecn == ecn
     }
 
     fn has_room(&self, len: usize) -> bool {
@@ -137,24 +137,17 @@ impl Trains {
     ///
     /// # Errors
     /// [`Full`]; the datagram was not added.
-    pub fn push(
-        &mut self,
-        destination: SocketAddr,
-        ecn: Ecn,
-        join: Join,
-        head: &[u8],
-        body: &[u8],
-    ) -> Result<(), Full> {
+    pub fn push(&mut self, leg: Leg, join: Join, head: &[u8], body: &[u8]) -> Result<(), Full> {
         let len = head.len() + body.len();
         let joined = match join {
-            Join::Latest => self.latest(destination, ecn, len),
-            Join::SameSize => self.of_same_size(destination, ecn, len),
+            Join::Latest => self.latest(leg, len),
+            Join::SameSize => self.of_same_size(leg, len),
         };
         let index = match joined {
             Some(index) => index,
             None if self.used == MAX_TRAINS => return Err(Full),
             None => {
-                self.trains[self.used].begin(destination, ecn, len);
+                self.trains[self.used].begin(leg, len);
                 self.used += 1;
                 self.used - 1
             }
@@ -164,15 +157,15 @@ impl Trains {
         Ok(())
     }
 
-    fn latest(&self, destination: SocketAddr, ecn: Ecn, len: usize) -> Option<usize> {
-        let index = self.trains[..self.used].iter().rposition(|t| t.destination == destination)?;
+    fn latest(&self, leg: Leg, len: usize) -> Option<usize> {
+        let index = self.trains[..self.used].iter().rposition(|t| t.leg.destination == leg.destination)?;
         let train = &self.trains[index];
-        (train.ecn == ecn && train.has_room(len)).then_some(index)
+        (train.leg == leg && train.has_room(len)).then_some(index)
     }
 
     /// A shorter datagram ends its predecessor's train rather than overtake it in another one.
-    fn of_same_size(&self, destination: SocketAddr, ecn: Ecn, len: usize) -> Option<usize> {
-        let fits = |t: &Train| t.leads_to(destination, ecn) && t.has_room(len);
+    fn of_same_size(&self, leg: Leg, len: usize) -> Option<usize> {
+        let fits = |t: &Train| t.leg == leg && t.has_room(len);
         if let Some(index) = self.previous
             && fits(&self.trains[index])
         {
@@ -206,14 +199,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn to(n: u16) -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], n))
+    fn to(n: u16, ecn: Ecn) -> Leg {
+        Leg { destination: SocketAddr::from(([127, 0, 0, 1], n)), ecn, way: Way::Up }
     }
 
     fn drained(trains: &mut Trains) -> Vec<(u16, Ecn, usize, usize, usize)> {
         let mut all = Vec::new();
         trains.drain(|t| {
-            all.push((t.destination().port(), t.ecn(), t.segment_size(), t.len(), t.bytes().len()));
+            all.push((t.leg().destination.port(), t.leg().ecn, t.segment_size(), t.len(), t.bytes().len()));
         });
         all
     }
@@ -230,7 +223,7 @@ mod tests {
             (1, Ecn::Ect0, 120),
         ] {
             trains.message();
-            trains.push(to(port), ecn, Join::SameSize, &[0; 32], &vec![0; len]).unwrap();
+            trains.push(to(port, ecn), Join::SameSize, &[0; 32], &vec![0; len]).unwrap();
         }
         let expected = [
             (1, Ecn::Ect0, 192, 2, 384),
@@ -245,7 +238,7 @@ mod tests {
     #[test]
     fn a_message_ends_with_its_shorter_datagram_in_the_same_train() {
         let mut trains = Trains::new();
-        let mut push = |len| trains.push(to(1), Ecn::NotEct, Join::SameSize, &[], &vec![0; len]).unwrap();
+        let mut push = |len| trains.push(to(1, Ecn::NotEct), Join::SameSize, &[], &vec![0; len]).unwrap();
         [300, 1200, 1200, 300, 1200].into_iter().for_each(&mut push);
         let trains: Vec<_> = drained(&mut trains).iter().map(|t| (t.2, t.3, t.4)).collect();
         assert_eq!(trains, [(300, 1, 300), (1200, 3, 2700), (1200, 1, 1200)]);
@@ -255,7 +248,7 @@ mod tests {
     fn latest_never_lets_a_datagram_overtake() {
         let mut trains = Trains::new();
         for len in [100, 100, 50, 100, 100, 200] {
-            trains.push(to(1), Ecn::NotEct, Join::Latest, &[], &vec![0; len]).unwrap();
+            trains.push(to(1, Ecn::NotEct), Join::Latest, &[], &vec![0; len]).unwrap();
         }
         let trains: Vec<_> = drained(&mut trains).iter().map(|t| (t.2, t.3, t.4)).collect();
         assert_eq!(trains, [(100, 3, 250), (100, 2, 200), (200, 1, 200)]);
@@ -265,7 +258,7 @@ mod tests {
     fn long_datagrams_travel_alone() {
         let mut trains = Trains::new();
         for _ in 0..2 {
-            trains.push(to(1), Ecn::NotEct, Join::SameSize, &[], &[0; MAX_SEGMENT + 1]).unwrap();
+            trains.push(to(1, Ecn::NotEct), Join::SameSize, &[], &[0; MAX_SEGMENT + 1]).unwrap();
         }
         assert!(drained(&mut trains).iter().all(|t| t.3 == 1));
     }
@@ -273,13 +266,13 @@ mod tests {
     #[test]
     fn memory_is_bounded() {
         let mut trains = Trains::new();
-        let port = |n: usize| to(u16::try_from(n).unwrap());
+        let port = |n: usize| to(u16::try_from(n).unwrap(), Ecn::NotEct);
         for n in 0..MAX_TRAINS {
-            trains.push(port(n), Ecn::NotEct, Join::Latest, &[], &[0; 10]).unwrap();
+            trains.push(port(n), Join::Latest, &[], &[0; 10]).unwrap();
         }
-        assert_eq!(trains.push(port(MAX_TRAINS), Ecn::NotEct, Join::Latest, &[], &[0; 10]), Err(Full));
+        assert_eq!(trains.push(port(MAX_TRAINS), Join::Latest, &[], &[0; 10]), Err(Full));
         trains.drain(|_| {});
-        assert!(trains.push(port(MAX_TRAINS), Ecn::NotEct, Join::Latest, &[], &[0; 10]).is_ok());
+        assert!(trains.push(port(MAX_TRAINS), Join::Latest, &[], &[0; 10]).is_ok());
     }
 
     proptest! {
@@ -304,7 +297,7 @@ mod tests {
                     trains.message();
                 }
                 let body = vec![0; *len];
-                while trains.push(to(*port), ecn, join, &[], &body) == Err(Full) {
+                while trains.push(to(*port, ecn), join, &[], &body) == Err(Full) {
                     check(&mut trains);
                 }
             }

@@ -14,8 +14,10 @@ use antiphon_core::{
 };
 use antiphon_relay::{
     data_path::{Config, DataPath},
+    keyring::{CidKey, Keyring},
+    limits::Limits,
     metrics::Metrics,
-    table::{RouteChange, Routing, Welcome},
+    routing::{RouteChange, Routing, Welcome},
 };
 use prometheus_client::registry::Registry;
 
@@ -25,16 +27,14 @@ use super::PACKET_LEN;
 pub(crate) fn serve(worker: SocketAddr) -> anyhow::Result<()> {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let metrics = Metrics::register(&mut Registry::default());
-    let (path, _exits) = DataPath::start(&Config { public: any, tunnel: any, cores: 1, pin: true }, &metrics)?;
-    let mut routing = Routing::new();
-    routing.welcome(Welcome {
-        relay: relay_number(),
-        cid_configs: vec![(config_id(), root().cid_key(generation()))],
-        secrets: vec![(generation(), secret())],
-        sealing: generation(),
-    });
+    let config = Config { public: any, tunnel: any, cores: 1, pin: true, limits: Limits::default() };
+    let (path, _exits) = DataPath::start(&config, &metrics)?;
+    let mut routing = Routing::new(1);
+    let cid = CidKey { config: config_id(), generation: generation(), key: root().cid_key(generation()) };
+    let keys = Keyring { cid: vec![cid], secrets: vec![(generation(), secret())], sealing: generation() };
+    routing.welcome(0, Welcome { relay: relay_number(), keys })?;
     let change = RouteChange { version: 1, full: true, upserts: vec![(SERVER, worker)], ..RouteChange::default() };
-    routing.apply(change)?;
+    routing.apply(0, 0, change)?;
     path.swap(routing.table());
     until_input_ends(&format!("{} {}", path.public(), path.tunnel()))
 }

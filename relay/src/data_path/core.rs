@@ -9,18 +9,21 @@ use std::{
     },
 };
 
-use antiphon_core::tunnel::{Ecn, HEADER_LEN};
-use arc_swap::ArcSwap;
+use antiphon_core::tunnel::{Direction, Ecn, HEADER_LEN, Header, Notice};
 use mio::{Events, Interest, Poll, Token, Waker};
 use quinn::udp::{BATCH_SIZE, RecvMeta};
+use rand::{SeedableRng as _, rngs::StdRng};
 
-use super::{Activity, unix_seconds};
+use super::{Shared, skew::SkewLog};
 use crate::{
-    forward::{DropReason, Verdict, classify_down, classify_up},
+    forward::{DropReason, FromClient, FromTunnel, Now, Onward, Refusal, classify_frame, classify_up},
+    limits::{FlowLimiter, Limits},
     metrics::{Metrics, Tally, Way},
+    neighbour::Neighbour,
+    reset::{MAX_RESET, Resets},
     socket::{MESSAGE_BYTES, Port, ecn_of, source_of},
     table::Table,
-    train::{Full, Join, Trains},
+    train::{Full, Join, Leg, Trains},
 };
 
 /// Sockets and memory of one thread. All memory is allocated here; forwarding allocates nothing.
@@ -28,10 +31,11 @@ pub(super) struct Core {
     poll: Poll,
     /// Towards clients.
     front: Port,
-    /// Towards workers.
+    /// Towards workers and other relays.
     back: Port,
-    table: Arc<ArcSwap<Table>>,
-    activity: Arc<Activity>,
+    shared: Arc<Shared>,
+    /// Which thread this is.
+    index: usize,
     metrics: Metrics,
     inbox: Inbox,
     outbox: Outbox,
@@ -44,21 +48,39 @@ struct Inbox {
 }
 
 struct Outbox {
-    trains: Trains,
+    to_clients: Trains,
+    to_tunnel: Trains,
     tally: Tally,
+    limiter: FlowLimiter,
+    resets: Resets,
+    skews: SkewLog,
+}
+
+/// Where trains leave.
+struct Ports<'p> {
+    front: &'p Port,
+    back: &'p Port,
+}
+
+/// One datagram as it came.
+struct Arrival<'d> {
+    datagram: &'d [u8],
+    from: SocketAddr,
+    ecn: Ecn,
 }
 
 impl Core {
     pub(super) fn new(
         front: std::net::UdpSocket,
         back: std::net::UdpSocket,
-        table: Arc<ArcSwap<Table>>,
+        index: usize,
+        shared: Arc<Shared>,
         metrics: Metrics,
-        activity: Arc<Activity>,
+        limits: &Limits,
     ) -> io::Result<(Self, Waker)> {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), WAKE)?;
-        let (mut front, mut back) = (Port::new(front)?, Port::new(back)?);
+        let (mut front, mut back) = (Port::new(front)?, Port::hearing_errors(back)?);
         for (port, token) in [(&mut front, FRONT), (&mut back, BACK)] {
             poll.registry().register(port.source(), token, Interest::READABLE)?;
         }
@@ -66,15 +88,22 @@ impl Core {
             poll,
             front,
             back,
-            table,
-            activity,
+            shared,
+            index,
             metrics,
             inbox: Inbox {
                 memory: vec![0; BATCH_SIZE * MESSAGE_BYTES],
                 meta: [RecvMeta::default(); BATCH_SIZE],
                 failures: 0,
             },
-            outbox: Outbox { trains: Trains::new(), tally: Tally::default() },
+            outbox: Outbox {
+                to_clients: Trains::new(),
+                to_tunnel: Trains::new(),
+                tally: Tally::default(),
+                limiter: FlowLimiter::new(limits),
+                resets: Resets::new(limits.reset_rate.get(), StdRng::from_os_rng()),
+                skews: SkewLog::default(),
+            },
         };
         Ok((core, waker))
     }
@@ -87,6 +116,9 @@ impl Core {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 outcome => outcome?,
             }
+            if events.iter().any(|e| e.token() == BACK && e.is_error()) {
+                self.back.trouble();
+            }
             // Readiness is told once: both sockets have to be emptied before the next wait.
             while self.turn()? && !stop.load(Ordering::Acquire) {}
         }
@@ -97,41 +129,55 @@ impl Core {
     pub(super) fn turn(&mut self) -> io::Result<bool> {
         let up = self.batch(Way::Up)?;
         let down = self.batch(Way::Down)?;
+        if !(up || down) {
+            self.shared.in_force(self.index);
+        }
+        self.back.closed(|address| {
+            if let Some(neighbour) = self.shared.table().neighbour_at(address) {
+                neighbour.contact.lost(self.shared.clock.now().ms);
+            }
+        });
         Ok(up || down)
     }
 
-    fn batch(&mut self, way: Way) -> io::Result<bool> {
-        let (from, to) = match way {
-            Way::Up => (&self.front, &self.back),
-            Way::Down => (&self.back, &self.front),
+    /// Datagrams of one port: of clients, which go up, or of the tunnel, where most go down.
+    fn batch(&mut self, side: Way) -> io::Result<bool> {
+        let ports = Ports { front: &self.front, back: &self.back };
+        let port = match side {
+            Way::Up => ports.front,
+            Way::Down => ports.back,
         };
-        let Some(messages) = self.inbox.fill(from, &self.metrics)? else {
+        let Some(messages) = self.inbox.fill(port, &self.metrics)? else {
             return Ok(false);
         };
-        let (table, now) = (self.table.load(), unix_seconds());
-        let mut forwarded = false;
+        let (table, now) = (self.shared.in_force(self.index), self.shared.clock.now());
+        let outbox = &mut self.outbox;
+        let mut of_clients = false;
         for (buffer, meta) in self.inbox.messages(messages) {
-            self.outbox.trains.message();
-            let (source, ecn) = (source_of(meta), ecn_of(meta));
+            outbox.to_clients.message();
+            outbox.to_tunnel.message();
+            let (from, ecn) = (source_of(meta), ecn_of(meta));
             // An empty datagram is one, too.
             let datagrams = buffer[..meta.len].chunks(meta.stride.max(1));
             let empty = (meta.len == 0).then_some(&[][..]);
             for datagram in datagrams.chain(empty) {
-                self.outbox.tally.received(way, datagram.len());
-                let judged = match way {
-                    Way::Up => self.outbox.up(&table, now, datagram, source, ecn, to),
-                    Way::Down => self.outbox.down(&table, now, datagram, source, ecn, to),
+                let arrival = Arrival { datagram, from, ecn };
+                let judged = match side {
+                    Way::Up => outbox.of_client(&table.table, now, &arrival, &ports),
+                    Way::Down => outbox.of_tunnel(&table.table, now, &arrival, &ports),
                 };
-                match judged {
-                    Ok(()) => forwarded = true,
-                    Err(reason) => self.outbox.tally.dropped(reason, 1),
+                let (way, outcome) = judged;
+                outbox.tally.received(way, datagram.len());
+                match outcome {
+                    Ok(()) => of_clients |= way == Way::Up,
+                    Err(reason) => outbox.tally.dropped(reason, 1),
                 }
             }
         }
-        self.outbox.flush(to, way);
-        self.outbox.tally.publish(&self.metrics);
-        if forwarded && way == Way::Up {
-            self.activity.record();
+        outbox.flush(&ports);
+        outbox.tally.publish(&self.metrics);
+        if of_clients {
+            self.shared.clock.record(now);
         }
         Ok(true)
     }
@@ -164,62 +210,126 @@ impl Inbox {
 }
 
 impl Outbox {
-    fn up(
+    fn of_client(
         &mut self,
         table: &Table,
-        now: u64,
-        datagram: &[u8],
-        from: SocketAddr,
-        ecn: Ecn,
-        port: &Port,
-    ) -> Result<(), DropReason> {
-        match classify_up(table, now, datagram, from, ecn) {
-            Verdict::Drop(reason) => Err(reason),
-            Verdict::Forward(to) => {
-                let mut head = [0; HEADER_LEN];
-                to.header.seal_into(&to.route.key, datagram, &mut head);
-                let mut push =
-                    |trains: &mut Trains| trains.push(to.route.address, ecn, Join::SameSize, &head, datagram);
-                self.board(&mut push, port, Way::Up)
+        now: Now,
+        arrival: &Arrival<'_>,
+        ports: &Ports<'_>,
+    ) -> (Way, Result<(), DropReason>) {
+        let Arrival { datagram, from, ecn } = *arrival;
+        let outcome = match classify_up(table, now, datagram, from, ecn) {
+            Err(reason) => Err(reason),
+            Ok(FromClient::Onward(onward)) => self.onward(now, &onward, datagram, ports),
+            Ok(FromClient::Reset { key, cid }) => {
+                let mut reset = [0; MAX_RESET];
+                if let Some(len) = self.resets.answer(now.ms, key, &cid, datagram.len(), &mut reset)
+                    && ports.front.send_one(from, &reset[..len])
+                {
+                    self.tally.reset();
+                }
+                Err(DropReason::DeadServer)
+            }
+        };
+        (Way::Up, outcome)
+    }
+
+    fn of_tunnel(
+        &mut self,
+        table: &Table,
+        now: Now,
+        arrival: &Arrival<'_>,
+        ports: &Ports<'_>,
+    ) -> (Way, Result<(), DropReason>) {
+        let Arrival { datagram: frame, from, ecn } = *arrival;
+        match classify_frame(table, now, frame, from, ecn) {
+            Err(Refusal { reason, skew }) => {
+                if let Some(skew) = skew {
+                    self.skews.note(now.ms, skew);
+                    self.tally.skewed(skew);
+                }
+                (Way::Down, Err(reason))
+            }
+            Ok(FromTunnel::ToClient(to)) => {
+                let leg = Leg { destination: to.client, ecn: to.ecn, way: Way::Down };
+                let mut push = |outbox: &mut Self| outbox.to_clients.push(leg, Join::Latest, &[], to.datagram);
+                (Way::Down, self.board(&mut push, ports))
+            }
+            Ok(FromTunnel::Onward(onward, datagram)) => {
+                (way_of(onward.header.direction), self.onward(now, &onward, datagram, ports))
+            }
+            Ok(FromTunnel::Notice { from, header, notice }) => {
+                (way_of(header.direction), self.pass_on(table, now, from, &header, notice, ports))
             }
         }
     }
 
-    fn down(
+    fn onward(&mut self, now: Now, onward: &Onward<'_>, datagram: &[u8], ports: &Ports<'_>) -> Result<(), DropReason> {
+        if onward.flow.is_some_and(|flow| !self.limiter.admit(now.ms, &flow)) {
+            return Err(DropReason::CidRate);
+        }
+        if let Some(through) = onward.through {
+            through.contact.sent(now.ms);
+        }
+        let Onward { address, key, header, .. } = onward;
+        let mut head = [0; HEADER_LEN];
+        header.seal_into(key, datagram, &mut head);
+        let leg = Leg { destination: *address, ecn: header.ecn, way: way_of(header.direction) };
+        let mut push = |outbox: &mut Self| outbox.to_tunnel.push(leg, Join::SameSize, &head, datagram);
+        self.board(&mut push, ports)
+    }
+
+    /// What a relay of another region tells: its clients' workers hear it from here, or this relay itself does.
+    fn pass_on(
         &mut self,
         table: &Table,
-        now: u64,
-        frame: &[u8],
-        from: SocketAddr,
-        outer: Ecn,
-        port: &Port,
+        now: Now,
+        from: &Neighbour,
+        header: &Header,
+        notice: Notice,
+        ports: &Ports<'_>,
     ) -> Result<(), DropReason> {
-        match classify_down(table, now, frame, from, outer) {
-            Verdict::Drop(reason) => Err(reason),
-            Verdict::Forward(to) => {
-                let mut push = |trains: &mut Trains| trains.push(to.client, to.ecn, Join::Latest, &[], to.datagram);
-                self.board(&mut push, port, Way::Down)
-            }
+        let Notice::Draining { .. } = notice;
+        if header.direction == Direction::Down {
+            from.contact.lost(now.ms);
+            return Ok(());
         }
+        if !from.contact.may_tell_all(now.ms) {
+            return Err(DropReason::FrameNotice);
+        }
+        let home = table.relay().region();
+        for (_, route) in table.routes().filter(|(server_id, _)| server_id.region == home) {
+            let next = header.next_hop(route.slot).map_err(|_| DropReason::FrameHopLimit)?;
+            let onward = Onward { address: route.address, key: &route.key, header: next, through: None, flow: None };
+            self.onward(now, &onward, &notice.to_bytes(), ports)?;
+        }
+        Ok(())
     }
 
     /// When no train is left, all leave before the batch ends.
     fn board(
         &mut self,
-        push: &mut dyn FnMut(&mut Trains) -> Result<(), Full>,
-        port: &Port,
-        way: Way,
+        push: &mut dyn FnMut(&mut Self) -> Result<(), Full>,
+        ports: &Ports<'_>,
     ) -> Result<(), DropReason> {
-        if push(&mut self.trains) == Err(Full) {
-            self.flush(port, way);
-            return push(&mut self.trains).map_err(|Full| DropReason::SendBuffer);
+        if push(self) == Err(Full) {
+            self.flush(ports);
+            return push(self).map_err(|Full| DropReason::SendBuffer);
         }
         Ok(())
     }
 
-    fn flush(&mut self, port: &Port, way: Way) {
+    fn flush(&mut self, ports: &Ports<'_>) {
         let tally = &mut self.tally;
-        self.trains.drain(|train| port.send(train, way, tally));
+        self.to_clients.drain(|train| ports.front.send(train, tally));
+        self.to_tunnel.drain(|train| ports.back.send(train, tally));
+    }
+}
+
+const fn way_of(direction: Direction) -> Way {
+    match direction {
+        Direction::Up => Way::Up,
+        Direction::Down => Way::Down,
     }
 }
 

@@ -3,11 +3,14 @@ use antiphon_core::{
     cid::{CidMinter, ConfigId, NonceCounter},
     id::{KeyGeneration, RelayNumber, ServerId},
     keys::{RelaySecret, TunnelKeys},
-    tunnel::KeySlot,
+    tunnel::{self, MAX_SKEW},
 };
 use proptest::prelude::*;
 
-use crate::table::{RouteChange, Routing, Welcome};
+use crate::{
+    keyring::{CidKey, Keyring},
+    routing::{DeadServer, NeighbourRecord, RouteChange, Routing, Welcome},
+};
 
 const NOW: u64 = 1_800_000_000;
 const KEY: [u8; 16] = [3; 16];
@@ -34,18 +37,26 @@ fn address(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-fn table() -> Table {
-    let mut routing = Routing::new();
-    routing.welcome(Welcome {
-        relay: RelayNumber::new(65).unwrap(),
-        cid_configs: vec![(ConfigId::new(1).unwrap(), KEY)],
-        secrets: vec![(generation(4), secret())],
-        sealing: generation(4),
-    });
+fn keyring() -> Keyring {
+    let cid = CidKey { config: ConfigId::new(1).unwrap(), generation: generation(4), key: KEY };
+    Keyring { cid: vec![cid], secrets: vec![(generation(4), secret())], sealing: generation(4) }
+}
+
+fn now() -> Now {
+    Now { unix_s: NOW, ms: Millis(0) }
+}
+
+fn routing() -> Routing {
+    let mut routing = Routing::new(1);
+    routing.welcome(0, Welcome { relay: RelayNumber::new(65).unwrap(), keys: keyring() }).unwrap();
     let change =
         RouteChange { version: 1, full: true, upserts: vec![(server_id(), address(WORKER))], ..RouteChange::default() };
-    routing.apply(change).unwrap();
-    routing.table()
+    routing.apply(0, NOW, change).unwrap();
+    routing
+}
+
+fn table() -> Table {
+    routing().table()
 }
 
 fn minter(server_id: ServerId) -> CidMinter {
@@ -85,9 +96,9 @@ fn judged(datagram: &[u8]) -> Result<(SocketAddr, Header), DropReason> {
 }
 
 fn judged_from(datagram: &[u8], from: SocketAddr) -> Result<(SocketAddr, Header), DropReason> {
-    match classify_up(&table(), NOW, datagram, from, Ecn::Ect0) {
-        Verdict::Forward(to) => Ok((to.route.address, to.header)),
-        Verdict::Drop(reason) => Err(reason),
+    match classify_up(&table(), now(), datagram, from, Ecn::Ect0)? {
+        FromClient::Onward(to) => Ok((to.address, to.header)),
+        FromClient::Reset { .. } => panic!("nobody is dead"),
     }
 }
 
@@ -152,8 +163,8 @@ fn what_is_no_packet_of_ours_is_dropped_with_its_reason() {
 #[test]
 fn a_table_without_keys_forwards_nothing() {
     let (table, packet) = (Table::empty(), short(&live_cid()));
-    let verdict = classify_up(&table, NOW, &packet, address(CLIENT), Ecn::NotEct);
-    assert!(matches!(verdict, Verdict::Drop(DropReason::CidConfig)));
+    let verdict = classify_up(&table, now(), &packet, address(CLIENT), Ecn::NotEct);
+    assert!(matches!(verdict, Err(DropReason::CidConfig)));
 }
 
 fn down_header() -> Header {
@@ -176,9 +187,9 @@ fn sealed(header: &Header) -> Vec<u8> {
 }
 
 fn judged_down(frame: &[u8], from: &str) -> Result<(SocketAddr, Ecn, Vec<u8>), DropReason> {
-    match classify_down(&table(), NOW, frame, address(from), Ecn::Ce) {
-        Verdict::Forward(to) => Ok((to.client, to.ecn, to.datagram.to_vec())),
-        Verdict::Drop(reason) => Err(reason),
+    match classify_frame(&table(), now(), frame, address(from), Ecn::Ce).map_err(|r| r.reason)? {
+        FromTunnel::ToClient(to) => Ok((to.client, to.ecn, to.datagram.to_vec())),
+        other => panic!("not for a client: {other:?}"),
     }
 }
 
@@ -245,3 +256,6 @@ proptest! {
         prop_assert!(judged(&packet).is_err());
     }
 }
+
+#[path = "tests/tiers.rs"]
+mod tiers;

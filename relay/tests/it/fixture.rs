@@ -14,8 +14,10 @@ use antiphon_core::{
 };
 use antiphon_relay::{
     data_path::{Config, DataPath, Exits},
+    keyring::{CidKey, Keyring},
+    limits::Limits,
     metrics::Metrics,
-    table::{RouteChange, Routing, Welcome},
+    routing::{RouteChange, Routing, Welcome},
 };
 use prometheus_client::registry::Registry;
 
@@ -164,15 +166,18 @@ pub(crate) struct Relay {
 impl Relay {
     pub(crate) fn start(public: &str, tunnel: &str, cores: usize) -> Self {
         let metrics = Metrics::register(&mut Registry::default());
-        let config = Config { public: public.parse().unwrap(), tunnel: tunnel.parse().unwrap(), cores, pin: true };
+        let config = Config {
+            public: public.parse().unwrap(),
+            tunnel: tunnel.parse().unwrap(),
+            cores,
+            pin: true,
+            limits: Limits { cid_rate: 30_000.try_into().unwrap(), ..Limits::default() },
+        };
         let (path, exits) = DataPath::start(&config, &metrics).unwrap();
-        let mut routing = Routing::new();
-        routing.welcome(Welcome {
-            relay: relay_number(),
-            cid_configs: vec![(config_id(), root().cid_key(generation()))],
-            secrets: vec![(generation(), secret())],
-            sealing: generation(),
-        });
+        let mut routing = Routing::new(1);
+        let cid = CidKey { config: config_id(), generation: generation(), key: root().cid_key(generation()) };
+        let keys = Keyring { cid: vec![cid], secrets: vec![(generation(), secret())], sealing: generation() };
+        routing.welcome(0, Welcome { relay: relay_number(), keys }).unwrap();
         Self { path, metrics, routing, exits, version: 0 }
     }
 
@@ -185,7 +190,7 @@ impl Relay {
             upserts: workers.iter().map(|(w, a)| (w.server_id, *a)).collect(),
             ..RouteChange::default()
         };
-        self.routing.apply(change).unwrap();
+        self.routing.apply(0, unix_seconds(), change).unwrap();
         self.path.swap(self.routing.table());
     }
 

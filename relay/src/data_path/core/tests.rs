@@ -1,5 +1,6 @@
 use std::{
     net::UdpSocket,
+    num::NonZeroU16,
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,10 @@ use antiphon_core::{
 use prometheus_client::registry::Registry;
 
 use super::*;
-use crate::table::{RouteChange, Routing, Welcome};
+use crate::{
+    keyring::{CidKey, Keyring},
+    routing::{RouteChange, Routing, Welcome},
+};
 
 struct Bench {
     core: Core,
@@ -30,26 +34,27 @@ fn bench() -> Bench {
     let (front, back, worker) = (loopback(), loopback(), loopback());
     let server_id = ServerId::from_u64(77);
     let (generation, config) = (KeyGeneration::new(1).unwrap(), ConfigId::new(0).unwrap());
-    let mut routing = Routing::new();
-    routing.welcome(Welcome {
-        relay: RelayNumber::new(1).unwrap(),
-        cid_configs: vec![(config, [1; 16])],
+    let mut routing = Routing::new(1);
+    let keys = Keyring {
+        cid: vec![CidKey { config, generation, key: [1; 16] }],
         secrets: vec![(generation, RelaySecret::from_bytes([2; 32]))],
         sealing: generation,
-    });
-    routing
-        .apply(RouteChange {
-            version: 1,
-            full: true,
-            upserts: vec![(server_id, worker.local_addr().unwrap())],
-            ..RouteChange::default()
-        })
-        .unwrap();
-    let table = Arc::new(ArcSwap::from_pointee(routing.table()));
+    };
+    routing.welcome(0, Welcome { relay: RelayNumber::new(1).unwrap(), keys }).unwrap();
+    let change = RouteChange {
+        version: 1,
+        full: true,
+        upserts: vec![(server_id, worker.local_addr().unwrap())],
+        ..RouteChange::default()
+    };
+    routing.apply(0, 0, change).unwrap();
+    let shared = Arc::new(Shared::new(1));
+    let table = Arc::new(routing.table());
+    shared.table.store(Arc::new(super::super::InForce { sequence: 1, table }));
     let metrics = Metrics::register(&mut Registry::default());
     let front_address = front.local_addr().unwrap();
-    let activity = Arc::new(Activity::new());
-    let (core, _waker) = Core::new(front, back, table, metrics.clone(), activity).unwrap();
+    let limits = Limits { cid_rate: NonZeroU16::new(20_000).unwrap(), ..Limits::default() };
+    let (core, _waker) = Core::new(front, back, 0, shared, metrics.clone(), &limits).unwrap();
     let mut minter = CidMinter::new(server_id, config, [1; 16], NonceCounter::starting_at(0));
     let mut packet = vec![0x40];
     packet.extend_from_slice(minter.mint_connection().as_bytes());
@@ -86,18 +91,19 @@ fn datagrams_of_64_clients_share_two_trains() {
 #[test]
 fn forwarding_for_10_000_clients_allocates_nothing() {
     let mut bench = bench();
-    let table = bench.core.table.load_full();
+    let (table, now) = (bench.core.shared.in_force(0), bench.core.shared.clock.now());
     let clients = |n: u16| {
         let [high, low] = n.to_be_bytes();
         SocketAddr::from(([192, 0, high, low], 1024 + n))
     };
-    let Core { outbox, back, .. } = &mut bench.core;
+    let Core { outbox, front, back, .. } = &mut bench.core;
+    let ports = Ports { front, back };
     let allocations = allocation_counter::measure(|| {
         for n in 0..10_000 {
-            let judged = outbox.up(&table, unix_seconds(), &bench.packet, clients(n), Ecn::Ect0, back);
-            assert_eq!(judged, Ok(()));
+            let arrival = Arrival { datagram: &bench.packet, from: clients(n), ecn: Ecn::Ect0 };
+            assert_eq!(outbox.of_client(&table, now, &arrival, &ports), (Way::Up, Ok(())));
         }
-        outbox.flush(back, Way::Up);
+        outbox.flush(&ports);
     });
     assert_eq!(allocations.count_total, 0);
 }
