@@ -47,6 +47,9 @@ pub struct Args {
     /// Directory with cert.pem, key.pem and ca.pem.
     #[arg(long, env = "ANTIPHON_WORKER_IDENTITY")]
     pub identity: PathBuf,
+    /// Directory where it keeps its number and its agent's behaviour over restarts; made if absent, mode 700.
+    #[arg(long, env = "ANTIPHON_WORKER_STATE")]
+    pub state: Option<PathBuf>,
     /// Address of /livez, /readyz and /metrics.
     #[arg(long, env = "ANTIPHON_WORKER_ADMIN", default_value = "0.0.0.0:4502")]
     pub admin: SocketAddr,

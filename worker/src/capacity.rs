@@ -16,7 +16,7 @@ use antiphon_core::{
 };
 use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -116,7 +116,7 @@ pub(crate) struct Capacity {
     started: Instant,
     agent: String,
     inner: Mutex<Inner>,
-    changed: Notify,
+    changed: watch::Sender<()>,
     metrics: Metrics,
 }
 
@@ -135,7 +135,7 @@ impl Capacity {
         metrics.slots.set(slots.into());
         let table = LeaseTable::new(slots);
         let inner = Inner { table, doors: Vec::new(), behaviour: None, draining: false };
-        Self { started: Instant::now(), agent, inner: Mutex::new(inner), changed: Notify::new(), metrics }
+        Self { started: Instant::now(), agent, inner: Mutex::new(inner), changed: watch::Sender::new(()), metrics }
     }
 
     /// Opens the doors once the router has numbered this worker.
@@ -275,16 +275,16 @@ impl Capacity {
         self.inner.lock().table.iter().filter_map(|(_, lease, _)| lease.attachment.oldest_generation(now)).min()
     }
 
-    /// Completes when the counts may have changed since the last call.
-    pub(crate) async fn changed(&self) {
-        self.changed.notified().await;
+    /// Changes when the counts may have.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     fn publish(&self, inner: &Inner) {
         let counts = inner.counts();
         self.metrics.reserved.set(counts.reserved.into());
         self.metrics.active.set(counts.active.into());
-        self.changed.notify_one();
+        self.changed.send_replace(());
     }
 }
 

@@ -115,6 +115,12 @@ impl KeySet {
         self.loaded.iter().map(|generation| generation.number)
     }
 
+    /// How far a rotation has come: minting, newest and oldest generation. It never goes back.
+    pub(crate) fn rank(&self) -> impl Ord + use<> {
+        let ends = (self.loaded.last().map(|g| g.number), self.loaded.first().map(|g| g.number));
+        (self.minting.number, ends)
+    }
+
     /// The generation of each configuration.
     pub(crate) fn by_config(&self) -> [Option<KeyGeneration>; ConfigId::COUNT] {
         let mut table = [None; ConfigId::COUNT];
@@ -234,6 +240,12 @@ pub(crate) mod tests {
         assert_eq!(before, token(&set(&[8, 9, 10], 10), 1), "with newer ones");
         assert_ne!(before, token(&set(&[7, 8], 7), 0), "another generation's");
         assert_ne!(token(&set(&[7], 7), 1), before, "not to be had without its key");
+    }
+
+    #[test]
+    fn a_rotation_goes_one_way() {
+        let steps = [set(&[1], 1), set(&[1, 2], 1), set(&[1, 2], 2), set(&[2], 2), set(&[2, 3], 2)];
+        assert!(steps.is_sorted_by(|before, after| before.rank() < after.rank()));
     }
 
     #[test]

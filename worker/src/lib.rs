@@ -21,6 +21,8 @@ mod session;
 mod shard;
 mod skew;
 mod socket;
+mod standing;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -30,7 +32,7 @@ use std::{
     time::Duration,
 };
 
-use antiphon_proto::v1::{EndCode, worker_server::WorkerServer};
+use antiphon_proto::v1::{EndCode, Shard, WorkerHello, worker_server::WorkerServer};
 use antiphon_runtime::{
     Tasks, admin,
     admin::Readiness,
@@ -43,7 +45,13 @@ use tokio::net::TcpListener;
 
 pub use args::Args;
 
-use crate::{capacity::Capacity, metrics::Metrics, registration::Registration, service::WorkerService};
+use crate::{
+    capacity::Capacity,
+    metrics::Metrics,
+    service::WorkerService,
+    standing::{READY, Settings, Standing},
+    state::{Owner, StateDir},
+};
 
 /// Runs a worker until SIGTERM or SIGINT, then drains.
 ///
@@ -63,7 +71,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     identity.follow(&tasks, &mut registry);
-    let readiness = Readiness::new(&["registered"]);
+    identity.follow(&tasks, &mut registry);
+    let readiness = Readiness::new(&[READY]);
     let capacity = Arc::new(Capacity::new(args.agent.clone(), args.slots, metrics.clone()));
 
     let admin = TcpListener::bind(args.admin).await.with_context(|| format!("--admin {}", args.admin))?;
@@ -76,8 +85,19 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         args.control_address.clone().map_or_else(|| control.local_addr().map(|a| a.to_string()), Ok)?;
     serve_control(&tasks, &identity, control, &args, capacity.clone())?;
 
-    let registration = Registration::new(&args, &identity, sockets, control_address, capacity.clone(), metrics);
-    tasks.service("registration", registration.run(tasks.clone(), readiness));
+    let kept = args.state.as_deref().map(|path| StateDir::open(path, Owner::of(&identity, &args.agent)));
+    let settings = Settings {
+        identity: identity.clone(),
+        pin: args.pin,
+        cid_lifetime: args.cid_lifetime,
+        capacity: capacity.clone(),
+        metrics: metrics.clone(),
+        readiness,
+        tasks: tasks.clone(),
+    };
+    let hello = hello(&args, &sockets, control_address);
+    let standing = Standing::new(settings, hello, sockets, kept.transpose().context("--state")?)?;
+    registration::start(&args.router, &identity, &Arc::new(standing), &capacity, &metrics, &tasks);
     let expiring = (capacity.clone(), tasks.stopping());
     tasks.service("lease expiry", async move {
         let mut every = tokio::time::interval(Duration::from_millis(500));
@@ -87,6 +107,22 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         Ok(())
     });
     tasks.wait(drained(signal, capacity, args.drain_deadline)).await
+}
+
+/// How the worker introduces itself, less its number and incarnation.
+fn hello(args: &Args, sockets: &[(std::net::UdpSocket, SocketAddr)], control_address: String) -> WorkerHello {
+    let shards = (0..).zip(sockets).map(|(number, (_, address))| Shard { number, tunnel_address: address.to_string() });
+    WorkerHello {
+        name: args.name.clone(),
+        region: args.region.clone(),
+        agent: args.agent.clone(),
+        gpu_class: args.gpu_class.clone(),
+        slots: args.slots,
+        incarnation: 0,
+        worker_number: None,
+        shards: shards.collect(),
+        control_address,
+    }
 }
 
 /// Completes when the process was asked to stop and its sessions are over, or the deadline is.

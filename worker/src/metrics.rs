@@ -97,6 +97,7 @@ impl ActivationOutcome {
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
     pub(crate) shard: ShardMetrics,
+    pub(crate) routers: Gauge,
     pub(crate) slots: Gauge,
     pub(crate) reserved: Gauge,
     pub(crate) active: Gauge,
@@ -114,6 +115,7 @@ impl Metrics {
     pub(crate) fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
             shard: ShardMetrics::default(),
+            routers: Gauge::default(),
             slots: Gauge::default(),
             reserved: Gauge::default(),
             active: Gauge::default(),
@@ -133,6 +135,7 @@ impl Metrics {
         r.register("dropped_frames", "Frames dropped before QUIC, by reason", m.shard.dropped.clone());
         let skew = "Seconds that the clock of the relay furthest off is ahead of this one";
         r.register("clock_skew_seconds", skew, m.shard.clock_skew.clone());
+        r.register("routers", "Routers that this worker is registered with", m.routers.clone());
         r.register("slots", "Sessions this worker can hold", m.slots.clone());
         r.register("reserved_sessions", "Leases without an owner yet", m.reserved.clone());
         r.register("active_sessions", "Sessions with an active owner", m.active.clone());

@@ -163,14 +163,21 @@ impl RelayTable {
 
     /// A newer table that also keeps what it does not name: a router that has just started knows few relays, and a
     /// relay left out is no evidence that it is gone (invariant I8). What is kept can only be used by the one who
-    /// holds its keys. What has been heard of a relay stays known.
-    pub(crate) fn keeping(mut self, older: &Self) -> Self {
+    /// holds its keys; keys of generations that are not `loaded` go. What has been heard of a relay stays known.
+    pub(crate) fn keeping(mut self, older: &Self, loaded: &[KeyGeneration]) -> Self {
         for (number, relay) in &older.relays {
             if let Some(newer) = self.relays.get_mut(number) {
                 newer.heard = relay.heard.clone();
+                let missing = |key: &&Keys| newer.keys.iter().all(|other| other.generation != key.generation);
+                let missing: Vec<_> = relay.keys.iter().filter(missing).cloned().collect();
+                newer.keys.extend(missing);
             } else if self.relays.len() < MOST_RELAYS {
                 self.relays.insert(*number, relay.clone());
             }
+        }
+        for relay in self.relays.values_mut() {
+            relay.keys.retain(|key| loaded.contains(&key.generation));
+            relay.keys.sort_by_key(|key| std::cmp::Reverse(key.generation));
         }
         self.carriers = older.carriers.clone();
         self.index();
@@ -295,12 +302,16 @@ mod tests {
         let mut other = relay("127.0.0.1:2", vec![2; 16]);
         other.number = 66;
         let older = RelayTable::new(&[relay("127.0.0.1:1", vec![1; 16]), other], 0).unwrap();
-        let newer = RelayTable::new(&[relay("127.0.0.1:9", vec![1; 16])], 0).unwrap().keeping(&older);
+        let newer = RelayTable::new(&[relay("127.0.0.1:9", vec![1; 16])], 0).unwrap().keeping(&older, &loaded(&[1]));
         let address = |n: u16| newer.relays[&RelayNumber::new(n).unwrap()].address.to_string();
         assert_eq!((address(65), address(66)), ("127.0.0.1:9".into(), "127.0.0.1:2".into()));
     }
 
     const NOT_ECT: tunnel::Ecn = tunnel::Ecn::NotEct;
+
+    fn loaded(generations: &[u32]) -> Vec<KeyGeneration> {
+        generations.iter().map(|n| KeyGeneration::new(*n).unwrap()).collect()
+    }
 
     fn number(n: u16) -> RelayNumber {
         RelayNumber::new(n).unwrap()
@@ -367,18 +378,26 @@ mod tests {
     #[test]
     fn down_goes_the_newest_generation_that_the_relay_has_shown_to_have() {
         let first = RelayTable::new(&[rotating(65, &[1])], 0).unwrap();
-        let both = RelayTable::new(&[rotating(65, &[1, 2])], 0).unwrap().keeping(&first);
+        let both = RelayTable::new(&[rotating(65, &[1, 2])], 0).unwrap().keeping(&first, &loaded(&[1, 2]));
         assert_eq!(down(&both, 65), Some((1, 65)), "nothing heard: what has been there longest");
         assert!(opens(&both, 65, &up(65, 1, 7)));
         assert_eq!(down(&both, 65), Some((1, 65)));
         assert!(opens(&both, 65, &up(65, 2, 7)));
         assert!(opens(&both, 65, &up(65, 1, 7)), "late frames of the older one are still good");
         assert_eq!(down(&both, 65), Some((2, 65)));
-        let three = RelayTable::new(&[rotating(65, &[1, 2, 3])], 0).unwrap().keeping(&both);
+        let three = RelayTable::new(&[rotating(65, &[1, 2, 3])], 0).unwrap().keeping(&both, &loaded(&[1, 2, 3]));
         assert_eq!(down(&three, 65), Some((2, 65)), "what was heard is not forgotten");
-        let last = RelayTable::new(&[rotating(65, &[3])], 0).unwrap().keeping(&three);
+        let last = RelayTable::new(&[rotating(65, &[3])], 0).unwrap().keeping(&three, &loaded(&[3]));
         assert_eq!(down(&last, 65), Some((3, 65)));
         assert!(!opens(&last, 65, &up(65, 2, 7)), "an unloaded generation opens nothing");
+    }
+
+    #[test]
+    fn a_router_that_is_behind_takes_no_key_away() {
+        let both = RelayTable::new(&[rotating(65, &[1, 2])], 0).unwrap();
+        let behind = RelayTable::new(&[rotating(65, &[1])], 0).unwrap().keeping(&both, &loaded(&[1, 2]));
+        assert!(opens(&behind, 65, &up(65, 2, 7)) && opens(&behind, 65, &up(65, 1, 7)));
+        assert_eq!(down(&behind, 65), Some((2, 65)));
     }
 
     #[test]
@@ -421,7 +440,7 @@ mod tests {
         assert!(opens(&table, 65, &up(900, 1, 7)), "sealed by the carrier, although there is a key of its own");
         assert_eq!(down(&table, 900), Some((1, 65)));
         let relays = [rotating(65, &[1]), rotating(900, &[1])];
-        let table = RelayTable::new(&relays, 0).unwrap().keeping(&table);
+        let table = RelayTable::new(&relays, 0).unwrap().keeping(&table, &loaded(&[1]));
         assert!(opens(&table, 900, &up(900, 1, 7)));
         assert_eq!(down(&table, 900), Some((1, 900)), "a frame of its own is the newer evidence");
     }

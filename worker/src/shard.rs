@@ -116,6 +116,7 @@ pub(crate) struct Shards {
     resets: Vec<Arc<ArcSwap<ResetTable>>>,
     ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
     rotation: Arc<Rotation>,
+    loaded: Vec<KeyGeneration>,
 }
 
 impl Shards {
@@ -170,11 +171,12 @@ impl Shards {
             resets.push(reset_table);
         }
         config.capacity.open(doors.clone());
-        Ok(Self { doors, relays: tables, resets, ticket_keys, rotation })
+        Ok(Self { doors, relays: tables, resets, ticket_keys, rotation, loaded: keys.generations().collect() })
     }
 
     /// Goes on with other keys. Live sessions keep theirs for as long as the keys are loaded.
-    pub(crate) fn set_keys(&self, keys: &KeySet) {
+    pub(crate) fn set_keys(&mut self, keys: &KeySet, now: std::time::Instant) {
+        self.loaded = keys.generations().collect();
         let (codec, minting) = (keys.codec(), keys.minting());
         self.ticket_keys.store(Arc::new(keys.ticket_keys()));
         for ((shard, door), resets) in (0..).zip(&self.doors).zip(&self.resets) {
@@ -183,7 +185,7 @@ impl Shards {
             door.gate.lock().set_codec(codec.clone());
             door.minter.lock().rotate(minting.config, minting.key);
         }
-        self.rotation.set(keys, std::time::Instant::now());
+        self.rotation.set(keys, now);
     }
 
     /// The oldest key generation that a relay's tunnel still uses.
@@ -196,7 +198,7 @@ impl Shards {
     pub(crate) fn set_relays(&self, relays: &[WorkerRelay]) -> anyhow::Result<()> {
         let tables: Result<Vec<_>, _> = (0..).zip(&self.relays).map(|(n, _)| RelayTable::new(relays, n)).collect();
         for (slot, table) in self.relays.iter().zip(tables?) {
-            slot.store(Arc::new(table.keeping(&slot.load())));
+            slot.store(Arc::new(table.keeping(&slot.load(), &self.loaded)));
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ pub(super) const CID_LIFETIME: Duration = Duration::from_millis(500);
 pub(super) struct Rig {
     pub(super) root: FleetRoot,
     pub(super) capacity: Arc<Capacity>,
-    pub(super) shards: Shards,
+    pub(super) shards: Mutex<Shards>,
     pub(super) worker: SocketAddr,
     pub(super) tasks: Tasks,
     registry: Registry,
@@ -66,7 +66,7 @@ fn tunnel_keys(root: &FleetRoot, relay: RelayNumber, of: u32) -> TunnelKeys {
 }
 
 /// What a router would say of keys.
-pub(super) fn key_set(root: &FleetRoot, generations: &[u32], minting: u32) -> KeySet {
+fn key_set(root: &FleetRoot, generations: &[u32], minting: u32) -> KeySet {
     let config = |n: &u32| v1::CidConfig {
         config_id: n % 7,
         generation: *n,
@@ -114,7 +114,7 @@ impl Rig {
         let tasks = Tasks::new();
         let shards = Shards::open(config, vec![(socket, worker)], &key_set(&root, &[1], 1), &[], &tasks).unwrap();
         let (anchor, server_name) = (identity.ca().to_vec(), peer.dns());
-        Self { root, capacity, shards, worker, tasks, registry, anchor, server_name }
+        Self { root, capacity, shards: Mutex::new(shards), worker, tasks, registry, anchor, server_name }
     }
 
     /// Tells the worker of relays and the generations of their tunnels' keys.
@@ -124,7 +124,13 @@ impl Rig {
             tunnel_address: relay.tunnel.to_string(),
             keys: generations.iter().map(|n| self.tunnel_keys(relay.number, *n)).collect(),
         };
-        self.shards.set_relays(&relays.iter().map(relay).collect::<Vec<_>>()).unwrap();
+        self.shards.lock().set_relays(&relays.iter().map(relay).collect::<Vec<_>>()).unwrap();
+    }
+
+    /// Loads these generations and mints with one of them.
+    pub(super) fn set_keys(&self, generations: &[u32], minting: u32) {
+        let keys = key_set(&self.root, generations, minting);
+        self.shards.lock().set_keys(&keys, std::time::Instant::now());
     }
 
     fn tunnel_keys(&self, relay: RelayNumber, of: u32) -> v1::TunnelKeys {

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::rig::{Rig, TestRelay, generation, key_set, talk};
+use super::rig::{Rig, TestRelay, generation, talk};
 
 /// All steps of a rotation as a fleet takes them, while a call talks and listens.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -15,12 +15,12 @@ async fn a_rotation_during_a_call_costs_no_frame() {
     let rotating = async {
         rig.until("the call's first answer", |_| terms.path.lock().describe().audio_received > 20).await;
         // Every party loads the new generation.
-        rig.shards.set_keys(&key_set(&rig.root, &[1, 2], 1));
+        rig.set_keys(&[1, 2], 1);
         rig.set_relays(&[&relay], &[1, 2]);
         relay.load(&[1, 2], 1);
         assert_eq!(rig.capacity.oldest_generation(), Some(generation(1)));
         // Then it comes into use, at the worker first.
-        rig.shards.set_keys(&key_set(&rig.root, &[1, 2], 2));
+        rig.set_keys(&[1, 2], 2);
         relay.load(&[1, 2], 2);
         // A new lease, under the new generation, is there at once; the call keeps the old one for a while.
         let (newer, second) = rig.call(&[&relay], 2).await;
@@ -31,11 +31,11 @@ async fn a_rotation_during_a_call_costs_no_frame() {
             // Its lease's attempts expire with the lease; what the connection itself uses is what has to move on.
             terms.path.lock().describe().events.iter().any(rotated)
                 && terms.connection_generation() == Some(generation(2))
-                && rig.shards.oldest_tunnel_generation() == Some(generation(2))
+                && rig.shards.lock().oldest_tunnel_generation() == Some(generation(2))
         })
         .await;
         // Nobody needs the old one any more.
-        rig.shards.set_keys(&key_set(&rig.root, &[2], 2));
+        rig.set_keys(&[2], 2);
         rig.set_relays(&[&relay], &[2]);
         relay.load(&[2], 2);
         talk(second, 1).await
@@ -63,7 +63,7 @@ async fn a_ticket_of_an_unloaded_generation_opens_nothing() {
     let (_, session) = rig.session(&key, &[&relay], 2);
     let refused = antiphon_client::Dial::new(&session).unwrap().connect(&key).await.map(|_| ()).unwrap_err();
     assert!(refused.to_string().contains("not signed by this fleet"), "{refused}");
-    rig.shards.set_keys(&key_set(&rig.root, &[1, 2], 1));
+    rig.set_keys(&[1, 2], 1);
     let (_, call) = rig.call(&[&relay], 2).await;
     drop(call);
     rig.stop().await;
