@@ -108,6 +108,9 @@ pub struct SessionsArgs {
 pub struct ExplainArgs {
     /// Session id, as `antiphon call` and `antiphon sessions` print it.
     pub session: String,
+    /// Which relays and addresses a live session's packets used, how well, and why that changed.
+    #[arg(long)]
+    pub path: bool,
     /// API key; the fleet's own unless given.
     #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,

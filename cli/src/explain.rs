@@ -1,4 +1,6 @@
-//! `antiphon explain`: why a session is where it is.
+//! `antiphon explain`: why a session is where it is, and which way its packets go.
+
+mod path;
 
 use std::{path::Path, process::ExitCode, time::SystemTime};
 
@@ -19,6 +21,14 @@ pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::R
     let session = args.session.trim().parse::<SessionId>();
     let session = session.map_err(|error| anyhow!("{error}, as `antiphon sessions` lists them"))?.to_string();
     let routers = routers(&Context::load(dir)?, args.api_key.as_deref())?;
+    if args.path {
+        let asked = in_turn(routers, PATIENCE, async |router| router.path(&session).await).await?;
+        let Some(found) = asked.answer else {
+            bail!("{}", not_live(&session, &asked.silent));
+        };
+        path::show(&found, json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let asked = in_turn(routers, PATIENCE, async |router| router.explain(&session).await).await?;
     let Some(explanation) = asked.answer else {
         bail!("{}", unknown(&session, &asked.silent));
@@ -42,6 +52,15 @@ fn unknown(session: &str, silent: &Failed) -> String {
         );
     }
     format!("no router that answers remembers session {session} ({})", silent)
+}
+
+/// Only the worker that has a session knows its way.
+fn not_live(session: &str, silent: &Failed) -> String {
+    let hint = "the way of packets is known while a call lives, and to its tenant; `antiphon sessions` lists live ones";
+    if silent.is_empty() {
+        return format!("session {session} is not live: {hint}");
+    }
+    format!("no router that answers finds session {session} alive ({silent}): {hint}")
 }
 
 /// Where, why, when, at which attempt.
@@ -191,7 +210,10 @@ attempts  2
     fn an_unknown_session_is_told_apart_from_a_router_that_was_not_asked() {
         assert!(unknown("x", &Failed::default()).contains("another tenant's"));
         let mut silent = Failed::default();
+        assert!(not_live("x", &silent).starts_with("session x is not live: "));
         silent.add("frankfurt", "Connection refused");
+        let text = not_live("x", &silent);
+        assert!(text.starts_with("no router that answers finds session x alive (frankfurt: Connection ref"), "{text}");
         let text = unknown("x", &silent);
         assert_eq!(text, "no router that answers remembers session x (frankfurt: Connection refused)");
     }
@@ -199,7 +221,7 @@ attempts  2
     #[tokio::test]
     async fn a_malformed_session_id_is_refused_before_a_fleet_is_looked_for() {
         for bad in ["", "abc", "8zzzzzzzzzzzzzzzzzzzzzzzzz", "0000000000000000000000000u"] {
-            let args = ExplainArgs { session: bad.into(), api_key: None };
+            let args = ExplainArgs { session: bad.into(), path: false, api_key: None };
             let error = run(&args, Path::new("/nonexistent"), false).await.unwrap_err().to_string();
             assert!(error.contains("is not a session id: expected 26 characters"), "{error}");
         }

@@ -4,8 +4,9 @@ use antiphon_core::id::{Epoch, SessionId};
 use antiphon_proto::{
     refusal,
     v1::{
-        Codec, Constraints, CreateSessionRequest, DeleteSessionRequest, ExplainSessionRequest, Explanation,
-        ListSessionsRequest, Location, Refusal, Session, SessionSummary, sessions_client::SessionsClient,
+        Codec, Constraints, CreateSessionRequest, DeleteSessionRequest, ExplainPathRequest, ExplainSessionRequest,
+        Explanation, ListSessionsRequest, Location, Refusal, Session, SessionPath, SessionSummary,
+        sessions_client::SessionsClient,
     },
 };
 use antiphon_runtime::tls::{self, TlsError};
@@ -147,6 +148,16 @@ impl Router {
     pub async fn explain(&self, session: &str) -> Result<Explanation, RouterError> {
         let message = ExplainSessionRequest { session: session.to_owned() };
         let answer = self.client.clone().explain_session(self.request(message)).await;
+        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+    }
+
+    /// Which way a live session's packets went, how well, and why that changed.
+    ///
+    /// # Errors
+    /// [`RouterError::NotFound`] if it is not live, or another [`RouterError`].
+    pub async fn path(&self, session: &str) -> Result<SessionPath, RouterError> {
+        let message = ExplainPathRequest { session: session.to_owned() };
+        let answer = self.client.clone().explain_path(self.request(message)).await;
         Ok(answer.map_err(|status| self.error(&status))?.into_inner())
     }
 
