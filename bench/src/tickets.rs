@@ -127,6 +127,7 @@ fn records(router: &Router, key: &ApiKey) -> v1::ApplyRequest {
         phase: v1::Phase::Active.into(),
         residency: vec![],
         router_address: router.internal.to_string(),
+        ..v1::RegionRecord::default()
     };
     let agent = v1::AgentRecord {
         behaviour: Some(v1::AgentBehaviour {
@@ -143,6 +144,7 @@ fn records(router: &Router, key: &ApiKey) -> v1::ApplyRequest {
         sha256: key.sha256().to_vec().into(),
         tenant: "bench".into(),
         agents: vec![],
+        tickets_per_minute: u32::MAX,
     };
     v1::ApplyRequest { regions: vec![region], agents: vec![agent], keys: vec![key], ..v1::ApplyRequest::default() }
 }

@@ -119,6 +119,13 @@ impl worker_server::Worker for Generous {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         Ok(Response::new(v1::ListSessionsResponse { sessions: vec![] }))
     }
+
+    async fn describe_path(
+        &self,
+        _request: Request<v1::DescribePathRequest>,
+    ) -> Result<Response<v1::SessionPath>, Status> {
+        Err(Status::not_found("no session is ever activated here"))
+    }
 }
 
 const SLOTS: u32 = 100_000;

@@ -6,6 +6,7 @@
 mod calls;
 mod capacity;
 mod commands;
+mod floods;
 mod hostile;
 mod interop;
 mod lossy;

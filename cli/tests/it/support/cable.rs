@@ -16,7 +16,10 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 use quinn::udp::{EcnCodepoint, RecvMeta, Transmit, UdpSocketState};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    net::{AddressFamily, SocketType, bind, socket, sockopt::set_socket_reuseaddr},
+};
 
 use wire::Wire;
 pub(crate) use wire::{Counts, Faults};
@@ -50,6 +53,13 @@ pub(crate) struct Carried {
     pub(crate) stray: u64,
 }
 
+/// What somebody on the way could write down: a datagram, and whom the relay took it from.
+#[derive(Debug, Clone)]
+pub(crate) struct Overheard {
+    pub(crate) source: SocketAddr,
+    pub(crate) bytes: Vec<u8>,
+}
+
 #[derive(Debug)]
 struct Shared {
     wake: OwnedFd,
@@ -62,6 +72,7 @@ struct Shared {
 struct Control {
     commands: Vec<Command>,
     carried: Carried,
+    overheard: [Option<Overheard>; 2],
     stop: bool,
 }
 
@@ -119,6 +130,11 @@ impl Cable {
         self.shared.control.lock().carried
     }
 
+    /// The last datagram towards the relay that a handshake begins with, and the last one of an established connection.
+    pub(crate) fn overheard(&self) -> [Option<Overheard>; 2] {
+        self.shared.control.lock().overheard.clone()
+    }
+
     /// What is sent after this returns is treated as asked for.
     fn command(&self, command: Command) {
         let mut control = self.shared.control.lock();
@@ -142,6 +158,18 @@ impl Drop for Cable {
         }
     }
 }
+
+/// A socket that allows others at its address, and may be one itself.
+pub(crate) fn impostor(address: SocketAddr) -> io::Result<UdpSocket> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket(family, SocketType::DGRAM, None)?;
+    set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &address)?;
+    Ok(socket.into())
+}
+
+/// Bit of a QUIC packet's first octet (RFC 9000, section 17.2).
+const LONG_HEADER: u8 = 0x80;
 
 /// A socket that tells and sets ECN.
 struct Socket {
@@ -272,6 +300,10 @@ impl Carrier {
             // A NAT chooses the port when the datagram leaves it.
             let port = &self.ports[self.lines[datagram.line].port];
             port.socket.send(self.relay, &datagram);
+            let established = datagram.bytes.first().is_some_and(|first| first & LONG_HEADER == 0);
+            let source = port.socket.io.local_addr().expect("it is bound");
+            let overheard = Overheard { source, bytes: datagram.bytes };
+            self.shared.control.lock().overheard[usize::from(established)] = Some(overheard);
         }
         while let Some(datagram) = self.down.poll(now) {
             self.callers.send(self.lines[datagram.line].caller, &datagram);
@@ -296,7 +328,7 @@ impl Carrier {
 
 impl Socket {
     fn open(address: SocketAddr) -> io::Result<Self> {
-        let io = UdpSocket::bind(address)?;
+        let io = impostor(address)?;
         let state = UdpSocketState::new((&io).into())?;
         Ok(Self { io, state })
     }

@@ -30,6 +30,8 @@ pub(crate) struct Faults {
 pub(crate) struct Counts {
     /// Arrived, duplicates included.
     pub(crate) carried: u64,
+    /// Bytes of all that entered, whatever became of them.
+    pub(crate) entered_bytes: u64,
     /// Lost by chance.
     pub(crate) lost: u64,
     /// Lost because the direction was cut.
@@ -98,6 +100,7 @@ impl<T: Clone> Wire<T> {
 
     /// A datagram of `length` bytes enters.
     pub(super) fn send(&mut self, now: Instant, length: usize, datagram: T) {
+        self.counts.entered_bytes += length as u64;
         // All are drawn for every datagram, so that one fault's share changes nothing about the others.
         let [jitter, lost, twice] = [(); 3].map(|()| self.random.random::<f64>());
         if self.cut_until.is_some_and(|until| now < until) {
