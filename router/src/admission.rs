@@ -6,6 +6,7 @@
 mod ask;
 mod decide;
 mod quota;
+mod rate;
 mod sessions;
 
 use std::{
@@ -34,6 +35,7 @@ use crate::{
     refusals::{Failure, Reason},
 };
 use quota::Quota;
+use rate::Rates;
 pub(crate) use sessions::{Listing, MAX_LISTED};
 
 /// Admits sessions.
@@ -49,6 +51,7 @@ pub(crate) struct Admission {
     turns: Mutex<HashMap<SessionId, Weak<tokio::sync::Mutex<()>>>>,
     placements: Arc<Semaphore>,
     quota: Quota,
+    rates: Rates,
 }
 
 /// On whose behalf, and how far a placement may go.
@@ -94,6 +97,7 @@ impl Admission {
             turns: Mutex::default(),
             placements: Arc::new(Semaphore::new(MAX_PLACEMENTS)),
             quota: Quota::default(),
+            rates: Rates::default(),
         })
     }
 
@@ -120,6 +124,7 @@ impl Admission {
             let text = format!("this API key is not for agent {}", create.agent);
             return Err(Failure::Forbidden(text));
         }
+        self.admit_rate(caller, &create)?;
         let admitted = self.admit_tenant(&caller.tenant, &create).await?;
         let session = self.place(caller.tenant.clone(), create, Scope::Fleet).await?;
         admitted.keep();

@@ -3,19 +3,21 @@
 //! One lock, held for computations only. Three counters wake those who wait: `topology` (routes, relays, records),
 //! `capacity` (free leases) and `settled` (an answer that someone's placement may depend on).
 
+mod clock;
+mod dead;
 mod hello;
 mod keys;
 mod peers;
 mod relays;
 mod routes;
 mod status;
+mod tiers;
 mod welcome;
 mod workers;
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use antiphon_core::{
-    clock::Millis,
     id::{RegionNumber, RelayNumber, WorkerNumber},
     keys::FleetRoot,
     placement::{self, Candidate, FleetSnapshot, Freshness, RegionView, Verdict},
@@ -23,32 +25,21 @@ use antiphon_core::{
 use antiphon_proto::v1;
 use antiphon_runtime::pki::Identity;
 use parking_lot::Mutex;
-use tokio::{sync::watch, time::Instant};
+use tokio::sync::watch;
 
+pub(crate) use clock::{Clock, Furthest, unix_ms};
 pub(crate) use hello::{RelayHello, WorkerHello};
 pub(crate) use routes::{RouteMap, delta, full};
+pub(crate) use tiers::{RegionMap, tell_regions};
 pub(crate) use workers::{Claim, Standing};
 
 use crate::{create::Create, records::Records, store::Store};
+use dead::Dead;
 use keys::Keys;
 pub(crate) use keys::follow as follow_keys;
 use peers::Peer;
 use relays::Relay;
 use workers::Worker;
-
-/// The process's monotonic clock.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Clock(Instant);
-
-impl Clock {
-    pub(crate) fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    pub(crate) fn now(&self) -> Millis {
-        Millis::default().after(self.0.elapsed())
-    }
-}
 
 /// Shared by everything that the router serves.
 #[derive(Debug)]
@@ -77,6 +68,9 @@ struct State {
     /// Routes of the own workers, and those together with the peers'.
     own_routes: Arc<RouteMap>,
     all_routes: Arc<RouteMap>,
+    /// Regions that are reached through their relays only; their workers are not among the routes.
+    region_routes: Arc<RegionMap>,
+    dead: Dead,
     /// `None`: something changed that it cannot follow; made anew when it is needed.
     view: Option<View>,
     last_stream: u64,
@@ -106,8 +100,8 @@ pub(crate) struct Planned {
 pub(crate) enum Target {
     /// A worker of this region.
     Worker(WorkerNumber, String),
-    /// The router of another region.
-    Region { name: String, address: String },
+    /// The routers of another region.
+    Region { name: String },
 }
 
 /// Why nothing can be placed now.
@@ -141,7 +135,8 @@ impl Fleet {
     pub(crate) fn records_changed(&self, records: Arc<Records>) {
         let mut state = self.state.lock();
         state.records = records;
-        state.view = None;
+        self.keep_peers(&mut state);
+        self.routes_changed(&mut state);
         drop(state);
         // What it asks to write down, the next tick asks again.
         let _ = self.replan_keys();
@@ -169,6 +164,11 @@ impl Fleet {
         Arc::clone(&self.state.lock().all_routes)
     }
 
+    /// Servers known to be dead that were added after `serial`, and the newest serial.
+    pub(crate) fn dead_since(&self, serial: u64, own_only: bool) -> (Vec<v1::DeadServer>, u64) {
+        self.state.lock().dead.since(serial, own_only, self.clock.now())
+    }
+
     fn own_number(&self, state: &State) -> Option<RegionNumber> {
         state.records.regions.get(&self.region).map(|r| r.number)
     }
@@ -180,10 +180,14 @@ impl Fleet {
             state.own_routes = Arc::new(own.collect());
         }
         let mut all = RouteMap::clone(&state.own_routes);
-        for peer in state.peers.values() {
-            all.extend(peer.routes.iter().map(|(id, a)| (*id, Arc::clone(a))));
+        let now = self.clock.now();
+        for (region, peer) in &state.peers {
+            if !self.is_via_relays(state, region, now) {
+                all.extend(peer.routes.iter().map(|(id, a)| (*id, Arc::clone(a))));
+            }
         }
         state.all_routes = Arc::new(all);
+        state.region_routes = Arc::new(self.regions_via_relays(state, now));
         state.view = None;
         self.topology.send_modify(|n| *n += 1);
         self.capacity.send_modify(|n| *n += 1);
@@ -247,11 +251,12 @@ impl Fleet {
     }
 
     fn arrange(&self, state: &State) -> View {
+        let now = self.clock.now();
         let agents = state.records.agents.iter();
         let agents = agents.map(|(name, agent)| (name.clone(), agent.policy.clone()));
         let regions = state.records.regions.values().map(|record| {
             if record.name != self.region {
-                return Peer::view(record, state.peers.get(&record.name));
+                return Peer::view(record, state.peers.get(&record.name), now);
             }
             RegionView {
                 name: record.name.clone(),
@@ -290,9 +295,8 @@ impl State {
                     let worker = self.workers.get(&number)?;
                     Some(Target::Worker(number, worker.hello.name.clone()))
                 }));
-            } else if let Some(record) = self.records.regions.get(&region.name) {
-                let address = record.router_addresses.first().cloned().unwrap_or_default();
-                targets.push(Target::Region { name: region.name.clone(), address });
+            } else if self.records.regions.contains_key(&region.name) {
+                targets.push(Target::Region { name: region.name.clone() });
             }
         }
         targets

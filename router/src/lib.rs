@@ -164,6 +164,7 @@ async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, tasks: Tasks) -> anyhow::Res
         metrics.relays.set(i64::try_from(relays).unwrap_or(i64::MAX));
         let age = fleet.oldest_digest().unwrap_or_default();
         metrics.digest_age_seconds.set(age.as_secs_f64());
+        metrics.clocks(fleet.clocks());
     }
     Ok(())
 }

@@ -111,7 +111,7 @@ mod tests {
             epoch: Epoch::FIRST,
             client_key: [0; 32],
             codec: v1::Codec::Opus,
-            target: Target::Region { name: "x".into(), address: String::new() },
+            target: Target::Region { name: "x".into() },
             explanation: v1::Explanation {
                 candidates: vec![v1::Candidate::default(); candidates],
                 ..v1::Explanation::default()

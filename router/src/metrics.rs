@@ -6,7 +6,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::refusals::{Failure, Reason};
+use crate::{
+    fleet::Furthest,
+    refusals::{Failure, Reason},
+};
 
 /// How a request for a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +36,19 @@ pub(crate) enum ConnectionBound {
     Source,
     /// That of all together.
     Total,
+}
+
+/// Whose clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum ClockOf {
+    Workers,
+    Relays,
+    Peers,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClockLabels {
+    of: ClockOf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -65,8 +81,10 @@ pub(crate) struct Metrics {
     pub(crate) workers: Gauge,
     pub(crate) relays: Gauge,
     pub(crate) digest_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
+    pub(crate) store_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     pub(crate) connections: Gauge,
     connections_refused: Family<ConnectionLabels, Counter>,
+    clock_ahead_seconds: Family<ClockLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
 }
 
 impl Metrics {
@@ -81,8 +99,10 @@ impl Metrics {
             workers: Gauge::default(),
             relays: Gauge::default(),
             digest_age_seconds: Gauge::default(),
+            store_age_seconds: Gauge::default(),
             connections: Gauge::default(),
             connections_refused: Family::default(),
+            clock_ahead_seconds: Family::default(),
         };
         registry.register("tickets", "Requests for a session by outcome", metrics.tickets.clone());
         registry.register("refusals", "Refused requests for a session by reason", metrics.refusals.clone());
@@ -103,13 +123,28 @@ impl Metrics {
             "Age of the oldest digest of another region",
             metrics.digest_age_seconds.clone(),
         );
+        let help = "How long the store has been out of reach";
+        registry.register("store_age_seconds", help, metrics.store_age_seconds.clone());
         registry.register("connections", "Open connections at the public port", metrics.connections.clone());
         registry.register(
             "connections_refused",
             "Connections closed at once at the public port, by the bound that they were over",
             metrics.connections_refused.clone(),
         );
+        registry.register(
+            "clock_ahead_seconds",
+            "How far the clock is ahead of this router's that is furthest from it, by whose it is",
+            metrics.clock_ahead_seconds.clone(),
+        );
         metrics
+    }
+
+    pub(crate) fn clocks(&self, furthest: Furthest) {
+        let Furthest { workers, relays, peers } = furthest;
+        for (of, ms) in [(ClockOf::Workers, workers), (ClockOf::Relays, relays), (ClockOf::Peers, peers)] {
+            #[allow(clippy::cast_precision_loss, reason = "a gauge of seconds")]
+            self.clock_ahead_seconds.get_or_create(&ClockLabels { of }).set(ms as f64 / 1000.0);
+        }
     }
 
     pub(crate) fn connection_refused(&self, bound: ConnectionBound) {
@@ -163,6 +198,16 @@ impl AttemptOutcome {
     }
 }
 
+impl ClockOf {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Workers => "workers",
+            Self::Relays => "relays",
+            Self::Peers => "peers",
+        }
+    }
+}
+
 impl ConnectionBound {
     const fn label(self) -> &'static str {
         match self {
@@ -182,7 +227,7 @@ macro_rules! label_value {
     )+};
 }
 
-label_value!(TicketOutcome, AttemptOutcome, ConnectionBound, Reason);
+label_value!(TicketOutcome, AttemptOutcome, ClockOf, ConnectionBound, Reason);
 
 /// From a decision without any network to the longest that a caller waits.
 const SECONDS: [f64; 12] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];

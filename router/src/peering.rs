@@ -13,13 +13,13 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, unix_ms};
 
-/// Channels to other regions' routers, made once per address.
+/// Channels to routers, made once per address.
 #[derive(Debug)]
 pub(crate) struct Peers {
     identity: Identity,
-    channels: Mutex<BTreeMap<String, (String, Channel)>>,
+    channels: Mutex<BTreeMap<(String, String), Channel>>,
 }
 
 impl Peers {
@@ -27,16 +27,19 @@ impl Peers {
         Self { identity: identity.clone(), channels: Mutex::default() }
     }
 
-    /// The channel to a region's routers; its certificate has to name that region.
+    /// The channel to a region's router; its certificate has to name that region.
     pub(crate) fn channel(&self, region: &str, address: &str) -> Result<Channel, TlsError> {
         let mut channels = self.channels.lock();
-        if let Some((known, channel)) = channels.get(region)
-            && known == address
-        {
+        let key = (region.to_owned(), address.to_owned());
+        if let Some(channel) = channels.get(&key) {
             return Ok(channel.clone());
         }
+        if channels.len() >= MAX_CHANNELS {
+            // Addresses that are no longer in use; those that are come back at once.
+            channels.clear();
+        }
         let channel = tls::channel(address, &self.identity, Role::Router, region)?;
-        channels.insert(region.to_owned(), (address.to_owned(), channel.clone()));
+        channels.insert(key, channel.clone());
         Ok(channel)
     }
 }
@@ -48,7 +51,7 @@ pub(crate) async fn watch_all(fleet: Arc<Fleet>, tasks: Tasks) -> anyhow::Result
     let mut watched: BTreeMap<(String, String), CancellationToken> = BTreeMap::new();
     loop {
         topology.borrow_and_update();
-        let wanted = fleet.peer_addresses();
+        let wanted = fleet.routers_to_watch();
         watched.retain(|peer, stop| {
             let keep = wanted.contains(peer);
             if !keep {
@@ -80,9 +83,10 @@ async fn watch(fleet: Arc<Fleet>, region: String, address: String) {
     let mut failures = 0_u32;
     loop {
         let error = match tls::channel(&address, &fleet.identity, Role::Router, &region) {
-            Ok(channel) => listen(&fleet, &region, channel, &mut failures).await,
+            Ok(channel) => listen(&fleet, &region, &address, channel, &mut failures).await,
             Err(error) => error.to_string(),
         };
+        fleet.peer_lost(&region, &address);
         if failures == 0 {
             tracing::warn!(region, address, error, "peer lost, its routes stay");
         }
@@ -94,7 +98,7 @@ async fn watch(fleet: Arc<Fleet>, region: String, address: String) {
 }
 
 /// Takes updates until the stream breaks; says why it did.
-async fn listen(fleet: &Fleet, region: &str, channel: Channel, failures: &mut u32) -> String {
+async fn listen(fleet: &Fleet, region: &str, address: &str, channel: Channel, failures: &mut u32) -> String {
     let mut peer = PeerClient::new(channel).max_decoding_message_size(MAX_UPDATE_BYTES);
     let request = WatchRegionRequest { region: region.to_owned() };
     let late = || Status::deadline_exceeded("silent");
@@ -110,7 +114,7 @@ async fn listen(fleet: &Fleet, region: &str, channel: Channel, failures: &mut u3
                 if std::mem::take(failures) > 0 {
                     tracing::info!(region, "peer is back");
                 }
-                fleet.peer_reported(region, update);
+                fleet.peer_reported(region, address, update, unix_ms());
             }
             Ok(None) => return "closed".to_owned(),
             Err(status) => return status.to_string(),
@@ -120,6 +124,8 @@ async fn listen(fleet: &Fleet, region: &str, channel: Channel, failures: &mut u3
 
 /// Peers are heard at least every second; longer silence means that the stream is dead.
 const SILENCE: Duration = Duration::from_secs(4);
+/// Far more than routers in a fleet.
+const MAX_CHANNELS: usize = 4096;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A full table of 100,000 routes takes about 4 MB.

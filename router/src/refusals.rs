@@ -40,6 +40,7 @@ pub(crate) enum Reason {
     TooFar,
     NoRegionMatches,
     TenantLimit,
+    KeyLimit,
     Overloaded,
 }
 
@@ -51,6 +52,7 @@ impl Reason {
             Self::TooFar => RefusalReason::TooFar.label(),
             Self::NoRegionMatches => RefusalReason::NoRegionMatches.label(),
             Self::TenantLimit => "tenant_limit",
+            Self::KeyLimit => "key_limit",
             Self::Overloaded => "overloaded",
         }
     }

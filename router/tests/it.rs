@@ -20,5 +20,9 @@ mod peering;
 mod placement;
 #[path = "it/process.rs"]
 mod process;
+#[path = "it/siblings.rs"]
+mod siblings;
+#[path = "it/tiers.rs"]
+mod tiers;
 #[path = "it/world.rs"]
 mod world;

@@ -47,6 +47,11 @@ pub enum Freshness {
     Never,
     /// Its control stream is broken.
     Disconnected,
+    /// It reports, but its clock is so far behind that it takes new tickets for ones from the future.
+    ClockBehind {
+        /// How far.
+        by: Duration,
+    },
 }
 
 impl Freshness {
@@ -55,6 +60,7 @@ impl Freshness {
             Self::Own => None,
             Self::Never => Some(Verdict::Stale { age: None }),
             Self::Disconnected => Some(Verdict::Disconnected),
+            Self::ClockBehind { by } => Some(Verdict::ClockBehind { by }),
             Self::Reported { at, lease } => {
                 let age = now.since(at);
                 (age > lease).then_some(Verdict::Stale { age: Some(age) })

@@ -38,6 +38,11 @@ pub enum Verdict {
     },
     /// Its control stream is broken.
     Disconnected,
+    /// Its clock is too far behind the router's.
+    ClockBehind {
+        /// How far.
+        by: Duration,
+    },
     /// No worker of the agent is registered.
     NoWorkers,
     /// No free lease.
@@ -64,6 +69,7 @@ impl Verdict {
             Self::Draining => "draining",
             Self::Stale { .. } => "stale",
             Self::Disconnected => "disconnected",
+            Self::ClockBehind { .. } => "clock_behind",
             Self::NoWorkers => "no_workers",
             Self::Full => "full",
             Self::Refused => "refused",
@@ -78,6 +84,7 @@ impl Verdict {
             | Self::Draining
             | Self::Stale { .. }
             | Self::Disconnected
+            | Self::ClockBehind { .. }
             | Self::NoWorkers
             | Self::Full
             | Self::Refused
@@ -112,6 +119,9 @@ impl fmt::Display for Verdict {
             }
             Self::Stale { age: None } => f.write_str("has not reported yet"),
             Self::Disconnected => f.write_str("its control stream is broken"),
+            Self::ClockBehind { by } => {
+                write!(f, "clock is {} s behind this router's: fix time synchronisation", by.as_secs())
+            }
             Self::NoWorkers => f.write_str("no worker of the agent is registered"),
             Self::Full => f.write_str("no free lease"),
             Self::Refused => f.write_str("was asked and refused"),

@@ -12,7 +12,7 @@ use antiphon_proto::{
     v1::{self, peer_client::PeerClient, reserve_response, worker_client::WorkerClient},
 };
 use tokio::time::timeout;
-use tonic::{Code, Request};
+use tonic::{Code, Request, Status, transport::Channel};
 
 use super::{Admission, Attempt};
 use crate::{
@@ -43,7 +43,7 @@ impl Admission {
                 };
                 (self.ask_worker(attempt, &claim).await, Some(claim))
             }
-            Target::Region { name, address } => (self.ask_region(attempt, name, address).await, None),
+            Target::Region { name } => (self.ask_region(attempt, name).await, None),
         };
         match &answer {
             Answer::Granted(_) => self.metrics.attempt(AttemptOutcome::Granted),
@@ -157,10 +157,10 @@ impl Admission {
         })
     }
 
-    async fn ask_region(&self, attempt: &Attempt<'_>, name: &str, address: &str) -> Answer {
-        let channel = match self.peers.channel(name, address) {
-            Ok(channel) => channel,
-            Err(error) => return Answer::Refused(error.to_string()),
+    async fn ask_region(&self, attempt: &Attempt<'_>, name: &str) -> Answer {
+        // One router only: another one might place the same session a second time.
+        let Some(channel) = self.routers(name).into_iter().next() else {
+            return Answer::Refused("has no router that can be reached".to_owned());
         };
         self.fleet.debit(name, &attempt.create.agent);
         let mut request = Request::new(v1::PlaceRequest {
@@ -188,42 +188,54 @@ impl Admission {
         epoch: u32,
         tenant: &str,
     ) -> Option<bool> {
-        let mut request = Request::new(v1::ReleaseRequest {
-            session: session.as_bytes().to_vec().into(),
-            epoch,
-            tenant: tenant.to_owned(),
-        });
-        request.set_timeout(RELEASE_DEADLINE);
-        let release = async {
-            match target {
-                Target::Worker(number, _) => {
-                    let Some(channel) = self.fleet.worker_channel(*number) else {
-                        return Err(tonic::Status::not_found("the worker is gone"));
-                    };
-                    WorkerClient::new(channel).release(request).await
-                }
-                Target::Region { name, address } => {
-                    let channel = self.peers.channel(name, address);
-                    let channel = channel.map_err(|e| tonic::Status::internal(e.to_string()))?;
-                    PeerClient::new(channel).release(request).await
-                }
-            }
+        let request = || {
+            let session = session.as_bytes().to_vec().into();
+            let mut request = Request::new(v1::ReleaseRequest { session, epoch, tenant: tenant.to_owned() });
+            request.set_timeout(RELEASE_DEADLINE);
+            request
         };
-        match timeout(RELEASE_DEADLINE, release).await {
-            Ok(Ok(response)) => {
-                let released = response.into_inner().released;
-                if let (true, Target::Worker(number, _)) = (released, target) {
+        let released = match target {
+            Target::Worker(number, _) => {
+                let channel = self.fleet.worker_channel(*number)?;
+                let answer = timeout(RELEASE_DEADLINE, WorkerClient::new(channel).release(request())).await;
+                let released = answer.ok()?.ok()?.into_inner().released;
+                if released {
                     self.fleet.released(*number);
                 }
-                Some(released)
+                released
             }
-            // Its lease ends by itself.
-            Ok(Err(error)) => {
-                tracing::debug!(%error, %session, "release failed");
-                None
+            Target::Region { name } => {
+                let ask = |channel| {
+                    let request = request();
+                    async move { PeerClient::new(channel).release(request).await }
+                };
+                self.ask_routers(name, RELEASE_DEADLINE, ask).await?.into_inner().released
             }
-            Err(_late) => None,
+        };
+        Some(released)
+    }
+
+    /// Channels to a region's routers, in the order to ask them.
+    fn routers(&self, region: &str) -> Vec<Channel> {
+        let addresses = self.fleet.routers_of(region);
+        addresses.iter().filter_map(|address| self.peers.channel(region, address).ok()).collect()
+    }
+
+    /// Asks one router of a region after the other until one answers. For questions that may be asked twice.
+    pub(super) async fn ask_routers<T, F: Future<Output = Result<T, Status>>>(
+        &self,
+        region: &str,
+        deadline: Duration,
+        ask: impl Fn(Channel) -> F,
+    ) -> Option<T> {
+        for channel in self.routers(region) {
+            match timeout(deadline, ask(channel)).await {
+                Ok(Ok(answer)) => return Some(answer),
+                Ok(Err(error)) => tracing::debug!(%error, region, "a router failed to answer"),
+                Err(_late) => tracing::debug!(region, "a router did not answer in time"),
+            }
         }
+        None
     }
 }
 
@@ -233,7 +245,7 @@ fn foreign(session: SessionId) -> String {
 }
 
 /// What a gRPC error says, in one line.
-fn describe(status: &tonic::Status) -> String {
+fn describe(status: &Status) -> String {
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => "did not answer in time".to_owned(),
         code => format!("failed: {code:?}: {}", status.message()),

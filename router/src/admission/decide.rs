@@ -190,7 +190,7 @@ impl Attempt<'_> {
     fn found(&mut self, fleet: &Fleet, target: &Target, verdict: Verdict, detail: String) {
         let (region, worker) = match target {
             Target::Worker(_, name) => (fleet.region.clone(), name.clone()),
-            Target::Region { name, .. } => (name.clone(), String::new()),
+            Target::Region { name } => (name.clone(), String::new()),
         };
         self.findings.push(Finding { region, worker, verdict, detail });
     }

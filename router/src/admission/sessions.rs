@@ -6,7 +6,7 @@ use antiphon_core::id::{SessionId, WorkerNumber};
 use antiphon_proto::v1::{self, peer_client::PeerClient, worker_client::WorkerClient};
 use futures::{StreamExt as _, stream};
 use tokio::time::timeout;
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use super::Admission;
 use crate::{auth::Caller, fleet::Target, refusals::Failure};
@@ -45,12 +45,9 @@ impl Admission {
             own.sessions.retain(|s| s.tenant == tenant);
             own
         };
-        let peers = stream::iter(self.fleet.peer_addresses())
-            .map(|(name, address)| async move {
-                let answer = match self.peers.channel(&name, &address) {
-                    Ok(channel) => list_peer(channel).await,
-                    Err(_) => None,
-                };
+        let peers = stream::iter(self.fleet.peer_regions())
+            .map(|name| async move {
+                let answer = self.ask_routers(&name, LIST_DEADLINE, list_peer).await;
                 (name, answer)
             })
             .buffer_unordered(FAN_OUT)
@@ -94,7 +91,8 @@ impl Admission {
         let own = decision.filter(|d| d.tenant == caller.tenant);
         let unknown = || {
             Failure::NotFound(format!(
-                "no decision about session {session} is remembered here: only the region that placed it knows, for a while"
+                "no decision about session {session} is remembered here: only the router that placed it knows, for a while; \
+                 each router of the region can be asked by its own address"
             ))
         };
         own.map(|d| d.explanation.clone()).ok_or_else(unknown)
@@ -108,8 +106,7 @@ impl Admission {
         {
             return Ok(path);
         }
-        let regions = self.fleet.peer_addresses().into_iter();
-        let regions = regions.map(|(name, address)| Target::Region { name, address });
+        let regions = self.fleet.peer_regions().into_iter().map(|name| Target::Region { name });
         let targets = self.fleet.worker_targets().into_iter().chain(regions);
         self.path_among(targets.collect(), tenant, session).await
     }
@@ -148,30 +145,30 @@ impl Admission {
 
     /// `Some(None)`: it is not there; `None`: no answer.
     async fn ask_path(&self, target: &Target, tenant: &str, session: SessionId) -> Option<Option<v1::SessionPath>> {
-        let mut request = Request::new(v1::DescribePathRequest {
-            session: session.as_bytes().to_vec().into(),
-            tenant: tenant.to_owned(),
-        });
-        request.set_timeout(LIST_DEADLINE);
-        let describe = async {
-            match target {
-                Target::Worker(number, _) => {
-                    let Some(channel) = self.fleet.worker_channel(*number) else {
-                        return Err(Status::not_found("the worker is gone"));
-                    };
-                    WorkerClient::new(channel).describe_path(request).await
-                }
-                Target::Region { name, address } => {
-                    let channel = self.peers.channel(name, address);
-                    let channel = channel.map_err(|e| Status::internal(e.to_string()))?;
-                    PeerClient::new(channel).describe_path(request).await
-                }
-            }
+        let request = || {
+            let session = session.as_bytes().to_vec().into();
+            let mut request = Request::new(v1::DescribePathRequest { session, tenant: tenant.to_owned() });
+            request.set_timeout(LIST_DEADLINE);
+            request
         };
-        match timeout(LIST_DEADLINE, describe).await {
-            Ok(Ok(response)) => Some(Some(response.into_inner())),
-            Ok(Err(status)) if status.code() == Code::NotFound => Some(None),
-            Ok(Err(_)) | Err(_) => None,
+        let found = |answer: Result<Response<v1::SessionPath>, Status>| match answer {
+            Ok(response) => Ok(Some(response.into_inner())),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(status),
+        };
+        match target {
+            Target::Worker(number, _) => {
+                let channel = self.fleet.worker_channel(*number)?;
+                let answer = timeout(LIST_DEADLINE, WorkerClient::new(channel).describe_path(request())).await;
+                found(answer.ok()?).ok()
+            }
+            Target::Region { name } => {
+                let ask = |channel| {
+                    let request = request();
+                    async move { found(PeerClient::new(channel).describe_path(request).await) }
+                };
+                self.ask_routers(name, LIST_DEADLINE, ask).await
+            }
         }
     }
 
@@ -190,8 +187,7 @@ impl Admission {
         {
             return Ok(());
         }
-        let regions = self.fleet.peer_addresses().into_iter();
-        let regions = regions.map(|(name, address)| Target::Region { name, address });
+        let regions = self.fleet.peer_regions().into_iter().map(|name| Target::Region { name });
         let targets = self.fleet.worker_targets().into_iter().chain(regions);
         self.release_among(targets.collect(), tenant, session, 0).await.map(drop)
     }
@@ -234,7 +230,7 @@ impl Admission {
 impl Target {
     fn name(&self) -> &str {
         match self {
-            Self::Worker(_, name) | Self::Region { name, .. } => name,
+            Self::Worker(_, name) | Self::Region { name } => name,
         }
     }
 }
@@ -245,10 +241,9 @@ async fn list_worker(channel: Channel) -> Option<Vec<v1::SessionSummary>> {
     Some(answer.ok()?.ok()?.into_inner().sessions)
 }
 
-async fn list_peer(channel: Channel) -> Option<Vec<v1::SessionSummary>> {
+async fn list_peer(channel: Channel) -> Result<Vec<v1::SessionSummary>, Status> {
     let mut peer = PeerClient::new(channel).max_decoding_message_size(MAX_LISTING_BYTES);
-    let answer = timeout(LIST_DEADLINE, peer.list_sessions(request())).await;
-    Some(answer.ok()?.ok()?.into_inner().sessions)
+    Ok(peer.list_sessions(request()).await?.into_inner().sessions)
 }
 
 fn request() -> Request<v1::ListSessionsRequest> {

@@ -14,7 +14,10 @@ use antiphon_proto::v1;
 use antiphon_runtime::Tasks;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::{Fleet, State, peers::DIGEST_LEASE};
+use super::{
+    Fleet, State,
+    peers::{DIGEST_LEASE, Peer},
+};
 
 /// The generations in force.
 #[derive(Clone, Debug)]
@@ -120,8 +123,8 @@ impl Fleet {
             let peer = state.peers.get(&record.name);
             Other {
                 name: &record.name,
-                keys: peer.map(|p| p.keys.clone()).unwrap_or_default(),
-                heard: peer.and_then(|p| p.heard).is_some_and(|at| now.since(at) <= DIGEST_LEASE),
+                keys: peer.map(|p| p.keys(now)).unwrap_or_default(),
+                heard: peer.and_then(Peer::heard).is_some_and(|at| now.since(at) <= DIGEST_LEASE),
             }
         });
         Snapshot {
@@ -299,7 +302,7 @@ mod tests {
 
         fn tell(&self, other: &Self) {
             let update = v1::RegionUpdate { digest: self.fleet.digest(), routes: None };
-            other.fleet.peer_reported(self.name, update);
+            other.fleet.peer_reported(self.name, "127.0.0.1:1", update, 0);
         }
 
         fn held_up_by(&self) -> Vec<String> {

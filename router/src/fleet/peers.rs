@@ -1,6 +1,14 @@
 //! What other regions' routers tell: digests, which go stale, and routes, which do not.
+//!
+//! A region may have several routers. Each tells of the region as it sees it; a route is there if any of them says so,
+//! and goes once one of them knows that its worker is gone. A router that has just started knows little and takes
+//! nothing away.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use antiphon_core::{
     clock::Millis,
@@ -9,23 +17,136 @@ use antiphon_core::{
 };
 use antiphon_proto::v1;
 
-use super::{Fleet, keys, routes, routes::RouteMap};
+use super::{Fleet, State, clock, keys, routes, routes::RouteMap};
 use crate::records::{self, Region};
 
 /// One other region.
 #[derive(Debug, Default)]
 pub(crate) struct Peer {
-    pub(crate) digest: Option<Arc<v1::RegionDigest>>,
-    pub(crate) heard: Option<Millis>,
-    pub(crate) routes: RouteMap,
-    /// What it said of its keys.
-    pub(crate) keys: RegionKeys,
+    /// By address. What routers said that have no address any more is under the empty one.
+    routers: BTreeMap<String, Router>,
+    /// Of all routers together, by number, and when they were last named.
+    relays: BTreeMap<u32, (v1::RelayInfo, Millis)>,
+    pub(super) routes: RouteMap,
+}
+
+/// One of its routers.
+#[derive(Debug, Default)]
+struct Router {
+    digest: Option<Arc<v1::RegionDigest>>,
+    heard: Option<Millis>,
+    /// Its clock minus ours, when it last said what time it is.
+    clock_ahead_ms: i64,
+    keys: RegionKeys,
+    routes: RouteMap,
+    /// Its stream is broken.
+    silent: bool,
+}
+
+impl Router {
+    fn speaks(&self, now: Millis) -> bool {
+        !self.silent && self.heard.is_some_and(|at| now.since(at) <= DIGEST_LEASE)
+    }
+
+    fn workers(&self) -> u64 {
+        self.digest.iter().flat_map(|d| &d.pools).map(|p| u64::from(p.workers)).sum()
+    }
 }
 
 impl Peer {
-    /// The region as the planner sees it: what its router says, and what our records say while it is silent.
-    pub(crate) fn view(record: &Region, peer: Option<&Self>) -> RegionView {
-        let digest = peer.and_then(|p| p.digest.as_deref());
+    /// The digest to go by: of those who speak, or of all if none does, the one who knows most workers.
+    pub(super) fn digest(&self, now: Millis) -> Option<&Arc<v1::RegionDigest>> {
+        let told = self.routers.values().filter(|r| r.digest.is_some());
+        told.max_by_key(|r| (r.speaks(now), r.workers(), r.heard))?.digest.as_ref()
+    }
+
+    /// When the region was last heard.
+    pub(super) fn heard(&self) -> Option<Millis> {
+        self.routers.values().filter_map(|r| r.heard).max()
+    }
+
+    /// How far the clock is ahead that is furthest from ours.
+    pub(super) fn clock_ahead_ms(&self) -> i64 {
+        self.routers.values().map(|r| r.clock_ahead_ms).max_by_key(|ms| ms.unsigned_abs()).unwrap_or(0)
+    }
+
+    /// Its keys, as those see them together who speak; who does not speaks through them, as they share a store.
+    pub(super) fn keys(&self, now: Millis) -> RegionKeys {
+        let speaks = self.routers.values().any(|r| r.speaks(now));
+        let told = self.routers.values().filter(|r| r.heard.is_some() && (r.speaks(now) || !speaks));
+        let together = |a: RegionKeys, b: RegionKeys| RegionKeys {
+            wanted: a.wanted.min(b.wanted),
+            minting: a.minting.min(b.minting),
+            loaded: a.loaded.into_iter().filter(|g| b.loaded.contains(g)).collect(),
+            oldest: match (a.oldest, b.oldest) {
+                (0, oldest) | (oldest, 0) => oldest,
+                (a, b) => a.min(b),
+            },
+        };
+        told.map(|r| r.keys.clone()).reduce(together).unwrap_or_default()
+    }
+
+    /// Its relays; nobody new should use one that is not named any more.
+    pub(super) fn relays(&self, now: Millis) -> impl Iterator<Item = v1::RelayInfo> {
+        let named = self.digest(now).map(Arc::clone);
+        self.relays.values().map(move |(relay, _)| {
+            let current = named.iter().flat_map(|d| &d.relays).any(|r| r.number == relay.number);
+            let phase = if current { relay.phase } else { v1::Phase::Cordoned.into() };
+            v1::RelayInfo { phase, ..relay.clone() }
+        })
+    }
+
+    fn name_relays(&mut self, relays: &[v1::RelayInfo], now: Millis) -> bool {
+        let known = |peer: &Self| -> Vec<v1::RelayInfo> { peer.relays.values().map(|(r, _)| r.clone()).collect() };
+        let before = known(self);
+        self.relays.retain(|_, (_, named)| now.since(*named) <= RELAY_MEMORY);
+        for relay in relays.iter().take(MAX_RELAYS) {
+            self.relays.insert(relay.number, (relay.clone(), now));
+        }
+        before != known(self)
+    }
+
+    /// Takes routes of one of its routers; says whether the region's routes changed, and how many were none of its own.
+    fn take_routes(&mut self, address: &str, update: &v1::RouteUpdate, number: u16) -> (bool, usize) {
+        let router = self.routers.entry(address.to_owned()).or_default();
+        let skipped = routes::merge(&mut router.routes, update, number);
+        // What a full state lacks proves something about its sender only; the rest is evidence for all.
+        let named = update.upserts.iter().map(|r| r.server_id);
+        let named: Vec<u64> = named.filter(|id| router.routes.contains_key(id)).collect();
+        let dead = update.dead.iter().map(|d| d.server_id);
+        let gone: BTreeSet<u64> = update.removals.iter().copied().chain(dead).collect();
+        for (other, router) in &mut self.routers {
+            router.routes.retain(|id, _| !gone.contains(id));
+            if other != address {
+                named.iter().for_each(|id| routes::make_room(&mut router.routes, *id));
+            }
+        }
+        (self.unite(), skipped)
+    }
+
+    fn unite(&mut self) -> bool {
+        let mut all = RouteMap::new();
+        for router in self.routers.values() {
+            for (id, address) in &router.routes {
+                routes::insert(&mut all, *id, Arc::clone(address));
+            }
+        }
+        std::mem::replace(&mut self.routes, all) != self.routes
+    }
+
+    /// Routers whose address is gone say nothing more; their routes stay until somebody takes them away.
+    fn keep_routers(&mut self, addresses: &[String]) {
+        let gone: Vec<String> =
+            self.routers.keys().filter(|a| !a.is_empty() && !addresses.contains(a)).cloned().collect();
+        for address in gone {
+            let left = self.routers.remove(&address).map(|r| r.routes).unwrap_or_default();
+            self.routers.entry(String::new()).or_default().routes.extend(left);
+        }
+    }
+
+    /// The region as the planner sees it: what its routers say, and what our records say while they are silent.
+    pub(crate) fn view(record: &Region, peer: Option<&Self>, now: Millis) -> RegionView {
+        let digest = peer.and_then(|p| p.digest(now));
         let pool = |pool: &v1::PoolDigest| PoolView {
             agent: pool.agent.clone(),
             gpu_class: pool.gpu_class.clone(),
@@ -40,7 +161,7 @@ impl Peer {
             phase: digest.map_or(record.phase, |d| records::phase(d.phase)),
             residency: record.residency.clone(),
             freshness: peer
-                .and_then(|p| p.heard)
+                .and_then(Self::heard)
                 .map_or(Freshness::Never, |at| Freshness::Reported { at, lease: DIGEST_LEASE }),
             pools: digest.map_or_else(Vec::new, |d| d.pools.iter().map(pool).collect()),
         }
@@ -48,61 +169,128 @@ impl Peer {
 }
 
 impl Fleet {
-    /// Takes an update of another region; an empty one only says that what we have is current.
-    pub(crate) fn peer_reported(&self, region: &str, update: v1::RegionUpdate) {
+    /// Takes an update of a router of another region, or of this one; an empty one only says that what we have is
+    /// current. `unix_ms` is our clock's time.
+    pub(crate) fn peer_reported(&self, region: &str, address: &str, update: v1::RegionUpdate, unix_ms: u64) {
         let mut state = self.state.lock();
         let Some(number) = state.records.regions.get(region).map(|r| r.number) else {
             return;
         };
         let now = self.clock.now();
-        let peer = state.peers.entry(region.to_owned()).or_default();
-        peer.heard = Some(now);
-        let mut relays_changed = false;
-        if let Some(digest) = update.digest {
-            if digest.region != region || digest.number != u32::from(number.value()) {
-                tracing::warn!(region, "digest of another region ignored");
-                return;
-            }
-            let before = peer.digest.as_ref().map(|d| &d.relays);
-            relays_changed = before != Some(&digest.relays);
-            peer.keys.heard(keys::said(&digest));
-            peer.digest = Some(Arc::new(digest));
+        if region == self.region {
+            // Its routers share all but what operators and workers told only one of them.
+            let dead = update.routes.map(|r| r.dead).unwrap_or_default();
+            drop(state);
+            self.sibling_reported(&dead);
+            return;
         }
-        let routes_changed = update.routes.is_some_and(|update| {
-            let before = peer.routes.clone();
-            let skipped = routes::merge(&mut peer.routes, &update, number.value());
+        let wrong = |d: &v1::RegionDigest| d.region != region || d.number != u32::from(number.value());
+        if update.digest.as_ref().is_some_and(wrong) {
+            tracing::warn!(region, address, "digest of another region ignored");
+            return;
+        }
+        let peer = state.peers.entry(region.to_owned()).or_default();
+        let mut relays_changed = false;
+        let router = peer.routers.entry(address.to_owned()).or_default();
+        (router.heard, router.silent) = (Some(now), false);
+        if let Some(digest) = update.digest {
+            router.keys.heard(keys::said(&digest));
+            if digest.unix_ms > 0 {
+                let clock_ahead_ms = clock::ahead_ms(digest.unix_ms, unix_ms);
+                clock::tell("router", address, router.clock_ahead_ms, clock_ahead_ms);
+                router.clock_ahead_ms = clock_ahead_ms;
+            }
+            let digest = Arc::new(digest);
+            router.digest = Some(Arc::clone(&digest));
+            relays_changed = peer.name_relays(&digest.relays, now);
+        }
+        let mut routes_changed = false;
+        if let Some(update) = update.routes {
+            let (changed, skipped) = peer.take_routes(address, &update, number.value());
+            routes_changed = changed;
             if skipped > 0 {
                 tracing::warn!(region, skipped, "routes that are not the peer's ignored");
             }
-            before != peer.routes
-        });
+            let theirs = |d: &v1::DeadServer| routes::region_of(d.server_id) == number.value();
+            for server in update.dead.into_iter().filter(theirs).filter(|d| d.reset_keys.len() <= MAX_RESET_KEYS) {
+                routes_changed |= state.dead.insert(server, false, now);
+            }
+        }
         state.view = None;
-        if routes_changed {
+        if routes_changed || relays_changed {
             self.routes_changed(&mut state);
-        } else if relays_changed {
-            self.topology.send_modify(|n| *n += 1);
         }
         drop(state);
         // Room elsewhere may be what someone waits for.
         self.settled.send_modify(|n| *n += 1);
     }
 
+    /// A router's stream broke: until it is back, others of its region are asked.
+    pub(crate) fn peer_lost(&self, region: &str, address: &str) {
+        let mut state = self.state.lock();
+        let routers = state.peers.get_mut(region).map(|p| &mut p.routers);
+        if let Some(router) = routers.and_then(|r| r.get_mut(address)) {
+            router.silent = true;
+        }
+    }
+
+    /// Drops what routers said that are in the records no more.
+    pub(super) fn keep_peers(&self, state: &mut State) {
+        let records = Arc::clone(&state.records);
+        for (region, peer) in &mut state.peers {
+            peer.keep_routers(records.regions.get(region).map_or(&[], |r| &r.router_addresses));
+        }
+    }
+
     /// Age of the oldest digest among peers that were heard; `None`: no peer was.
     pub(crate) fn oldest_digest(&self) -> Option<Duration> {
         let now = self.clock.now();
         let state = self.state.lock();
-        let heard = state.peers.values().filter_map(|p| p.heard);
+        let heard = state.peers.values().filter_map(Peer::heard);
         heard.map(|at| now.since(at)).max()
     }
 
-    /// Regions with routers to talk to: name and address.
-    pub(crate) fn peer_addresses(&self) -> Vec<(String, String)> {
+    /// Other regions with routers to talk to.
+    pub(crate) fn peer_regions(&self) -> Vec<String> {
         let state = self.state.lock();
         let others = state.records.regions.values();
-        let others = others.filter(|r| r.name != self.region);
-        others.filter_map(|r| Some((r.name.clone(), r.router_addresses.first()?.clone()))).collect()
+        let others = others.filter(|r| r.name != self.region && !r.router_addresses.is_empty());
+        others.map(|r| r.name.clone()).collect()
+    }
+
+    /// The routers of a region, those first that were heard last.
+    pub(crate) fn routers_of(&self, region: &str) -> Vec<String> {
+        let state = self.state.lock();
+        let Some(record) = state.records.regions.get(region) else {
+            return Vec::new();
+        };
+        let routers = state.peers.get(region).map(|p| &p.routers);
+        let mut addresses = record.router_addresses.clone();
+        addresses.sort_by_key(|address| {
+            let router = routers.and_then(|r| r.get(address));
+            let silent = router.is_none_or(|r| r.silent);
+            // Among those who speak the records' order counts.
+            let heard = router.and_then(|r| r.heard).filter(|_| silent);
+            (silent, std::cmp::Reverse(heard))
+        });
+        addresses
+    }
+
+    /// All routers to listen to: region and address. Those of this region are among them, this one too, as a router
+    /// does not know under which address others reach it.
+    pub(crate) fn routers_to_watch(&self) -> Vec<(String, String)> {
+        let state = self.state.lock();
+        let regions = state.records.regions.values();
+        let watched = regions.filter(|r| r.name != self.region || r.router_addresses.len() > 1);
+        watched.flat_map(|r| r.router_addresses.iter().map(|a| (r.name.clone(), a.clone()))).collect()
     }
 }
 
 /// How long a digest holds for placement; peers are heard at least every second.
 pub(crate) const DIGEST_LEASE: Duration = Duration::from_secs(5);
+/// How long relays are known that are not named any more: their clients may still be on their way.
+const RELAY_MEMORY: Duration = Duration::from_secs(600);
+/// A region numbers no more.
+const MAX_RELAYS: usize = 64;
+/// Of all shards in all generations.
+const MAX_RESET_KEYS: usize = 192;

@@ -11,7 +11,7 @@ use antiphon_core::{
 use antiphon_proto::v1;
 
 use super::{
-    Fleet, State,
+    Fleet, State, clock,
     hello::RelayHello,
     keys::MemberKeys,
     workers::{RegisterError, Standing},
@@ -26,6 +26,10 @@ pub(crate) struct Relay {
     pub(crate) phase: Phase,
     pub(crate) heard: Millis,
     pub(super) keys: MemberKeys,
+    /// Its clock minus ours, at the last report.
+    pub(super) clock_ahead_ms: i64,
+    /// Routes in its table, as it last said.
+    pub(super) routes: u32,
 }
 
 impl Relay {
@@ -68,6 +72,8 @@ impl Fleet {
             phase: Phase::Active,
             heard: self.clock.now(),
             keys: MemberKeys::unreported(Some(0)),
+            clock_ahead_ms: 0,
+            routes: 0,
         };
         state.relays.insert(number, relay);
         drop(state);
@@ -85,6 +91,10 @@ impl Fleet {
         let before = relay.phase(now);
         (relay.phase, relay.heard) = (records::phase(report.phase), now);
         relay.keys = MemberKeys::reported(&report.loaded_generations, 0);
+        relay.routes = report.routes;
+        let clock_ahead_ms = clock::ahead_ms(report.unix_ms, clock::unix_ms());
+        clock::tell("relay", &relay.hello.name, relay.clock_ahead_ms, clock_ahead_ms);
+        relay.clock_ahead_ms = clock_ahead_ms;
         let changed = before != relay.phase;
         drop(state);
         if changed {
@@ -122,13 +132,16 @@ impl Fleet {
 
     /// Number and tunnel address of every relay whose frames workers accept.
     pub(super) fn tunnel_ends(&self, state: &State) -> Vec<(RelayNumber, String)> {
+        let now = self.clock.now();
+        // Behind its relays, a worker is reached by these only.
+        let behind = state.records.regions.get(&self.region).is_some_and(|r| r.via_relays);
         let own = state.relays.iter();
         let own = own.map(|(number, relay)| (*number, relay.hello.tunnel_address.clone()));
-        let digests = state.peers.values().filter_map(|p| p.digest.as_deref());
-        let of_peers = digests.flat_map(|d| &d.relays).filter_map(|relay| {
+        let peers = state.peers.values().filter(|_| !behind);
+        let of_peers = peers.flat_map(|p| p.relays(now)).filter_map(|relay| {
             let number = u16::try_from(relay.number).ok();
             let number = number.and_then(|n| RelayNumber::new(n).ok())?;
-            Some((number, relay.tunnel_address.clone()))
+            Some((number, relay.tunnel_address))
         });
         let mut ends: Vec<_> = own.chain(of_peers).collect();
         ends.sort();
@@ -143,8 +156,7 @@ impl Fleet {
         let state = self.state.lock();
         let own = state.relays.iter();
         let own = own.map(|(number, relay)| (self.region.as_str(), relay.info(*number, now)));
-        let digests = state.peers.values().filter_map(|p| p.digest.as_deref());
-        let of_peers = digests.flat_map(|d| d.relays.iter().map(|r| (d.region.as_str(), r.clone())));
+        let of_peers = state.peers.iter().flat_map(|(region, p)| p.relays(now).map(|r| (region.as_str(), r)));
         let mut known: Vec<Known> = own
             .chain(of_peers)
             .map(|(region, info)| {

@@ -17,26 +17,45 @@ pub(crate) fn full(version: u64, routes: &RouteMap) -> v1::RouteUpdate {
     v1::RouteUpdate { version, full: true, upserts: routes.iter().map(route).collect(), ..v1::RouteUpdate::default() }
 }
 
-/// What turns `old` into `new`; `None` if they are equal. Each removal rests on evidence, so any number is intended.
-pub(crate) fn delta(version: u64, old: &RouteMap, new: &RouteMap) -> Option<v1::RouteUpdate> {
+/// What turns `old` into `new`. Each removal rests on evidence, so any number is intended.
+pub(crate) fn delta(version: u64, old: &Arc<RouteMap>, new: &Arc<RouteMap>) -> v1::RouteUpdate {
+    if Arc::ptr_eq(old, new) {
+        return v1::RouteUpdate { version, ..v1::RouteUpdate::default() };
+    }
     let changed = new.iter().filter(|(id, address)| old.get(id) != Some(address));
     let removals: Vec<u64> = old.keys().filter(|id| !new.contains_key(id)).copied().collect();
     let upserts: Vec<v1::Route> = changed.map(route).collect();
-    if upserts.is_empty() && removals.is_empty() {
-        return None;
-    }
-    Some(v1::RouteUpdate {
+    v1::RouteUpdate {
         version,
         upserts,
         mass_removal_intended: !removals.is_empty(),
         removals,
         ..v1::RouteUpdate::default()
-    })
+    }
+}
+
+/// Number of a server's region.
+pub(crate) fn region_of(server_id: u64) -> u16 {
+    ServerId::from_u64(server_id).region.value()
+}
+
+/// Puts a route in the place of what is known to be older.
+pub(super) fn insert(routes: &mut RouteMap, server_id: u64, address: Arc<str>) {
+    make_room(routes, server_id);
+    routes.insert(server_id, address);
+}
+
+/// A newer incarnation in the same place proves that the older ones are gone.
+pub(super) fn make_room(routes: &mut RouteMap, server_id: u64) {
+    let place = server_id >> 32 << 32;
+    let held = routes.range(place..=(place | u64::from(u32::MAX)));
+    let older: Vec<u64> = held.map(|(id, _)| *id).filter(|id| *id != server_id).collect();
+    older.iter().for_each(|id| drop(routes.remove(id)));
 }
 
 /// Takes a peer's update. Routes of other regions are none of its business and are skipped; says how many.
 pub(crate) fn merge(routes: &mut RouteMap, update: &v1::RouteUpdate, region: u16) -> usize {
-    let ours = |id: u64| ServerId::from_u64(id).region.value() == region;
+    let ours = |id: u64| region_of(id) == region;
     let mut skipped = 0;
     if update.full {
         let missing: Vec<u64> = {
@@ -53,15 +72,7 @@ pub(crate) fn merge(routes: &mut RouteMap, update: &v1::RouteUpdate, region: u16
             skipped += 1;
             continue;
         }
-        // A newer incarnation in the same place proves that the older one is gone.
-        let place = |id: u64| id >> 32;
-        let replaced: Vec<u64> = routes
-            .range(place(id) << 32..=(place(id) << 32 | u64::from(u32::MAX)))
-            .map(|(old, _)| *old)
-            .filter(|old| *old != id)
-            .collect();
-        replaced.iter().for_each(|old| drop(routes.remove(old)));
-        routes.insert(id, route.tunnel_address.as_str().into());
+        insert(routes, id, route.tunnel_address.as_str().into());
     }
     for id in &update.removals {
         if ours(*id) {
@@ -135,10 +146,8 @@ mod tests {
         fn deltas_rebuild_the_table(a in prop::collection::btree_set(0_u64..30, 0..20), b in prop::collection::btree_set(0_u64..30, 0..20)) {
             let (old, new) = (table(a.iter().map(|n| id(*n, 1))), table(b.iter().map(|n| id(*n, 1))));
             let mut routes = old.clone();
-            match delta(2, &old, &new) {
-                Some(update) => prop_assert_eq!(merge(&mut routes, &update, 1), 0),
-                None => prop_assert_eq!(&old, &new),
-            }
+            let update = delta(2, &Arc::new(old), &Arc::new(new.clone()));
+            prop_assert_eq!(merge(&mut routes, &update, 1), 0);
             prop_assert_eq!(routes, new);
         }
     }

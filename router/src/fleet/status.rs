@@ -2,10 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use antiphon_core::{clock::Millis, id::RelayNumber, placement::Phase};
+use antiphon_core::{
+    clock::Millis,
+    id::RelayNumber,
+    placement::{Freshness, Phase, Verdict},
+};
 use antiphon_proto::v1;
 
-use super::{Fleet, State, relays::Relay, workers::Worker};
+use super::{Fleet, State, peers::Peer, relays::Relay, workers::Worker};
 use crate::records::proto_phase;
 
 impl Fleet {
@@ -57,7 +61,7 @@ impl Fleet {
             let digest = if local {
                 self.digest_in(&state, now)
             } else {
-                let known = peer.and_then(|p| p.digest.as_deref()).cloned();
+                let known = peer.and_then(|p| p.digest(now)).map(|d| v1::RegionDigest::clone(d));
                 Some(known.unwrap_or_else(|| v1::RegionDigest {
                     region: record.name.clone(),
                     number: record.number.value().into(),
@@ -66,7 +70,7 @@ impl Fleet {
                     ..v1::RegionDigest::default()
                 }))
             };
-            let heard = peer.and_then(|p| p.heard);
+            let heard = peer.and_then(Peer::heard);
             let workers = state.workers.values().filter(|_| local);
             let relays = state.relays.iter().filter(|_| local);
             v1::RegionStatus {
@@ -79,7 +83,7 @@ impl Fleet {
                 local,
                 workers: workers.map(|w| worker_status(w, &state, now)).collect(),
                 relays: relays.map(|(number, relay)| relay_status(*number, relay, now)).collect(),
-                ..v1::RegionStatus::default()
+                clock_ahead_ms: peer.map_or(0, Peer::clock_ahead_ms),
             }
         };
         v1::FleetStatusResponse {
@@ -113,6 +117,9 @@ fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatu
     } else {
         match age {
             None => "it has not reported yet".to_owned(),
+            Some(_) if let Freshness::ClockBehind { by } = worker.freshness() => {
+                Verdict::ClockBehind { by }.to_string()
+            }
             Some(age) if !worker.in_service(now) && worker.phase() == Phase::Active => {
                 format!("its last report is {} ms old", age.as_millis())
             }
@@ -136,9 +143,9 @@ fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatu
         report_age_ms: age.map_or(u32::MAX, millis),
         placeable: why_not.is_empty(),
         why_not,
+        clock_ahead_ms: report.map_or(0, |r| r.clock_ahead_ms),
         loaded_generations: worker.keys.loaded.clone(),
         oldest_generation: worker.keys.oldest.unwrap_or(0),
-        ..v1::WorkerStatus::default()
     }
 }
 
@@ -146,8 +153,9 @@ fn relay_status(number: RelayNumber, relay: &Relay, now: Millis) -> v1::RelaySta
     v1::RelayStatus {
         relay: Some(relay.info(number, now)),
         name: relay.hello.name.clone(),
+        routes: relay.routes,
+        clock_ahead_ms: relay.clock_ahead_ms,
         loaded_generations: relay.keys.loaded.clone(),
-        ..v1::RelayStatus::default()
     }
 }
 

@@ -11,7 +11,7 @@ use antiphon_proto::v1;
 use antiphon_runtime::{pki::Role, tls};
 use tonic::transport::Channel;
 
-use super::{Fleet, State, Target, hello::WorkerHello, keys::MemberKeys};
+use super::{Fleet, State, Target, clock, hello::WorkerHello, keys::MemberKeys};
 use crate::{
     records,
     store::{StoreError, WorkerClaim},
@@ -41,6 +41,8 @@ pub(crate) struct Report {
     pub(crate) slots: u32,
     pub(crate) reserved: u32,
     pub(crate) active: u32,
+    /// Its clock minus ours.
+    pub(crate) clock_ahead_ms: i64,
 }
 
 impl Worker {
@@ -60,14 +62,20 @@ impl Worker {
         match (self.stream, self.report) {
             (None, _) => Freshness::Disconnected,
             (Some(_), None) => Freshness::Never,
-            (Some(_), Some(report)) => Freshness::Reported { at: report.at, lease: WORKER_LEASE },
+            (Some(_), Some(report)) => match clock::too_far_behind(report.clock_ahead_ms) {
+                Some(by) => Freshness::ClockBehind { by },
+                None => Freshness::Reported { at: report.at, lease: WORKER_LEASE },
+            },
         }
     }
 
     /// Whether it takes part in placement now, room aside.
     pub(crate) fn in_service(&self, now: Millis) -> bool {
-        let fresh = self.stream.is_some() && self.report.is_some_and(|r| now.since(r.at) <= WORKER_LEASE);
-        fresh && self.phase() == Phase::Active
+        let lease = match self.freshness() {
+            Freshness::Reported { at, lease } => now.since(at) <= lease,
+            _ => false,
+        };
+        lease && self.phase() == Phase::Active
     }
 
     pub(crate) fn view(&self, region: &str) -> WorkerView {
@@ -168,9 +176,17 @@ impl Fleet {
         };
         let keys = MemberKeys::unreported(oldest);
         // The former incarnation is gone: its successor is here. Its reports do not speak for the new one.
-        state.workers.retain(|other, w| *other != number && w.hello.name != hello.name);
+        let same = |w: &Worker| w.number == number || w.hello.name == hello.name;
+        let former: Vec<WorkerNumber> = state.workers.values().filter(|w| same(w)).map(|w| w.number).collect();
+        for former in former {
+            let proven = state.workers.get(&former).is_some_and(|w| w.hello.incarnation != hello.incarnation);
+            self.remove_worker(&mut state, former, proven);
+        }
         let worker = Worker { hello, number, stream: Some(stream), report: None, taken: 0, claims: 0, channel, keys };
         tracing::info!(worker = worker.hello.name, %number, "worker registered");
+        if let Some(region) = self.own_number(&state) {
+            worker.shard_ids(region).iter().for_each(|(_, id)| state.dead.revive(id.to_u64()));
+        }
         state.workers.insert(number, worker);
         self.routes_changed(&mut state);
         Ok(Standing { number, stream })
@@ -183,12 +199,16 @@ impl Fleet {
         let Some(worker) = state.worker_of(standing) else {
             return false;
         };
+        let clock_ahead_ms = clock::ahead_ms(report.unix_ms, clock::unix_ms());
+        let before = worker.report.map_or(0, |r| r.clock_ahead_ms);
+        clock::tell("worker", &worker.hello.name, before, clock_ahead_ms);
         worker.report = Some(Report {
             at: now,
             phase: records::phase(report.phase),
             slots: report.slots,
             reserved: report.reserved,
             active: report.active,
+            clock_ahead_ms,
         });
         worker.taken = report.reserved.saturating_add(report.active);
         worker.keys = MemberKeys::reported(&report.loaded_generations, report.oldest_generation);
@@ -228,7 +248,7 @@ impl Fleet {
             if state.worker_of(standing).is_none() {
                 return;
             }
-            let gone = state.workers.remove(&standing.number);
+            let gone = self.remove_worker(&mut state, standing.number, true);
             self.routes_changed(&mut state);
             gone
         };
@@ -251,7 +271,7 @@ impl Fleet {
             let Some(number) = found.map(|w| w.number) else {
                 return false;
             };
-            let gone = state.workers.remove(&number);
+            let gone = self.remove_worker(&mut state, number, true);
             self.routes_changed(&mut state);
             gone
         };
@@ -259,6 +279,37 @@ impl Fleet {
             self.store.release_worker(worker.number, worker.hello.incarnation).await;
         }
         true
+    }
+
+    /// Another router of this region knows that workers are gone.
+    pub(super) fn sibling_reported(&self, dead: &[v1::DeadServer]) {
+        let gone = |w: &Worker, id: ServerId| w.number == id.worker && w.hello.incarnation == id.incarnation;
+        let mut state = self.state.lock();
+        let mut removed = false;
+        for server in dead {
+            let id = ServerId::from_u64(server.server_id);
+            let of_ours = self.own_number(&state) == Some(id.region);
+            if of_ours && state.workers.get(&id.worker).is_some_and(|w| gone(w, id)) {
+                removed |= self.remove_worker(&mut state, id.worker, true).is_some();
+            }
+        }
+        if removed {
+            self.routes_changed(&mut state);
+        }
+    }
+
+    /// Takes a worker out; with proof that this life of it is over, its clients are told so.
+    fn remove_worker(&self, state: &mut State, number: WorkerNumber, proven: bool) -> Option<Worker> {
+        let worker = state.workers.remove(&number)?;
+        if let (true, Some(region)) = (proven, self.own_number(state)) {
+            let now = self.clock.now();
+            for shard in worker.shard_ids(region) {
+                let reset_keys = self.reset_keys(&[shard], &state.keys);
+                let server = v1::DeadServer { server_id: shard.1.to_u64(), reset_keys };
+                state.dead.insert(server, true, now);
+            }
+        }
+        Some(worker)
     }
 
     /// Counts a lease as taken while its worker is being asked. `None`: there is none free, or it is gone.

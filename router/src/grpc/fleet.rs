@@ -4,19 +4,22 @@ use std::{sync::Arc, time::Duration};
 
 use antiphon_core::id::{RelayNumber, WorkerNumber};
 use antiphon_proto::v1::{
-    AgentBehaviour, RelayDirective, RelayKeys, RelayMessage, WorkerDirective, WorkerKeys, WorkerMessage, WorkerRelays,
-    fleet_server, relay_directive, relay_message, worker_directive, worker_message,
+    AgentBehaviour, RelayDirective, RelayKeys, RelayMessage, RelayNeighbours, WorkerDirective, WorkerKeys,
+    WorkerMessage, WorkerRelays, fleet_server, relay_directive, relay_message, worker_directive, worker_message,
 };
 use antiphon_runtime::pki::Role;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Pace, STREAM_QUEUE, peer::told_routes};
+use super::{
+    Pace, STREAM_QUEUE,
+    peer::{Audience, ToldRoutes},
+};
 use crate::{
     admission::Admission,
     auth,
-    fleet::{Fleet, RelayHello, RouteMap, Standing, WorkerHello},
+    fleet::{Fleet, RelayHello, Standing, WorkerHello},
 };
 
 #[derive(Clone, Debug)]
@@ -198,8 +201,8 @@ struct RelayStream {
     standing: Standing<RelayNumber>,
     directives: Directives<RelayDirective>,
     keys: RelayKeys,
-    routes: Option<Arc<RouteMap>>,
-    version: u64,
+    neighbours: RelayNeighbours,
+    routes: ToldRoutes,
 }
 
 impl Drop for RelayStream {
@@ -212,7 +215,14 @@ impl RelayStream {
     fn new(fleet: Arc<Fleet>, standing: Standing<RelayNumber>, directives: Directives<RelayDirective>) -> Self {
         let welcome = fleet.relay_welcome(standing.number);
         let keys = RelayKeys { cid_configs: welcome.cid_configs.clone(), secrets: welcome.secrets.clone() };
-        let mut stream = Self { fleet, standing, directives, keys, routes: None, version: 0 };
+        let mut stream = Self {
+            fleet,
+            standing,
+            directives,
+            keys,
+            neighbours: RelayNeighbours::default(),
+            routes: ToldRoutes::default(),
+        };
         stream.send(relay_directive::Directive::Welcome(welcome));
         stream.tell();
         stream
@@ -261,9 +271,12 @@ impl RelayStream {
             self.keys.clone_from(&keys);
             taken &= self.send(relay_directive::Directive::Keys(keys));
         }
-        let routes = self.fleet.all_routes();
-        let update = told_routes(&mut self.version, self.routes.as_ref(), &routes);
-        self.routes = Some(routes);
+        let neighbours = self.fleet.neighbours(self.standing.number);
+        if neighbours != self.neighbours {
+            self.neighbours.clone_from(&neighbours);
+            taken &= self.send(relay_directive::Directive::Neighbours(neighbours));
+        }
+        let update = self.routes.update(&self.fleet, Audience::Relay);
         taken && update.is_none_or(|update| self.send(relay_directive::Directive::Routes(update)))
     }
 

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use antiphon_proto::v1::{
-    DescribePathRequest, ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionUpdate, ReleaseRequest,
-    ReleaseResponse, RouteUpdate, Session, SessionPath, WatchRegionRequest, peer_server::Peer,
+    DescribePathRequest, ListSessionsRequest, ListSessionsResponse, PlaceRequest, RegionDigest, RegionUpdate,
+    ReleaseRequest, ReleaseResponse, RouteUpdate, Session, SessionPath, WatchRegionRequest, peer_server::Peer,
 };
 use antiphon_runtime::pki::Role;
 use tokio::{
@@ -19,7 +19,7 @@ use crate::{
     admission::Admission,
     auth,
     create::{limit, session_bytes},
-    fleet::{Fleet, RouteMap, delta, full},
+    fleet::{Fleet, RegionMap, RouteMap, delta, full, tell_regions, unix_ms},
 };
 
 #[derive(Clone, Debug)]
@@ -92,8 +92,9 @@ async fn tell(fleet: Arc<Fleet>, updates: mpsc::Sender<Result<RegionUpdate, Stat
     let mut heartbeat = interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut pace = Pace::new();
-    let mut told = (None, None::<Arc<RouteMap>>);
-    let mut version = 0;
+    let mut told = ToldRoutes::default();
+    let mut told_digest = None;
+    let mut silent = 0;
     pace.mark();
     loop {
         let due = tokio::select! {
@@ -107,12 +108,14 @@ async fn tell(fleet: Arc<Fleet>, updates: mpsc::Sender<Result<RegionUpdate, Stat
             continue;
         }
         pace.sent();
-        let (digest, routes) = (fleet.digest(), fleet.own_routes());
+        let digest = fleet.digest();
+        let news = told_digest != digest || silent >= DIGEST_EVERY;
+        silent = if news { 0 } else { silent + 1 };
         let update = RegionUpdate {
-            routes: told_routes(&mut version, told.1.as_ref(), &routes),
-            digest: digest.clone().filter(|_| told.0 != digest),
+            routes: told.update(&fleet, Audience::Peer),
+            digest: digest.clone().filter(|_| news).map(|d| RegionDigest { unix_ms: unix_ms(), ..d }),
         };
-        told = (digest, Some(routes));
+        told_digest = digest;
         // A peer that does not take its updates is cut off and asks again for a full state.
         if updates.try_send(Ok(update)).is_err() {
             return;
@@ -120,15 +123,50 @@ async fn tell(fleet: Arc<Fleet>, updates: mpsc::Sender<Result<RegionUpdate, Stat
     }
 }
 
-/// The update that brings a receiver from `old` to `new`, full if it has nothing yet.
-pub(super) fn told_routes(version: &mut u64, old: Option<&Arc<RouteMap>>, new: &Arc<RouteMap>) -> Option<RouteUpdate> {
-    let update = match old {
-        Some(old) if Arc::ptr_eq(old, new) => None,
-        Some(old) => delta(*version + 1, old, new),
-        None => Some(full(*version + 1, new)),
-    };
-    *version += u64::from(update.is_some());
-    update
+/// Who is told of routes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Audience {
+    /// A relay of this region: everything.
+    Relay,
+    /// A router: what this region alone can know.
+    Peer,
+}
+
+/// What one receiver was told of routes.
+#[derive(Debug, Default)]
+pub(super) struct ToldRoutes {
+    version: u64,
+    routes: Option<Arc<RouteMap>>,
+    regions: Arc<RegionMap>,
+    dead: u64,
+}
+
+impl ToldRoutes {
+    /// What brings the receiver up to date; a full state at first, `None` if nothing is new.
+    pub(super) fn update(&mut self, fleet: &Fleet, audience: Audience) -> Option<RouteUpdate> {
+        let (routes, regions) = match audience {
+            Audience::Relay => (fleet.all_routes(), fleet.region_routes()),
+            Audience::Peer => (fleet.own_routes(), Arc::default()),
+        };
+        let version = self.version + 1;
+        let mut update = match &self.routes {
+            Some(old) => delta(version, old, &routes),
+            None => full(version, &routes),
+        };
+        tell_regions(&mut update, &self.regions, &regions);
+        (update.dead, self.dead) = fleet.dead_since(self.dead, audience == Audience::Peer);
+        let news = update.full
+            || !(update.upserts.is_empty()
+                && update.removals.is_empty()
+                && update.region_upserts.is_empty()
+                && update.region_removals.is_empty()
+                && update.dead.is_empty());
+        (self.routes, self.regions) = (Some(routes), regions);
+        self.version += u64::from(news);
+        news.then_some(update)
+    }
 }
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Heartbeats after which the digest is told although nothing changed: it says what time it is.
+const DIGEST_EVERY: u32 = 5;

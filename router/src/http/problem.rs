@@ -72,7 +72,7 @@ impl From<Failure> for Problem {
             }
             Failure::Refused(refusal, reason) => {
                 let status = match reason {
-                    Reason::TenantLimit => StatusCode::TOO_MANY_REQUESTS,
+                    Reason::TenantLimit | Reason::KeyLimit => StatusCode::TOO_MANY_REQUESTS,
                     _ if refusal.retry_after_ms > 0 => StatusCode::SERVICE_UNAVAILABLE,
                     _ => StatusCode::UNPROCESSABLE_ENTITY,
                 };

@@ -99,14 +99,30 @@ impl World {
 
     /// A router without records.
     pub(crate) async fn router(&self, name: &str) -> Region {
+        self.router_with(name, "router-1", Arc::new(Memory::default())).await
+    }
+
+    /// Two routers of a region that share a store; all know the agent, the key, and both addresses.
+    pub(crate) async fn siblings(&self, name: &str) -> [Region; 2] {
+        let store = Arc::new(Memory::default());
+        let one = self.router_with(name, "router-1", Arc::<Memory>::clone(&store)).await;
+        let two = self.router_with(name, "router-2", store).await;
+        let mut change = self.agent(&[name]);
+        let mut record = one.record(1, FRANKFURT);
+        record.router_addresses = vec![one.internal.to_string(), two.internal.to_string()];
+        change.regions = vec![record];
+        self.apply(&one, change).await.unwrap();
+        [one, two]
+    }
+
+    async fn router_with(&self, name: &str, router: &str, store: Arc<Memory>) -> Region {
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let ports = Ports::bind(any, any, any).await.unwrap();
         let address = |l: &TcpListener| l.local_addr().unwrap();
         let (public, internal) = (address(&ports.public), address(&ports.internal));
         let admin = address(&ports.admin);
-        let identity = self.identity("router-1", Role::Router, name);
+        let identity = self.identity(router, Role::Router, name);
         let tasks = Tasks::new();
-        let store = Arc::new(Memory::default());
         antiphon_router::start(identity.clone(), self.root.clone(), store, ports, &tasks).unwrap();
         Region { name: name.to_owned(), public, internal, admin, tasks, identity }
     }
@@ -197,7 +213,7 @@ impl World {
             incarnation: Mutex::new(Incarnation::new(rand::random()).unwrap()),
             control_address: listener.local_addr().unwrap(),
             tasks: Tasks::new(),
-            stream: Mutex::default(),
+            streams: Mutex::default(),
         };
         let server = tonic::transport::Server::builder()
             .tls_config(tls::grpc_server(&identity))
@@ -360,7 +376,8 @@ pub(crate) struct Worker {
     pub(crate) incarnation: Mutex<Incarnation>,
     control_address: SocketAddr,
     tasks: Tasks,
-    stream: Mutex<Option<mpsc::Sender<v1::WorkerMessage>>>,
+    /// Its open registrations, one for each router.
+    streams: Mutex<Vec<mpsc::Sender<v1::WorkerMessage>>>,
 }
 
 impl Drop for Worker {
@@ -445,7 +462,7 @@ impl Worker {
             relays: welcome.relays.clone(),
             reset_keys: welcome.reset_keys.clone(),
         };
-        *self.stream.lock() = Some(messages.clone());
+        self.streams.lock().push(messages.clone());
         let (shared, weak) = (Arc::clone(&self.shared), messages.downgrade());
         let mut changed = self.shared.changed.subscribe();
         self.tasks.spawn("reports", async move {
@@ -480,10 +497,12 @@ impl Worker {
         let shared = Arc::clone(&self.shared);
         self.tasks.spawn("directives", async move {
             while let Ok(Some(directive)) = directives.message().await {
-                if let Some(Directive::Keys(keys)) = &directive.directive {
-                    shared.keys.lock().clone_from(keys);
-                    shared.changed.send_replace(());
+                match &directive.directive {
+                    Some(Directive::Keys(keys)) => shared.keys.lock().clone_from(keys),
+                    Some(Directive::Relays(relays)) => shared.keys.lock().relays.clone_from(&relays.relays),
+                    _ => {}
                 }
+                shared.changed.send_replace(());
                 let _ = seen.try_send(directive);
             }
             Ok(())
@@ -491,16 +510,18 @@ impl Worker {
         Ok(Registered { welcome, directives: look })
     }
 
-    /// Breaks the registration's stream.
+    /// Breaks the registrations' streams.
     pub(crate) fn disconnect(&self) {
-        self.stream.lock().take();
+        self.streams.lock().clear();
     }
 
     /// Says goodbye.
     pub(crate) async fn deregister(&self) {
-        let stream = self.stream.lock().take().unwrap();
-        let goodbye = v1::WorkerMessage { message: Some(Message::Deregister(v1::Deregister {})) };
-        stream.send(goodbye).await.unwrap();
+        let streams = std::mem::take(&mut *self.streams.lock());
+        for stream in streams {
+            let goodbye = v1::WorkerMessage { message: Some(Message::Deregister(v1::Deregister {})) };
+            stream.send(goodbye).await.unwrap();
+        }
     }
 
     /// Holds a session that no router has placed.
@@ -637,11 +658,16 @@ impl worker_server::Worker for Shared {
 /// A registered relay and its copy of the route table.
 pub(crate) struct Relay {
     pub(crate) welcome: v1::RelayWelcome,
+    pub(crate) keys: v1::RelayKeys,
+    pub(crate) neighbours: Vec<v1::RelayNeighbour>,
     pub(crate) routes: BTreeMap<u64, String>,
+    /// Relays of regions that are reached through these only.
+    pub(crate) regions: BTreeMap<u32, Vec<u32>>,
+    /// Reset keys of servers that are known to be dead.
+    pub(crate) dead: BTreeMap<u64, Vec<v1::ResetKey>>,
     pub(crate) version: u64,
     pub(crate) removals_intended: bool,
     directives: Streaming<v1::RelayDirective>,
-    pub(crate) keys: v1::RelayKeys,
     messages: mpsc::Sender<v1::RelayMessage>,
 }
 
@@ -663,11 +689,14 @@ impl Relay {
         let directives = fleet.run_relay(ReceiverStream::new(stream)).await;
         let mut relay = Self {
             welcome: v1::RelayWelcome::default(),
+            keys: v1::RelayKeys::default(),
+            neighbours: Vec::new(),
             routes: BTreeMap::new(),
+            regions: BTreeMap::new(),
+            dead: BTreeMap::new(),
             version: 0,
             removals_intended: false,
             directives: directives.unwrap().into_inner(),
-            keys: v1::RelayKeys::default(),
             messages,
         };
         relay.follow("the first table", |r| r.version > 0).await;
@@ -686,7 +715,7 @@ impl Relay {
                 }
                 v1::relay_directive::Directive::Keys(keys) => self.load(keys).await,
                 v1::relay_directive::Directive::Routes(update) => self.take(update),
-                v1::relay_directive::Directive::Neighbours(_) => {}
+                v1::relay_directive::Directive::Neighbours(new) => self.neighbours = new.neighbours,
             }
         }
     }
@@ -699,6 +728,10 @@ impl Relay {
             ..v1::RelayReport::default()
         };
         self.keys = keys;
+        self.report(report).await;
+    }
+
+    pub(crate) async fn report(&self, report: v1::RelayReport) {
         let report = v1::RelayMessage { message: Some(v1::relay_message::Message::Report(report)) };
         self.messages.send(report).await.unwrap();
     }
@@ -713,6 +746,17 @@ impl Relay {
         }
         for id in &update.removals {
             assert!(self.routes.remove(id).is_some());
+        }
+        for region in update.region_upserts {
+            // Its relays are known by then.
+            assert!(region.relays.iter().all(|r| self.neighbours.iter().any(|n| n.number == *r)));
+            self.regions.insert(region.region_number, region.relays);
+        }
+        for number in &update.region_removals {
+            assert!(self.regions.remove(number).is_some());
+        }
+        for server in update.dead {
+            assert!(self.dead.insert(server.server_id, server.reset_keys).is_none(), "told twice");
         }
     }
 }

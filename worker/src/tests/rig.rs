@@ -9,6 +9,7 @@ use std::{
 
 use antiphon_client::{Call, CallReport, ClientKey, Dial, ScriptedCaller, ScriptedOutcome};
 use antiphon_core::{
+    cid::{CidMinter, ConfigId, NonceCounter},
     id::{Epoch, Incarnation, KeyGeneration, RegionNumber, RelayNumber, ServerId, ShardNumber, WorkerNumber},
     keys::{FleetRoot, TunnelKeys},
     tunnel::{self, ClientAddr, Direction, Ecn, HEADER_LEN, Header, KeySlot},
@@ -23,7 +24,7 @@ use antiphon_runtime::{
     pki::{FleetCa, PeerName, Role},
 };
 use parking_lot::Mutex;
-use prometheus_client::{encoding::text::encode, registry::Registry};
+use prometheus_client::{encoding::text::encode, metrics::gauge::Gauge, registry::Registry};
 use tokio::net::UdpSocket;
 
 use crate::{
@@ -43,6 +44,7 @@ pub(super) struct Rig {
     pub(super) worker: SocketAddr,
     pub(super) tasks: Tasks,
     registry: Registry,
+    skew: Gauge,
     anchor: Vec<u8>,
     server_name: String,
 }
@@ -92,6 +94,7 @@ impl Rig {
         let identity = ca.issue(&peer, &[], SystemTime::now()).unwrap();
         let mut registry = Registry::default();
         let metrics = Metrics::new(&mut registry);
+        let skew = metrics.shard.clock_skew.clone();
         let capacity = Arc::new(Capacity::new("default/echo".into(), slots, metrics.clone()));
         capacity.set_behaviour(AgentBehaviour {
             agent: "default/echo".into(),
@@ -114,7 +117,7 @@ impl Rig {
         let tasks = Tasks::new();
         let shards = Shards::open(config, vec![(socket, worker)], &key_set(&root, &[1], 1), &[], &tasks).unwrap();
         let (anchor, server_name) = (identity.ca().to_vec(), peer.dns());
-        Self { root, capacity, shards: Mutex::new(shards), worker, tasks, registry, anchor, server_name }
+        Self { root, capacity, shards: Mutex::new(shards), worker, tasks, registry, skew, anchor, server_name }
     }
 
     /// Tells the worker of relays and the generations of their tunnels' keys.
@@ -201,8 +204,19 @@ impl Rig {
         found.unwrap_or(0)
     }
 
+    /// Seconds that the clock of the relay furthest off is ahead.
+    pub(super) fn skew(&self) -> i64 {
+        self.skew.get()
+    }
+
     pub(super) fn dropped(&self, reason: &str) -> u64 {
         self.metric(&format!("antiphon_worker_dropped_frames_total{{reason=\"{reason}\"}}"))
+    }
+
+    /// A minter of the shard's own connection IDs.
+    pub(super) fn minter(&self) -> CidMinter {
+        let config = ConfigId::new(1).unwrap();
+        CidMinter::new(server_id(), config, self.root.cid_key(generation(1)), NonceCounter::starting_at(1 << 30))
     }
 
     /// Waits for what has to become true.
@@ -249,14 +263,50 @@ struct RelayState {
     loaded: HashSet<u32>,
     /// Generations of the frames that came down.
     seen: HashSet<u32>,
-    /// Bytes of clients' datagrams, up and down.
-    bytes: (u64, u64),
+    /// Of clients' datagrams, up and down.
+    traffic: (Traffic, Traffic),
+    /// Loses what clients send.
+    deaf: bool,
+    /// Loses what the worker sends.
+    mute: bool,
+    /// The last datagram of a client.
+    last_up: Vec<u8>,
+    /// Addresses that clients really have.
+    known: HashSet<SocketAddr>,
+    /// Datagrams for other addresses.
+    strangers: u64,
+}
+
+/// What went one way.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Traffic {
+    pub(super) datagrams: u64,
+    pub(super) bytes: u64,
+    pub(super) largest: u64,
+}
+
+impl Traffic {
+    fn count(&mut self, length: usize) {
+        self.datagrams += 1;
+        self.bytes += length as u64;
+        self.largest = self.largest.max(length as u64);
+    }
 }
 
 impl TestRelay {
     pub(super) async fn start(rig: &Rig, number: u16) -> Self {
         let sockets = (UdpSocket::bind("127.0.0.1:0").await.unwrap(), UdpSocket::bind("127.0.0.1:0").await.unwrap());
-        let state = RelayState { sealing: 1, loaded: HashSet::from([1]), seen: HashSet::new(), bytes: (0, 0) };
+        let state = RelayState {
+            sealing: 1,
+            loaded: HashSet::from([1]),
+            seen: HashSet::new(),
+            traffic: Default::default(),
+            deaf: false,
+            mute: false,
+            last_up: Vec::new(),
+            known: HashSet::new(),
+            strangers: 0,
+        };
         let relay = Self {
             number: RelayNumber::new(number).unwrap(),
             clients: sockets.0.local_addr().unwrap(),
@@ -291,6 +341,28 @@ impl TestRelay {
         self.state.lock().seen.clone()
     }
 
+    /// Clients' datagrams, up and down. Those that were lost on the way to the client count.
+    pub(super) fn traffic(&self) -> (Traffic, Traffic) {
+        self.state.lock().traffic
+    }
+
+    /// Datagrams that came for addresses no client of this relay has.
+    pub(super) fn strangers(&self) -> u64 {
+        self.state.lock().strangers
+    }
+
+    /// Delivers nothing to clients any more, nor, if it is `deaf`, to the worker.
+    pub(super) fn fall_silent(&self, deaf: bool) {
+        let mut state = self.state.lock();
+        state.mute = true;
+        state.deaf = deaf;
+    }
+
+    /// Destination connection ID of a client's last datagram, which had a short header.
+    pub(super) fn last_cid(&self) -> Vec<u8> {
+        self.state.lock().last_up[1..18].to_vec()
+    }
+
     /// A frame as this relay seals it.
     pub(super) fn frame(&self, client: SocketAddr, datagram: &[u8]) -> Vec<u8> {
         self.frame_at(client, datagram, SystemTime::now())
@@ -313,6 +385,11 @@ impl TestRelay {
         frame
     }
 
+    /// Sends a sealed frame to the worker; says whether the system took it.
+    pub(super) fn try_send(&self, frame: &[u8]) -> bool {
+        self.sockets.1.try_send_to(frame, self.worker).is_ok()
+    }
+
     /// Sends a datagram to the worker as if it had come from that client.
     pub(super) async fn send_as(&self, client: SocketAddr, datagram: &[u8]) {
         self.sockets.1.send_to(&self.frame(client, datagram), self.worker).await.unwrap();
@@ -322,7 +399,15 @@ impl TestRelay {
         let mut buffer = vec![0; 2048];
         loop {
             let Ok((length, client)) = self.sockets.0.recv_from(&mut buffer).await else { continue };
-            self.state.lock().bytes.0 += length as u64;
+            {
+                let mut state = self.state.lock();
+                if state.deaf {
+                    continue;
+                }
+                state.traffic.0.count(length);
+                state.known.insert(client);
+                state.last_up = buffer[..length].to_vec();
+            }
             self.send_as(client, &buffer[..length]).await;
         }
     }
@@ -342,7 +427,11 @@ impl TestRelay {
             {
                 let mut state = self.state.lock();
                 state.seen.insert(of);
-                state.bytes.1 += datagram.len() as u64;
+                state.traffic.1.count(datagram.len());
+                state.strangers += u64::from(!state.known.contains(&header.client.to_socket_addr()));
+                if state.mute {
+                    continue;
+                }
             }
             // A client that is gone is no error of the relay's.
             let _ = self.sockets.0.send_to(datagram, header.client.to_socket_addr()).await;
