@@ -95,6 +95,22 @@ impl Shared {
         self.table.load()
     }
 
+    /// Brings a list of generations that all threads can use up to date. While some thread may still use an earlier
+    /// table nothing is added, but what the latest one has not is gone.
+    fn update_loaded(&self, loaded: &mut Vec<KeyGeneration>) {
+        let table = self.table();
+        if self.used.iter().all(|used| used.load(Ordering::Acquire) >= table.sequence) {
+            *loaded = table.loaded_generations().to_vec();
+        } else {
+            loaded.retain(|generation| table.loaded_generations().contains(generation));
+        }
+    }
+
+    fn swap(&self, table: Table) {
+        let sequence = self.table().sequence + 1;
+        self.table.store(Arc::new(InForce { sequence, table: Arc::new(table) }));
+    }
+
     /// The table to use from now on, for that thread.
     fn in_force(&self, thread: usize) -> Guard<Arc<InForce>> {
         let (table, used) = (self.table.load(), &self.used[thread]);
@@ -155,8 +171,7 @@ impl DataPath {
 
     /// Puts a table in force, from every thread's next batch on. One caller at a time.
     pub fn swap(&self, table: Table) {
-        let sequence = self.shared.table().sequence + 1;
-        self.shared.table.store(Arc::new(InForce { sequence, table: Arc::new(table) }));
+        self.shared.swap(table);
         // A thread that waits says which table it uses, too.
         self.wake();
     }
@@ -172,13 +187,7 @@ impl DataPath {
     #[must_use]
     pub fn loaded_generations(&self) -> Vec<KeyGeneration> {
         let mut loaded = self.loaded.lock();
-        let table = self.shared.table();
-        let settled = self.shared.used.iter().all(|used| used.load(Ordering::Acquire) >= table.sequence);
-        if settled {
-            *loaded = table.loaded_generations().to_vec();
-        } else {
-            loaded.retain(|generation| table.loaded_generations().contains(generation));
-        }
+        self.shared.update_loaded(&mut loaded);
         loaded.clone()
     }
 
@@ -344,5 +353,32 @@ fn pin(cpu: usize) {
     set.set(cpu);
     if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
         tracing::warn!(%error, cpu, "forwarding thread is not pinned");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_counts_once_the_last_thread_has_moved_on() {
+        let shared = Shared::new(2);
+        let generation = |n| KeyGeneration::new(n).unwrap();
+        let swap = |generations: &[u32]| {
+            let loaded = generations.iter().map(|g| generation(*g)).collect();
+            shared.swap(Table { loaded, ..Table::empty() });
+        };
+        let mut loaded = Vec::new();
+        let mut now = |used: &[usize]| -> Vec<u32> {
+            used.iter().for_each(|thread| drop(shared.in_force(*thread)));
+            shared.update_loaded(&mut loaded);
+            loaded.iter().map(|g| g.value()).collect()
+        };
+        swap(&[1]);
+        assert_eq!((now(&[]), now(&[0]), now(&[1])), (vec![], vec![], vec![1]));
+        swap(&[1, 2]);
+        assert_eq!((now(&[1]), now(&[0])), (vec![1], vec![1, 2]));
+        swap(&[2, 3]);
+        assert_eq!((now(&[]), now(&[0, 1])), (vec![2], vec![2, 3]), "what is to go is not counted any more");
     }
 }

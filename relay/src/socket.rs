@@ -225,6 +225,11 @@ const REMOTE: [i32; 4] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        metrics::{Metrics, Way},
+        train::{Join, Leg, Trains},
+    };
+    use prometheus_client::registry::Registry;
 
     #[test]
     fn addresses_fit_the_socket_or_are_refused() {
@@ -245,5 +250,76 @@ mod tests {
         assert_eq!(held[1].local_addr().unwrap(), address);
         let error = bind_group(address, 1).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    fn one_train(to: SocketAddr, lengths: &[usize]) -> Trains {
+        let mut trains = Trains::new();
+        let leg = Leg { destination: to, ecn: Ecn::NotEct, way: Way::Up };
+        for len in lengths {
+            trains.push(leg, Join::SameSize, &[], &vec![1; *len]).unwrap();
+        }
+        trains
+    }
+
+    fn sent(port: &Port, trains: &mut Trains) -> Metrics {
+        let (metrics, mut tally) = (Metrics::register(&mut Registry::default()), Tally::default());
+        trains.drain(|train| port.send(train, &mut tally));
+        tally.publish(&metrics);
+        metrics
+    }
+
+    fn ports() -> [(Port, std::net::UdpSocket); 2] {
+        ["127.0.0.1:0", "[::1]:0"].map(|at| {
+            let socket = bind(at.parse().unwrap(), false).unwrap();
+            (Port::hearing_errors(socket.try_clone().unwrap()).unwrap(), socket)
+        })
+    }
+
+    /// Fragments are what loses whole datagrams on half-broken paths, and what nobody can verify before they are whole.
+    #[test]
+    fn nothing_is_ever_sent_in_fragments() {
+        use rustix::net::sockopt;
+        for (port, socket) in &ports() {
+            assert!(!port.state.may_fragment());
+            let v4 = sockopt::ip_mtu_discover(socket).unwrap();
+            assert_eq!(v4, sockopt::Ipv4PathMtuDiscovery::PROBE);
+            if port.is_ipv6 {
+                let v6 = sockopt::ipv6_mtu_discover(socket).unwrap();
+                assert_eq!(v6, sockopt::Ipv6PathMtuDiscovery::PROBE);
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_path_takes_is_counted_and_does_not_end_offload() {
+        for (port, socket) in &ports() {
+            let to = socket.local_addr().unwrap();
+            let offload = port.state.max_gso_segments();
+            // Longer than any UDP datagram.
+            let metrics = sent(port, &mut one_train(to, &[65_536]));
+            assert_eq!((metrics.dropped(DropReason::PathMtu), metrics.forwarded(Way::Up)), (1, 0));
+            let metrics = sent(port, &mut one_train(to, &[1200, 1200, 700]));
+            assert_eq!((metrics.forwarded(Way::Up), port.state.max_gso_segments()), (3, offload));
+        }
+    }
+
+    /// The system's word about an earlier frame neither loses the one at hand nor goes unheard.
+    #[test]
+    fn a_closed_port_is_told_and_costs_no_frame_of_another() {
+        for (port, socket) in &ports() {
+            let ip = socket.local_addr().unwrap().ip();
+            let nobody = bind((ip, 0).into(), false).unwrap().local_addr().unwrap();
+            let friend = bind((ip, 0).into(), false).unwrap();
+            let friends = friend.local_addr().unwrap();
+            assert!(port.send_one(nobody, b"x"));
+            // On loopback the answer is there when the call returns.
+            let metrics = sent(port, &mut one_train(friends, &[100, 100]));
+            assert_eq!(metrics.forwarded(Way::Up), 2);
+            assert_eq!(friend.recv(&mut [0; 200]).unwrap(), 100);
+            let mut closed = Vec::new();
+            port.closed(|address| closed.push(address));
+            assert_eq!(closed, [nobody]);
+            port.closed(|address| panic!("{address} again"));
+        }
     }
 }

@@ -6,5 +6,13 @@
 mod fixture;
 #[path = "it/forwarding.rs"]
 mod forwarding;
+#[path = "it/hostile.rs"]
+mod hostile;
 #[path = "it/process.rs"]
 mod process;
+#[path = "it/router.rs"]
+mod router;
+#[path = "it/routers.rs"]
+mod routers;
+#[path = "it/tiers.rs"]
+mod tiers;

@@ -34,8 +34,13 @@ pub(crate) fn generation() -> KeyGeneration {
     KeyGeneration::new(GENERATION).unwrap()
 }
 
+/// The configuration of a generation's connection IDs.
+pub(crate) fn config_of(generation: KeyGeneration) -> ConfigId {
+    ConfigId::new((generation.value() % 7) as u8).unwrap()
+}
+
 pub(crate) fn config_id() -> ConfigId {
-    ConfigId::new(2).unwrap()
+    config_of(generation())
 }
 
 pub(crate) fn relay_number() -> RelayNumber {
@@ -76,6 +81,7 @@ pub(crate) struct Frame {
     pub(crate) header: Header,
     pub(crate) datagram: Vec<u8>,
     pub(crate) from: SocketAddr,
+    pub(crate) generation: KeyGeneration,
 }
 
 impl Worker {
@@ -105,13 +111,54 @@ impl Worker {
         self.minter.mint_initial(expires_at).0
     }
 
+    /// Mints under another generation from now on.
+    pub(crate) fn rotate(&mut self, generation: KeyGeneration) {
+        self.minter.rotate(config_of(generation), root().cid_key(generation));
+    }
+
     /// The next frame, verified.
     pub(crate) fn frame(&self) -> Frame {
+        self.frame_of(relay_number())
+    }
+
+    /// The next frame, verified as sealed by this relay, under whichever generation.
+    pub(crate) fn frame_of(&self, relay: RelayNumber) -> Frame {
         let mut buffer = [0; 4096];
         let (len, from) = self.socket.recv_from(&mut buffer).expect("a frame in time");
-        let key = secret().tunnel_keys(self.server_id).up;
+        let slot = Header::parse(&buffer[..len]).unwrap().key_slot;
+        let mut generations = (1..8).map(|g| KeyGeneration::new(g).unwrap());
+        let generation = generations.find(|g| KeySlot::of(*g) == slot).expect("a known generation");
+        let key = root().relay_secret(relay, generation).tunnel_keys(self.server_id).up;
         let (header, datagram) = tunnel::open(&buffer[..len], &key, Direction::Up, unix_seconds(), MAX_SKEW).unwrap();
-        Frame { header, datagram: datagram.to_vec(), from }
+        Frame { header, datagram: datagram.to_vec(), from, generation }
+    }
+
+    /// The next frame, verified as sealed by one of these relays.
+    pub(crate) fn frame_of_any(&self, relays: &[RelayNumber]) -> Frame {
+        let mut buffer = [0; 4096];
+        let (len, from) = self.socket.recv_from(&mut buffer).expect("a frame in time");
+        let opened = relays.iter().find_map(|relay| {
+            let key = root().relay_secret(*relay, generation()).tunnel_keys(self.server_id).up;
+            tunnel::open(&buffer[..len], &key, Direction::Up, unix_seconds(), MAX_SKEW).ok()
+        });
+        let (header, datagram) = opened.expect("a frame of one of them");
+        Frame { header, datagram: datagram.to_vec(), from, generation: generation() }
+    }
+
+    /// Answers a frame as workers do: under its generation, with the relay that brought it.
+    pub(crate) fn answer(&self, frame: &Frame, through: RelayNumber, datagram: &[u8]) {
+        let header = Header {
+            direction: Direction::Down,
+            key_slot: KeySlot::of(frame.generation),
+            hop_limit: 4,
+            time: coarse_time(unix_seconds()),
+            ..frame.header
+        };
+        let mut answer = vec![0; HEADER_LEN];
+        answer.extend_from_slice(datagram);
+        let key = root().relay_secret(through, frame.generation).tunnel_keys(self.server_id).down;
+        header.seal_frame(&key, &mut answer).unwrap();
+        self.socket.send_to(&answer, frame.from).unwrap();
     }
 
     /// A frame towards a client, as this worker seals it.
@@ -164,15 +211,16 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
+    /// Its few connection IDs may come often.
     pub(crate) fn start(public: &str, tunnel: &str, cores: usize) -> Self {
+        let limits = Limits { cid_rate: 30_000.try_into().unwrap(), ..Limits::default() };
+        Self::start_within(public, tunnel, cores, limits)
+    }
+
+    pub(crate) fn start_within(public: &str, tunnel: &str, cores: usize, limits: Limits) -> Self {
         let metrics = Metrics::register(&mut Registry::default());
-        let config = Config {
-            public: public.parse().unwrap(),
-            tunnel: tunnel.parse().unwrap(),
-            cores,
-            pin: true,
-            limits: Limits { cid_rate: 30_000.try_into().unwrap(), ..Limits::default() },
-        };
+        let config =
+            Config { public: public.parse().unwrap(), tunnel: tunnel.parse().unwrap(), cores, pin: true, limits };
         let (path, exits) = DataPath::start(&config, &metrics).unwrap();
         let mut routing = Routing::new(1);
         let cid = CidKey { config: config_id(), generation: generation(), key: root().cid_key(generation()) };
@@ -183,14 +231,13 @@ impl Relay {
 
     /// Replaces all routes.
     pub(crate) fn route(&mut self, workers: &[(&Worker, SocketAddr)]) {
+        let upserts = workers.iter().map(|(w, a)| (w.server_id, *a)).collect();
+        self.change(RouteChange { full: true, upserts, ..RouteChange::default() });
+    }
+
+    pub(crate) fn change(&mut self, change: RouteChange) {
         self.version += 1;
-        let change = RouteChange {
-            version: self.version,
-            full: true,
-            upserts: workers.iter().map(|(w, a)| (w.server_id, *a)).collect(),
-            ..RouteChange::default()
-        };
-        self.routing.apply(0, unix_seconds(), change).unwrap();
+        self.routing.apply(0, unix_seconds(), RouteChange { version: self.version, ..change }).unwrap();
         self.path.swap(self.routing.table());
     }
 

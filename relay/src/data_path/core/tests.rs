@@ -49,8 +49,7 @@ fn bench() -> Bench {
     };
     routing.apply(0, 0, change).unwrap();
     let shared = Arc::new(Shared::new(1));
-    let table = Arc::new(routing.table());
-    shared.table.store(Arc::new(super::super::InForce { sequence: 1, table }));
+    shared.swap(routing.table());
     let metrics = Metrics::register(&mut Registry::default());
     let front_address = front.local_addr().unwrap();
     let limits = Limits { cid_rate: NonZeroU16::new(20_000).unwrap(), ..Limits::default() };
