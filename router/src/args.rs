@@ -33,8 +33,30 @@ pub struct Args {
 }
 
 /// Where records and numbers are kept.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(clap::Args, Clone, Debug, Default)]
 pub struct StoreArgs {
+    /// `http://HOST:PORT` or `https://HOST:PORT` of a member of the region's etcd; several times for several. Without it
+    /// the store is in this process's memory, and the region has one router.
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD", value_name = "URL", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+    /// Below which path all keys are; `/antiphon/REGION` unless it is said.
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD_PREFIX", value_name = "PATH")]
+    pub etcd_prefix: Option<String>,
+    /// Certificate (PEM) that etcd's own is signed with.
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD_CA", value_name = "FILE")]
+    pub etcd_ca: Option<PathBuf>,
+    /// Certificate (PEM) to show to etcd.
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD_CERT", value_name = "FILE")]
+    pub etcd_cert: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD_KEY", value_name = "FILE")]
+    pub etcd_key: Option<PathBuf>,
+    /// User to log in to etcd as.
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD_USER", value_name = "NAME")]
+    pub etcd_user: Option<String>,
+    /// File with that user's password, readable by its owner only.
+    #[arg(long, env = "ANTIPHON_ROUTER_ETCD_PASSWORD_FILE", value_name = "FILE")]
+    pub etcd_password_file: Option<PathBuf>,
     /// Directory, mode 700, to keep the last known records, numbers and routes in; made if absent. Without it a router
     /// starts knowing nothing but what its store, workers, relays and peers tell.
     #[arg(long, env = "ANTIPHON_ROUTER_STATE")]

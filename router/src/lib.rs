@@ -42,7 +42,8 @@ pub use args::{Args, StoreArgs};
 pub use field::FieldError;
 pub use records::{Agent, Key, Records, Region};
 pub use store::{
-    Claims, DecodeError, Found, Holder, Memory, OpenError, Owner, Snapshot, SnapshotDir, Store, StoreError, WorkerClaim,
+    Claims, DecodeError, Etcd, EtcdConfig, Found, Holder, Memory, OpenError, Owner, Reached, Snapshot, SnapshotDir,
+    Store, StoreError, WorkerClaim,
 };
 
 use admission::Admission;
@@ -123,6 +124,7 @@ pub fn start(
     let metrics = Metrics::new(&mut registry);
     identity.follow(tasks, &mut registry);
     store.register(registry.sub_registry_with_prefix("antiphon_router"));
+    let noted = readiness.clone();
     let fleet = Fleet::new(identity.clone(), root, store);
     let admission = Admission::new(Arc::clone(&fleet), tasks.clone(), metrics.clone());
     let (http, grpc) = (http::router(Arc::clone(&admission)), grpc::public(&admission)?);
@@ -135,7 +137,7 @@ pub fn start(
     tasks.service("records", follow_records(Arc::clone(&fleet), readiness, tasks.clone()));
     tasks.service("peers", peering::watch_all(Arc::clone(&fleet), tasks.clone()));
     tasks.service("keys", fleet::follow_keys(Arc::clone(&fleet), tasks.clone()));
-    tasks.service("gauges", gauge(fleet, metrics, tasks.clone()));
+    tasks.service("gauges", gauge(fleet, metrics, noted, tasks.clone()));
     Ok(())
 }
 
@@ -154,7 +156,7 @@ async fn follow_records(fleet: Arc<Fleet>, readiness: Readiness, tasks: Tasks) -
     }
 }
 
-async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, tasks: Tasks) -> anyhow::Result<()> {
+async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, readiness: Readiness, tasks: Tasks) -> anyhow::Result<()> {
     let mut tick = interval(Duration::from_secs(1));
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let stopping = tasks.stopping();
@@ -164,6 +166,10 @@ async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, tasks: Tasks) -> anyhow::Res
         metrics.relays.set(i64::try_from(relays).unwrap_or(i64::MAX));
         let age = fleet.oldest_digest().unwrap_or_default();
         metrics.digest_age_seconds.set(age.as_secs_f64());
+        let age = fleet.store.age();
+        metrics.store_age_seconds.set(age.as_secs_f64());
+        let note = || format!("store unavailable since {} s, going on with what is known", age.as_secs());
+        readiness.note((age > Duration::ZERO).then(note));
         metrics.clocks(fleet.clocks());
     }
     Ok(())

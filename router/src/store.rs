@@ -1,9 +1,10 @@
 //! What routers of a region share: records, and who holds which number.
 //!
-//! [`Memory`] is the store of a router that is alone in its region. It keeps a [`Snapshot`] on disk if it
-//! is given a directory, and starts from it: a router that finds nobody to ask still knows whom it knew.
+//! [`Memory`] is the store of a router that is alone in its region, [`Etcd`] that of several. Both keep a [`Snapshot`] on
+//! disk if they are given a directory, and start from it: a router that finds nobody to ask still knows whom it knew.
 
 mod claims;
+mod etcd;
 mod memory;
 mod open;
 mod snapshot;
@@ -17,10 +18,11 @@ use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::sync::watch;
 
 pub use claims::{Claims, Holder};
+pub use etcd::{Etcd, EtcdConfig};
 pub use memory::Memory;
 pub(crate) use open::open;
 pub use snapshot::{
-    DecodeError, Owner, Snapshot, SnapshotDir,
+    DecodeError, Owner, Reached, Snapshot, SnapshotDir,
     disk::{Found, OpenError},
 };
 

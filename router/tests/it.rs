@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "helpers and tables of tests")]
 
+#[path = "it/etcd.rs"]
+mod etcd;
 #[path = "it/fleet.rs"]
 mod fleet;
 #[path = "it/http.rs"]

@@ -17,13 +17,15 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
     conditions: Arc<RwLock<Vec<(&'static str, bool)>>>,
+    note: Arc<RwLock<Option<String>>>,
 }
 
 impl Readiness {
     /// Adds conditions that do not hold yet.
     #[must_use]
     pub fn new(conditions: &[&'static str]) -> Self {
-        Self { conditions: Arc::new(RwLock::new(conditions.iter().map(|c| (*c, false)).collect())) }
+        let conditions = conditions.iter().map(|c| (*c, false)).collect();
+        Self { conditions: Arc::new(RwLock::new(conditions)), note: Arc::default() }
     }
 
     /// Says whether a condition holds; an unknown name is added.
@@ -33,6 +35,11 @@ impl Readiness {
             Some(entry) => entry.1 = holds,
             None => conditions.push((condition, holds)),
         }
+    }
+
+    /// Says, beside being ready or not, what people should know; it changes nothing.
+    pub fn note(&self, note: Option<String>) {
+        *self.note.write() = note;
     }
 
     /// Names of the conditions that do not hold.
@@ -67,10 +74,11 @@ pub async fn serve(
 
 async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     let missing = shared.readiness.missing();
+    let note = shared.readiness.note.read().as_ref().map_or_else(String::new, |note| format!("{note}\n"));
     if missing.is_empty() {
-        return (StatusCode::OK, "ok\n".to_owned());
+        return (StatusCode::OK, format!("ok\n{note}"));
     }
-    (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", missing.join(", ")))
+    (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n{note}", missing.join(", ")))
 }
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {

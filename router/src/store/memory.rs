@@ -49,7 +49,9 @@ impl Memory {
             }
         };
         let store = Self::of(snapshot, Instant::now() + wait);
-        dir.keep(store.snapshot.subscribe(), store.write_errors.clone(), tasks);
+        let latest = store.snapshot.subscribe();
+        let latest = move || Some(latest.borrow().clone());
+        dir.keep(store.snapshot.subscribe(), latest, store.write_errors.clone(), tasks);
         // The first start leaves a trace too: the next one is a restart.
         store.snapshot.send_modify(|snapshot| snapshot.contact = SystemTime::now());
         store

@@ -49,14 +49,24 @@ pub struct Snapshot {
     pub records: Arc<Records>,
     /// Who holds which number.
     pub claims: Claims,
-    /// How far the etcd cluster had come that the records and numbers are from: its id and revision. Smaller numbers
-    /// later on mean that it lost something.
-    pub etcd: Option<(u64, i64)>,
+    /// How far the etcd had come that the records and numbers are from, if they are from one.
+    pub etcd: Option<Reached>,
     /// What the router knows of its fleet besides: routes, relays, peers' digests. The store neither reads nor checks
     /// it; the router writes it with [`Store::remember`](super::Store::remember) whenever it changes and reads it with
     /// [`Store::remembered`](super::Store::remembered) when it starts. It should bear a version of its own form, and a
     /// form that is not known is to be ignored. No secrets: those derive from the fleet root.
     pub known: Bytes,
+}
+
+/// How far an etcd had come. Another store or cluster later on, or a smaller revision, means that it lost something.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reached {
+    /// The cluster's id.
+    pub cluster: u64,
+    /// Its revision.
+    pub revision: i64,
+    /// Id that the store was given when it was made.
+    pub store: String,
 }
 
 impl Default for Snapshot {
@@ -121,6 +131,8 @@ struct Body {
     etcd_revision: i64,
     #[prost(bytes = "bytes", tag = "10")]
     known: Bytes,
+    #[prost(string, tag = "11")]
+    etcd_store: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -145,7 +157,7 @@ pub(super) fn encode(owner: &Owner, snapshot: &Snapshot) -> Vec<u8> {
         incarnation: holder.incarnation.value(),
         unconfirmed: holder.unconfirmed,
     };
-    let (etcd_cluster, etcd_revision) = snapshot.etcd.unwrap_or_default();
+    let reached = snapshot.etcd.clone().unwrap_or_default();
     let body = Body {
         fleet: owner.fleet.to_vec(),
         region: owner.region.clone(),
@@ -154,8 +166,9 @@ pub(super) fn encode(owner: &Owner, snapshot: &Snapshot) -> Vec<u8> {
         records: Some(snapshot.records.all()),
         workers: snapshot.claims.workers().map(numbered).collect(),
         relays: snapshot.claims.relays().map(numbered).collect(),
-        etcd_cluster,
-        etcd_revision,
+        etcd_cluster: reached.cluster,
+        etcd_revision: reached.revision,
+        etcd_store: reached.store,
         known: snapshot.known.clone(),
     };
     let mut bytes = Vec::with_capacity(HEADER + body.encoded_len());
@@ -190,6 +203,7 @@ pub(super) fn decode(owner: &Owner, bytes: &[u8]) -> Result<Snapshot, DecodeErro
     if body.fleet != owner.fleet {
         return Err(DecodeError::OtherFleet);
     }
+    let reached = Reached { cluster: body.etcd_cluster, revision: body.etcd_revision, store: body.etcd_store };
     let mut claims = Claims::default();
     for (kind, numbered) in [(Kind::Worker, body.workers), (Kind::Relay, body.relays)] {
         for Numbered { number, name, incarnation, unconfirmed } in numbered {
@@ -208,7 +222,7 @@ pub(super) fn decode(owner: &Owner, bytes: &[u8]) -> Result<Snapshot, DecodeErro
         contact: UNIX_EPOCH + Duration::from_millis(body.contact_unix_ms),
         records: Arc::new(records),
         claims,
-        etcd: (body.etcd_revision > 0).then_some((body.etcd_cluster, body.etcd_revision)),
+        etcd: (reached.revision > 0).then_some(reached),
         known: body.known,
     })
 }
@@ -251,7 +265,7 @@ pub(crate) mod tests {
             contact: UNIX_EPOCH + Duration::from_millis(1_800_000_000_123),
             records: Arc::new(records),
             claims,
-            etcd: Some((u64::MAX, 12)),
+            etcd: Some(Reached { cluster: u64::MAX, revision: 12, store: "f00d".into() }),
             known: Bytes::from_static(b"whatever"),
         }
     }

@@ -13,6 +13,7 @@ use antiphon_runtime::Tasks;
 use anyhow::Context as _;
 use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::{Owner, Snapshot, decode, encode};
 
@@ -128,31 +129,37 @@ impl SnapshotDir {
     }
 
     /// Starts to keep what is latest.
-    pub(in crate::store) fn keep(self, latest: watch::Receiver<Snapshot>, errors: Counter, tasks: &Tasks) {
-        // Until the sender is gone too: what is said last, while the process stops, is still kept.
-        tasks.spawn("snapshot", keep(self, latest, errors, tasks.stopping()));
+    pub(in crate::store) fn keep<T: Send + Sync + 'static>(
+        self,
+        changes: watch::Receiver<T>,
+        latest: impl Fn() -> Option<Snapshot> + Send + 'static,
+        errors: Counter,
+        tasks: &Tasks,
+    ) {
+        tasks.spawn("snapshot", keep(self, changes, latest, errors, tasks.stopping()));
     }
 }
 
-/// Writes the latest snapshot whenever there is a new one, at most once a [`WRITE_INTERVAL`]; the last one before the
+/// Writes the latest snapshot whenever something has changed, at most once a [`WRITE_INTERVAL`]; what changed before the
 /// stop is written for sure. A failed write is tried again.
-async fn keep(
+async fn keep<T>(
     dir: SnapshotDir,
-    mut latest: watch::Receiver<Snapshot>,
+    mut changes: watch::Receiver<T>,
+    latest: impl Fn() -> Option<Snapshot>,
     errors: Counter,
-    stopping: tokio_util::sync::CancellationToken,
+    stopping: CancellationToken,
 ) -> anyhow::Result<()> {
     let dir = Arc::new(dir);
     let mut failing = false;
     loop {
         let last = tokio::select! {
-            changed = latest.changed() => changed.is_err(),
-            () = stopping.cancelled() => !latest.has_changed().unwrap_or(false),
+            changed = changes.changed() => changed.is_err(),
+            () = stopping.cancelled() => !changes.has_changed().unwrap_or(false),
         };
-        if last {
+        changes.mark_unchanged();
+        let Some(snapshot) = latest().filter(|_| !last) else {
             return Ok(());
-        }
-        let snapshot = latest.borrow_and_update().clone();
+        };
         let writer = Arc::clone(&dir);
         match spawn_blocking(move || writer.store(&snapshot)).await.context("writing the snapshot")? {
             Ok(()) => failing = false,
@@ -168,7 +175,7 @@ async fn keep(
         }
         tokio::select! {
             () = sleep(WRITE_INTERVAL) => if failing {
-                latest.mark_changed();
+                changes.mark_changed();
             },
             () = stopping.cancelled() => {}
         }
@@ -245,8 +252,10 @@ mod tests {
         let dir = SnapshotDir::open(&path, owner()).unwrap();
         let obstacle = path.join(NEW_FILE);
         fs::create_dir(&obstacle).unwrap();
-        let (send, latest) = watch::channel(Snapshot::default());
-        let (errors, stop) = (Counter::default(), tokio_util::sync::CancellationToken::new());
+        let (send, changes) = watch::channel(Snapshot::default());
+        let read = changes.clone();
+        let latest = move || Some(read.borrow().clone());
+        let (errors, stop) = (Counter::default(), CancellationToken::new());
         let (counted, stopping) = (errors.clone(), stop.clone());
         send.send_replace(snapshot(4));
         let script = async move {
@@ -261,7 +270,7 @@ mod tests {
             stop.cancel();
             (path, send)
         };
-        let (kept, (path, _send)) = tokio::join!(keep(dir, latest, errors, stopping), script);
+        let (kept, (path, _send)) = tokio::join!(keep(dir, changes, latest, errors, stopping), script);
         kept.unwrap();
         assert_eq!(revision(&SnapshotDir::open(&path, owner()).unwrap()), Some(5));
     }
