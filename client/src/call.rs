@@ -307,9 +307,15 @@ impl Call {
                 }
             }
             Some(FromWorker::MoveRelay(m)) => {
-                let relay = self.dial.relay_numbers.iter().position(|number| *number == m.relay);
-                if let Some(switch) = relay.and_then(|relay| self.path.on_draining(relay, now)) {
-                    self.switch(switch, now, party).await;
+                // All its addresses; the one in use last, so that the others are no choice any more.
+                let active = self.path.active();
+                let numbers = self.dial.relay_numbers.iter().enumerate();
+                let mut of_relay: Vec<_> = numbers.filter(|(_, n)| **n == m.relay).map(|(index, _)| index).collect();
+                of_relay.sort_by_key(|index| *index == active);
+                for relay in of_relay {
+                    if let Some(switch) = self.path.on_draining(relay, now) {
+                        self.switch(switch, now, party).await;
+                    }
                 }
             }
             Some(FromWorker::Ended(m)) => {

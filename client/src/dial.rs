@@ -18,6 +18,7 @@ use antiphon_quic::{
     transport,
 };
 use antiphon_runtime::tls;
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use quinn::{
     ClientConfig, Connection, ConnectionError, ConnectionId, Endpoint, EndpointConfig, TokioRuntime,
     crypto::rustls::QuicClientConfig,
@@ -27,6 +28,7 @@ use tokio::time::timeout;
 
 use crate::{
     call::Call,
+    race::{Attempt, Race},
     socket::{RelaySocket, VIRTUAL},
 };
 
@@ -153,36 +155,83 @@ impl Dial {
         })
     }
 
-    /// Connects through the first relay that answers and activates the session.
+    /// Connects through the relay that answers first and activates the session.
     ///
-    /// Each attempt uses the next relay and a connection ID of its own.
+    /// Attempts begin in the ticket's order, 250 ms after each other or as soon as one fails (RFC 8305), each with a
+    /// connection ID of its own. The first handshake wins; the others are given up.
     ///
     /// # Errors
     /// [`DialError`].
     pub async fn connect(self, key: &ClientKey) -> Result<Call, DialError> {
         let started = Instant::now();
-        let socket = Arc::new(RelaySocket::new(&self.relays, started)?);
-        let runtime = Arc::new(TokioRuntime);
-        let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket.clone(), runtime)?;
-        for (attempt, initial) in self.initial_ids.iter().enumerate() {
-            let relay = attempt % self.relays.len();
-            socket.use_relay(relay)?;
-            let config = self.client_config(*initial);
-            let connecting = endpoint.connect_with(config, VIRTUAL, &self.server_name);
-            let connecting = connecting.map_err(|e| DialError::SetUp(e.to_string()))?;
-            let connection = match timeout(ATTEMPT, connecting).await {
-                Ok(Ok(connection)) => connection,
-                // This attempt is used up; the next one has another relay and connection ID.
-                Err(_) | Ok(Err(ConnectionError::TimedOut | ConnectionError::Reset)) => continue,
-                Ok(Err(error)) => return Err(DialError::Handshake(error)),
-            };
-            let handshake = started.elapsed();
-            let (activated, writer, reader) = self.activate(&connection, key).await?;
-            let attempts = u32::try_from(attempt + 1).unwrap_or(u32::MAX);
-            let opened = Opened { endpoint, socket, connection, writer, reader, activated, relay, attempts };
-            return Call::new(self, opened, started, handshake).map_err(DialError::SetUp);
+        let (won, attempts) = self.race(started).await?;
+        let handshake = started.elapsed();
+        let (activated, writer, reader) = self.activate(&won.connection, key).await?;
+        let Won { endpoint, socket, connection, relay } = won;
+        let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
+        let opened = Opened { endpoint, socket, connection, writer, reader, activated, relay, attempts };
+        Call::new(self, opened, started, handshake).map_err(DialError::SetUp)
+    }
+
+    /// The first connection, and how many attempts it took.
+    async fn race(&self, started: Instant) -> Result<(Won, usize), DialError> {
+        let relays: Vec<_> = self.relay_numbers.iter().copied().zip(self.relays.iter().copied()).collect();
+        let mut race = Race::new(&relays, self.initial_ids.len());
+        // Those that are left when one has won are dropped, which closes their connections.
+        let mut running = FuturesUnordered::new();
+        let mut no_socket = None;
+        loop {
+            while let Some(attempt) = race.poll(started.elapsed()) {
+                running.push(self.attempt(attempt, started));
+            }
+            let (next, deadline) = (race.next_timeout(), race.deadline());
+            if deadline.is_some_and(|deadline| deadline <= started.elapsed()) {
+                return Err(no_socket.map_or_else(|| self.no_answer(race.tried()), DialError::Socket));
+            }
+            let due = next.or(deadline).map_or(started, |due| started + due);
+            tokio::select! {
+                Some((attempt, outcome)) = running.next() => match outcome {
+                    Ok(won) => return Ok((won, race.started())),
+                    Err(Lost::Here(error)) => {
+                        // No route for this family, say; another address may have one.
+                        tracing::debug!(session = %self.session, address = %self.relays[attempt.address], %error, "dial");
+                        no_socket = Some(error);
+                        race.on_failed(attempt);
+                    }
+                    Err(Lost::There) => {
+                        no_socket = None;
+                        race.on_failed(attempt);
+                    }
+                    Err(Lost::For(error)) => return Err(error),
+                },
+                () = tokio::time::sleep_until(due.into()) => {}
+            }
         }
-        Err(self.no_answer())
+    }
+
+    /// One handshake through one relay, on a socket of its own.
+    async fn attempt(&self, attempt: Attempt, started: Instant) -> (Attempt, Result<Won, Lost>) {
+        (attempt, self.handshake(attempt, started).await)
+    }
+
+    async fn handshake(&self, attempt: Attempt, started: Instant) -> Result<Won, Lost> {
+        let relay = attempt.address;
+        let socket = Arc::new(RelaySocket::new(&self.relays, relay, started).map_err(Lost::Here)?);
+        let runtime = Arc::new(TokioRuntime);
+        let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket.clone(), runtime);
+        let endpoint = endpoint.map_err(Lost::Here)?;
+        let config = self.client_config(self.initial_ids[attempt.id]);
+        let connecting = endpoint.connect_with(config, VIRTUAL, &self.server_name);
+        let connecting = connecting.map_err(|e| Lost::For(DialError::SetUp(e.to_string())))?;
+        tokio::select! {
+            connected = connecting => match connected {
+                Ok(connection) => Ok(Won { endpoint, socket, connection, relay }),
+                Err(ConnectionError::TimedOut | ConnectionError::Reset) => Err(Lost::There),
+                Err(error) => Err(Lost::For(DialError::Handshake(error))),
+            },
+            // Nobody listens there.
+            () = socket.refused() => Err(Lost::There),
+        }
     }
 
     fn client_config(&self, initial: ConnectionId) -> ClientConfig {
@@ -221,13 +270,30 @@ impl Dial {
         }
     }
 
-    fn no_answer(&self) -> DialError {
-        let tried = self.initial_ids.len().min(self.relays.len());
-        let names = self.relays.iter().zip(&self.relay_numbers).take(tried);
-        let tried: Vec<_> = names.map(|(address, number)| format!("relay {number} ({address})")).collect();
+    fn no_answer(&self, tried: &[usize]) -> DialError {
+        let name = |relay: &usize| format!("relay {} ({})", self.relay_numbers[*relay], self.relays[*relay]);
+        let tried: Vec<_> = tried.iter().map(name).collect();
         let expired = self.expires_at.and_then(|at| SystemTime::now().duration_since(at).ok());
         DialError::NoAnswer { tried: tried.join(", "), expired }
     }
+}
+
+/// A handshake that is complete.
+struct Won {
+    endpoint: Endpoint,
+    socket: Arc<RelaySocket>,
+    connection: Connection,
+    relay: usize,
+}
+
+/// Why an attempt led to nothing.
+enum Lost {
+    /// This machine cannot send there.
+    Here(std::io::Error),
+    /// Nobody answered; another attempt may do better.
+    There,
+    /// What every other attempt would meet as well.
+    For(DialError),
 }
 
 /// What an activated connection consists of.
@@ -242,6 +308,4 @@ pub(crate) struct Opened {
     pub(crate) attempts: u32,
 }
 
-/// Longest handshake of one attempt: two retransmissions on a path of 100 ms.
-const ATTEMPT: Duration = Duration::from_millis(1_200);
 const ACTIVATION: Duration = Duration::from_secs(5);

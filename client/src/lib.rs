@@ -15,6 +15,7 @@ mod dial;
 mod party;
 mod path;
 mod playout;
+mod race;
 mod report;
 mod router;
 mod scripted;

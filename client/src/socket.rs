@@ -65,8 +65,8 @@ impl fmt::Debug for RelaySocket {
 }
 
 impl RelaySocket {
-    /// Opens a way to the first of `relays`, of which there is at least one.
-    pub(crate) fn new(relays: &[SocketAddr], started: Instant) -> io::Result<Self> {
+    /// Opens a way to one of `relays`, of which there is at least one.
+    pub(crate) fn new(relays: &[SocketAddr], first: usize, started: Instant) -> io::Result<Self> {
         let relay = |address: &SocketAddr| Relay {
             address: *address,
             link: RwLock::new(None),
@@ -81,7 +81,7 @@ impl RelaySocket {
             refused: Notify::new(),
             changed: Notify::new(),
         };
-        socket.use_relay(0)?;
+        socket.use_relay(first)?;
         Ok(socket)
     }
 
@@ -346,7 +346,7 @@ mod tests {
     #[tokio::test]
     async fn relays_look_alike_and_the_one_left_is_still_heard() {
         let ((one, at_one), (two, at_two)) = (relay().await, relay().await);
-        let socket = RelaySocket::new(&[at_one, at_two], Instant::now()).unwrap();
+        let socket = RelaySocket::new(&[at_one, at_two], 0, Instant::now()).unwrap();
         send(&socket, b"a").await;
         let mut buffer = [0; 8];
         let (_, client_at_one) = one.recv_from(&mut buffer).await.unwrap();
@@ -368,7 +368,7 @@ mod tests {
     #[tokio::test]
     async fn a_rebind_changes_the_port() {
         let (one, at_one) = relay().await;
-        let socket = RelaySocket::new(&[at_one], Instant::now()).unwrap();
+        let socket = RelaySocket::new(&[at_one], 0, Instant::now()).unwrap();
         let mut buffer = [0; 8];
         send(&socket, b"a").await;
         let (_, before) = one.recv_from(&mut buffer).await.unwrap();
@@ -383,7 +383,7 @@ mod tests {
     #[tokio::test]
     async fn a_closed_port_is_reported() {
         let (one, at_one) = relay().await;
-        let socket = RelaySocket::new(&[at_one], Instant::now()).unwrap();
+        let socket = RelaySocket::new(&[at_one], 0, Instant::now()).unwrap();
         drop(one);
         send(&socket, b"a").await;
         timeout(SOON, socket.refused()).await.unwrap();
