@@ -166,11 +166,11 @@ async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, readiness: Readiness, tasks:
         metrics.relays.set(i64::try_from(relays).unwrap_or(i64::MAX));
         let age = fleet.oldest_digest().unwrap_or_default();
         metrics.digest_age_seconds.set(age.as_secs_f64());
+        metrics.clocks(fleet.clocks());
         let age = fleet.store.age();
         metrics.store_age_seconds.set(age.as_secs_f64());
         let note = || format!("store unavailable since {} s, going on with what is known", age.as_secs());
         readiness.note((age > Duration::ZERO).then(note));
-        metrics.clocks(fleet.clocks());
     }
     Ok(())
 }

@@ -82,7 +82,6 @@ pub(crate) struct Metrics {
     pub(crate) relays: Gauge,
     pub(crate) digest_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     pub(crate) store_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
-    pub(crate) store_age_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     pub(crate) connections: Gauge,
     connections_refused: Family<ConnectionLabels, Counter>,
     clock_ahead_seconds: Family<ClockLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
@@ -100,7 +99,6 @@ impl Metrics {
             workers: Gauge::default(),
             relays: Gauge::default(),
             digest_age_seconds: Gauge::default(),
-            store_age_seconds: Gauge::default(),
             store_age_seconds: Gauge::default(),
             connections: Gauge::default(),
             connections_refused: Family::default(),
@@ -125,8 +123,6 @@ impl Metrics {
             "Age of the oldest digest of another region",
             metrics.digest_age_seconds.clone(),
         );
-        let help = "How long the store has been out of reach";
-        registry.register("store_age_seconds", help, metrics.store_age_seconds.clone());
         let help = "How long the store has been out of reach";
         registry.register("store_age_seconds", help, metrics.store_age_seconds.clone());
         registry.register("connections", "Open connections at the public port", metrics.connections.clone());
