@@ -6,13 +6,7 @@
 
 use antiphon_core::id::{Epoch, ServerId, SessionId};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
-use pasetors::{
-    Public,
-    keys::{AsymmetricPublicKey, AsymmetricSecretKey},
-    token::UntrustedToken,
-    version4::{PublicToken, V4},
-};
-use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 
 use crate::v1::Codec;
@@ -61,31 +55,66 @@ pub enum TicketError {
     /// No known key signed it.
     #[error("ticket is not signed by this fleet")]
     Signature,
-    /// It was good once.
-    #[error("ticket expired {by} s ago: ask for a new one")]
+    /// It was good once, or this clock is ahead.
+    #[error("ticket expired {by} s ago: ask for a new one; if it was new, this clock is ahead of the router's")]
     Expired {
         /// Seconds past its end.
         by: u64,
     },
     /// It claims to be issued in the future, by more than [`CLOCK_SKEW_S`].
-    #[error("ticket is issued {by} s in the future: check the clocks")]
+    #[error("ticket is issued {by} s in the future: this clock is behind the router's, fix time synchronisation")]
     NotYet {
         /// Seconds ahead of `now`.
         by: u64,
     },
 }
 
-/// Signs claims with the Ed25519 seed of the fleet's ticket key.
+/// Signs tickets with one generation's key. Making one costs as much as a signature: keep it.
+#[derive(Debug)]
+pub struct Signer(Ed25519KeyPair);
+
+impl Signer {
+    /// From the Ed25519 seed of the fleet's ticket key.
+    #[must_use]
+    pub fn new(seed: &[u8; 32]) -> Self {
+        Self(key_pair(seed))
+    }
+
+    /// Signs claims.
+    ///
+    /// # Errors
+    /// [`TicketError::Malformed`] if the claims cannot be written, which means a codec that is not set.
+    pub fn sign(&self, claims: &TicketClaims) -> Result<String, TicketError> {
+        let mut message = serde_json::to_vec(claims).map_err(|_| TicketError::Malformed("codec is not set"))?;
+        let signature = self.0.sign(&authenticated(&message));
+        message.extend_from_slice(signature.as_ref());
+        let mut token = String::with_capacity(HEADER.len() + message.len().div_ceil(3) * 4);
+        token.push_str(HEADER);
+        BASE64.encode_string(&message, &mut token);
+        Ok(token)
+    }
+}
+
+/// Signs claims once with the Ed25519 seed of the fleet's ticket key.
 ///
 /// # Errors
-/// [`TicketError::Malformed`] if the claims cannot be written, which means a codec that is not set.
+/// As [`Signer::sign`].
 pub fn sign(claims: &TicketClaims, seed: &[u8; 32]) -> Result<String, TicketError> {
-    let mut secret = [0_u8; 64];
-    secret[..32].copy_from_slice(seed);
-    secret[32..].copy_from_slice(&public_key(seed));
-    let secret = AsymmetricSecretKey::<V4>::from(&secret).map_err(|_| TicketError::Malformed("signing key"))?;
-    let message = serde_json::to_vec(claims).map_err(|_| TicketError::Malformed("codec is not set"))?;
-    PublicToken::sign(&secret, &message, None, Some(IMPLICIT_ASSERTION)).map_err(|_| TicketError::Malformed("signing"))
+    Signer::new(seed).sign(claims)
+}
+
+/// What is signed: pre-authentication encoding (PASETO, section 2.2.1) of header, message, no footer and the implicit
+/// assertion.
+fn authenticated(message: &[u8]) -> Vec<u8> {
+    let pieces = [HEADER.as_bytes(), message, &[], IMPLICIT_ASSERTION];
+    let length = |n: usize| (n as u64).to_le_bytes();
+    let mut encoded = Vec::with_capacity(8 + pieces.iter().map(|p| 8 + p.len()).sum::<usize>());
+    encoded.extend_from_slice(&length(pieces.len()));
+    for piece in pieces {
+        encoded.extend_from_slice(&length(piece.len()));
+        encoded.extend_from_slice(piece);
+    }
+    encoded
 }
 
 /// Checks a ticket against the keys of every accepted generation. Whether the session, lease and server ID are this
@@ -97,16 +126,19 @@ pub fn verify(token: &str, keys: &[[u8; 32]], now_unix_s: u64) -> Result<TicketC
     if token.len() > MAX_LEN {
         return Err(TicketError::Malformed("longer than any ticket"));
     }
-    let untrusted =
-        UntrustedToken::<Public, V4>::try_from(token).map_err(|_| TicketError::Malformed("not a v4.public token"))?;
+    let no_token = TicketError::Malformed("not a v4.public token");
+    // A footer would follow after a dot, which is no base64.
+    let body = token.strip_prefix(HEADER).and_then(|body| BASE64.decode(body).ok());
+    let body = body.ok_or_else(|| no_token.clone())?;
+    let (message, signature) = body.split_last_chunk::<SIGNATURE_LEN>().ok_or(no_token)?;
     // Only what we signed is parsed as JSON; a stranger's bytes stop here.
-    let trusted = keys
-        .iter()
-        .filter_map(|key| AsymmetricPublicKey::<V4>::from(key).ok())
-        .find_map(|key| PublicToken::verify(&key, &untrusted, None, Some(IMPLICIT_ASSERTION)).ok())
-        .ok_or(TicketError::Signature)?;
+    let signed = authenticated(message);
+    let verifies = |key: &[u8; 32]| UnparsedPublicKey::new(&ED25519, key).verify(&signed, signature).is_ok();
+    if !keys.iter().any(verifies) {
+        return Err(TicketError::Signature);
+    }
     let claims: TicketClaims =
-        serde_json::from_str(trusted.payload()).map_err(|_| TicketError::Malformed("claims of another version"))?;
+        serde_json::from_slice(message).map_err(|_| TicketError::Malformed("claims of another version"))?;
     if claims.v != VERSION {
         return Err(TicketError::Malformed("claims of another version"));
     }
@@ -122,8 +154,11 @@ pub fn verify(token: &str, keys: &[[u8; 32]], now_unix_s: u64) -> Result<TicketC
 /// The Ed25519 public key of a seed (RFC 8032, section 5.1.5).
 #[must_use]
 pub fn public_key(seed: &[u8; 32]) -> [u8; 32] {
-    let pair = Ed25519KeyPair::from_seed_unchecked(seed).expect("every 32 bytes are a seed");
-    pair.public_key().as_ref().try_into().expect("an Ed25519 public key has 32 bytes")
+    key_pair(seed).public_key().as_ref().try_into().expect("an Ed25519 public key has 32 bytes")
+}
+
+fn key_pair(seed: &[u8; 32]) -> Ed25519KeyPair {
+    Ed25519KeyPair::from_seed_unchecked(seed).expect("every 32 bytes are a seed")
 }
 
 /// The name of a codec in JSON, tickets and logs; `None` for the unspecified one.
@@ -143,6 +178,10 @@ pub fn codec_of_label(label: &str) -> Option<Codec> {
     [Codec::Opus, Codec::L1616k, Codec::L1624k].into_iter().find(|codec| codec_label(*codec) == Some(label))
 }
 
+/// Version and purpose (PASETO, section 2).
+const HEADER: &str = "v4.public.";
+/// Of an Ed25519 signature (RFC 8032, section 5.1.6).
+const SIGNATURE_LEN: usize = 64;
 /// Layout version of [`TicketClaims`].
 pub const VERSION: u32 = 1;
 /// Bound into every signature, so that tokens of other kinds are not tickets.
@@ -200,6 +239,12 @@ fn hex_u64(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pasetors::{
+        Public,
+        keys::{AsymmetricPublicKey, AsymmetricSecretKey},
+        token::UntrustedToken,
+        version4::{PublicToken, V4},
+    };
     use proptest::prelude::*;
 
     const NOW: u64 = 1_800_000_000;
@@ -266,14 +311,33 @@ mod tests {
         assert_eq!(verify(&long, &keys, NOW), Err(TicketError::Malformed("longer than any ticket")));
     }
 
+    fn secret(seed: &[u8; 32]) -> AsymmetricSecretKey<V4> {
+        let secret = [*seed, public_key(seed)].concat();
+        AsymmetricSecretKey::<V4>::from(&secret).unwrap()
+    }
+
+    /// Another implementation of PASETO signs the same bytes and takes ours; signatures of Ed25519 are deterministic.
+    #[test]
+    fn tickets_are_paseto_v4_public_tokens() {
+        let seed = [1; 32];
+        let token = sign(&claims(), &seed).unwrap();
+        let message = serde_json::to_vec(&claims()).unwrap();
+        let theirs = PublicToken::sign(&secret(&seed), &message, None, Some(IMPLICIT_ASSERTION)).unwrap();
+        assert_eq!(token, theirs);
+        let untrusted = UntrustedToken::<Public, V4>::try_from(token.as_str()).unwrap();
+        let key = AsymmetricPublicKey::<V4>::from(&public_key(&seed)).unwrap();
+        let trusted = PublicToken::verify(&key, &untrusted, None, Some(IMPLICIT_ASSERTION)).unwrap();
+        assert_eq!(trusted.payload().as_bytes(), message);
+        let footer = PublicToken::sign(&secret(&seed), &message, Some(b"x"), Some(IMPLICIT_ASSERTION)).unwrap();
+        let refused = verify(&footer, &[public_key(&seed)], NOW);
+        assert_eq!(refused, Err(TicketError::Malformed("not a v4.public token")));
+    }
+
     #[test]
     fn a_token_signed_for_another_purpose_is_no_ticket() {
         let seed = [1; 32];
-        let mut secret = seed.to_vec();
-        secret.extend_from_slice(&public_key(&seed));
-        let secret = AsymmetricSecretKey::<V4>::from(&secret).unwrap();
         let message = serde_json::to_vec(&claims()).unwrap();
-        let token = PublicToken::sign(&secret, &message, None, Some(b"other")).unwrap();
+        let token = PublicToken::sign(&secret(&seed), &message, None, Some(b"other")).unwrap();
         assert_eq!(verify(&token, &[public_key(&seed)], NOW), Err(TicketError::Signature));
     }
 

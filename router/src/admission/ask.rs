@@ -140,7 +140,7 @@ impl Admission {
             exp: u64::try_from(expires_at.seconds).unwrap_or(0),
             lease: grant.lease,
         };
-        let ticket = ticket::sign(&claims, &self.fleet.ticket_seed());
+        let ticket = self.fleet.ticket_signer().sign(&claims);
         Ok(v1::Session {
             session: create.session.to_string(),
             epoch: create.epoch.value(),

@@ -10,7 +10,7 @@ use antiphon_core::{
     generation::{self, HeldUp, Member, Other, Plan, RegionKeys, Snapshot},
     id::KeyGeneration,
 };
-use antiphon_proto::v1;
+use antiphon_proto::{ticket::Signer, v1};
 use antiphon_runtime::Tasks;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -31,11 +31,21 @@ pub(super) struct Keys {
     pub(super) held_up_by: Vec<HeldUp>,
     /// Generation that something may be under way with, and until when.
     under_way: Option<(u32, Millis)>,
+    /// Made when it is first needed.
+    signer: Option<(KeyGeneration, Arc<Signer>)>,
 }
 
 impl Default for Keys {
     fn default() -> Self {
-        Self { oldest: 1, newest: 1, minting: 1, said: RegionKeys::default(), held_up_by: vec![], under_way: None }
+        Self {
+            oldest: 1,
+            newest: 1,
+            minting: 1,
+            said: RegionKeys::default(),
+            held_up_by: vec![],
+            under_way: None,
+            signer: None,
+        }
     }
 }
 
@@ -148,10 +158,18 @@ impl Fleet {
         generation::too_early(&snapshot, asked).iter().map(HeldUp::to_string).collect()
     }
 
-    /// Seed of the key that signs tickets now.
-    pub(crate) fn ticket_seed(&self) -> [u8; 32] {
-        let minting = self.state.lock().keys.minting();
-        self.root.ticket_seed(minting)
+    /// What signs tickets now.
+    pub(crate) fn ticket_signer(&self) -> Arc<Signer> {
+        let keys = &mut self.state.lock().keys;
+        let minting = keys.minting();
+        match &keys.signer {
+            Some((generation, signer)) if *generation == minting => Arc::clone(signer),
+            _ => {
+                let signer = Arc::new(Signer::new(&self.root.ticket_seed(minting)));
+                keys.signer = Some((minting, Arc::clone(&signer)));
+                signer
+            }
+        }
     }
 }
 
@@ -337,8 +355,7 @@ mod tests {
         round(&regions).await;
         for region in &regions {
             assert_eq!(region.given(), (vec![1, 2], 2));
-            let seed = FleetRoot::from_bytes([7; 32]).ticket_seed(generation(2));
-            assert_eq!(region.fleet.ticket_seed(), seed);
+            assert_eq!(region.fleet.state.lock().keys.minting(), generation(2));
         }
         // A long call here still uses the first one; there nothing does, and tickets have expired.
         regions[1].oldest = 0;
