@@ -11,6 +11,7 @@ mod placement;
 mod relay;
 mod report;
 mod sessions;
+mod setup;
 mod tickets;
 
 use std::{net::SocketAddr, process::ExitCode};
@@ -52,6 +53,8 @@ enum Measurement {
     Placement,
     /// Tickets over gRPC.
     Tickets,
+    /// Session set-up on a path with delay.
+    Setup,
     /// Audio work of conversations.
     Sessions,
 }
@@ -105,6 +108,7 @@ impl Measurement {
             Self::Rss => relay::rss(),
             Self::Placement => placement::decisions(),
             Self::Tickets => tickets::rate(),
+            Self::Setup => setup::round_trips(),
             Self::Sessions => sessions::steps(),
         }
     }

@@ -8,7 +8,8 @@ use crate::workspace::Workspace;
 
 /// Builds the measuring program in release mode and becomes it.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
-    workspace.cargo(&["build", "--release", "--package", "antiphon-bench"])?;
+    // All programs: some measurements run a whole fleet.
+    workspace.cargo(&["build", "--release", "--workspace", "--bins"])?;
     let metadata = workspace.metadata()?;
     let target = metadata["target_directory"].as_str().context("cargo names no target directory")?;
     let binary = PathBuf::from(target).join("release/antiphon-bench");
