@@ -108,6 +108,10 @@ pub struct Call {
     beats: Heartbeats,
     started: Instant,
     last_heard: Duration,
+    /// The newest heartbeat that the worker says has reached it, by our clock, since the last step.
+    confirmed_us: Option<u64>,
+    /// Acknowledgements that QUIC has received.
+    acks: u64,
     /// The relays have all been tried since the last sign of life: a new local address is due at the next switch.
     rebind_after: usize,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
@@ -129,6 +133,8 @@ impl Call {
             beats: Heartbeats::new(micros(now), dial.epoch),
             started,
             last_heard: now,
+            confirmed_us: None,
+            acks: 0,
             rebind_after: dial.relays.len(),
             commands: mpsc::channel(4),
             report,
@@ -230,6 +236,9 @@ impl Call {
             Some((Flow::Heartbeat, payload)) => {
                 if let Ok(beat) = Heartbeat::decode(payload) {
                     self.beats.on_heartbeat(now_us, &beat);
+                    // The other end's claim: only what has been sent can have reached it.
+                    let sent = Some(beat.echoed_us).filter(|sent| *sent <= now_us);
+                    self.confirmed_us = self.confirmed_us.max(sent);
                 }
             }
             None => {}
@@ -254,7 +263,7 @@ impl Call {
         let audio = self.audio_received();
         if let Some(beat) = self.beats.poll(micros(now), audio) {
             self.send(datagram::heartbeat(&beat));
-        } else if self.is_overdue(now) {
+        } else if self.is_overdue(now) || self.is_unconfirmed(now) {
             let beat = self.beats.beat(micros(now), audio);
             self.send(datagram::heartbeat(&beat));
         }

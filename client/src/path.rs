@@ -2,7 +2,8 @@
 //!
 //! The call starts on the relay that carried its handshake. When nothing has come back for longer than
 //! max(3 probe timeouts, 150 ms), the next relay is tried on the same connection; each gets at least one such span to
-//! answer. A relay that says it will stop is left at once and becomes the last choice.
+//! answer. The same is done when the worker is heard but says that nothing reaches it: a way can be dead in one
+//! direction only. A relay that says it will stop is left at once and becomes the last choice.
 
 use std::time::Duration;
 
@@ -15,6 +16,10 @@ pub enum SwitchReason {
     Draining,
     /// The relay's host says that nobody listens there any more (ICMP port unreachable).
     Refused,
+    /// The worker is heard and says that nothing of ours reaches it any more.
+    Unheard,
+    /// The network that the call is on now has no way to the relay before.
+    Unreachable,
 }
 
 /// A decision to use another relay.
@@ -34,6 +39,8 @@ pub struct PathSelector {
     relays: Vec<Health>,
     active: usize,
     last_heard: Duration,
+    /// When the newest was sent of what the worker says has reached it.
+    confirmed: Duration,
     switched_at: Duration,
     /// Relays tried since the last sign of life; widens the patience so that a dead network is not hammered.
     tried: u32,
@@ -48,13 +55,16 @@ struct Health {
 impl PathSelector {
     /// Shortest silence that raises suspicion; heartbeats come at least every 100 ms.
     pub const SUSPICION: Duration = Duration::from_millis(150);
+    /// Longest time, beside the patience of silence, until something that was sent is confirmed: both ends send a
+    /// heartbeat every 200 ms at least, and one of either may be lost.
+    pub const CONFIRMATION: Duration = Duration::from_millis(600);
 
     /// Starts on relay `active` of `relays` (at least one).
     #[must_use]
     pub fn new(relays: usize, active: usize, now: Duration) -> Self {
         let relays = vec![Health::default(); relays.max(1)];
         let active = active.min(relays.len() - 1);
-        Self { relays, active, last_heard: now, switched_at: now, tried: 0 }
+        Self { relays, active, last_heard: now, confirmed: now, switched_at: now, tried: 0 }
     }
 
     /// Index of the relay in use.
@@ -63,16 +73,40 @@ impl PathSelector {
         self.active
     }
 
-    /// A packet came through a relay.
+    /// A packet came through a relay. That alone does not mend one that had failed: it may carry one direction only.
     pub fn on_heard(&mut self, relay: usize, now: Duration) {
-        if let Some(health) = self.relays.get_mut(relay) {
-            health.failed_at = None;
-        }
         // Late packets of the relay just left say nothing of the one in use.
         if relay == self.active {
             self.last_heard = now;
-            self.tried = 0;
         }
+    }
+
+    /// The worker says that what was sent at `sent` has reached it.
+    pub fn on_confirmed(&mut self, sent: Duration) {
+        self.confirmed = self.confirmed.max(sent);
+        // Through the relay in use: it works in both directions.
+        if sent > self.switched_at {
+            self.tried = 0;
+            self.relays[self.active].failed_at = None;
+        }
+    }
+
+    /// For how long nothing has been sent on the present way that the worker has confirmed.
+    #[must_use]
+    pub fn unconfirmed(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.confirmed.max(self.switched_at))
+    }
+
+    /// The socket had to move to another relay by itself.
+    pub fn on_moved(&mut self, relay: usize, now: Duration) -> Option<Switch> {
+        self.switched_at = now;
+        if relay == self.active || relay >= self.relays.len() {
+            return None;
+        }
+        let switch = Switch { from: self.active, to: relay, reason: SwitchReason::Unreachable };
+        self.relays[self.active].failed_at = Some(now);
+        self.active = relay;
+        Some(switch)
     }
 
     /// The worker says that a relay is about to stop.
@@ -104,12 +138,16 @@ impl PathSelector {
     pub fn poll(&mut self, now: Duration, pto: Duration) -> Option<Switch> {
         let patience = (3 * pto).max(Self::SUSPICION) * 2_u32.pow((self.tried / self.count()).min(4));
         let quiet_since = self.last_heard.max(self.switched_at);
-        if now.saturating_sub(quiet_since) < patience {
+        let reason = if now.saturating_sub(quiet_since) >= patience {
+            SwitchReason::Silent
+        } else if self.unconfirmed(now) >= patience + Self::CONFIRMATION {
+            SwitchReason::Unheard
+        } else {
             return None;
-        }
+        };
         self.relays[self.active].failed_at = Some(now);
         self.tried += 1;
-        self.switch(SwitchReason::Silent, now)
+        self.switch(reason, now)
     }
 
     /// How long the relay in use has been silent.
@@ -136,71 +174,4 @@ impl PathSelector {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const fn ms(n: u64) -> Duration {
-        Duration::from_millis(n)
-    }
-
-    #[test]
-    fn silence_moves_to_the_next_relay_and_each_gets_its_chance() {
-        let mut path = PathSelector::new(3, 0, ms(0));
-        path.on_heard(0, ms(100));
-        assert_eq!(path.poll(ms(249), ms(10)), None);
-        let first = Switch { from: 0, to: 1, reason: SwitchReason::Silent };
-        assert_eq!(path.poll(ms(250), ms(10)), Some(first));
-        assert_eq!(path.poll(ms(399), ms(10)), None, "the new relay has its span");
-        assert_eq!(path.poll(ms(400), ms(10)).map(|s| s.to), Some(2));
-        path.on_heard(2, ms(410));
-        assert_eq!(path.poll(ms(500), ms(10)), None);
-    }
-
-    #[test]
-    fn a_long_probe_timeout_means_patience() {
-        let mut path = PathSelector::new(2, 0, ms(0));
-        assert_eq!(path.poll(ms(899), ms(300)), None);
-        assert!(path.poll(ms(900), ms(300)).is_some());
-    }
-
-    #[test]
-    fn a_draining_relay_is_left_at_once_and_comes_back_only_as_the_last_choice() {
-        let mut path = PathSelector::new(3, 1, ms(0));
-        assert_eq!(path.on_draining(2, ms(1)), None);
-        assert_eq!(path.on_draining(1, ms(2)), Some(Switch { from: 1, to: 0, reason: SwitchReason::Draining }));
-        assert_eq!(path.on_draining(9, ms(2)), None);
-        assert!(path.poll(ms(152), ms(1)).is_some_and(|s| s.to == 1 || s.to == 2));
-    }
-
-    #[test]
-    fn a_closed_port_is_left_at_once_but_dead_relays_are_not_hammered() {
-        let mut path = PathSelector::new(2, 0, ms(0));
-        assert_eq!(path.on_refused(1, ms(1)), None, "not in use");
-        assert_eq!(path.on_refused(0, ms(2)), None, "the other one has just failed");
-        let switch = Switch { from: 0, to: 1, reason: SwitchReason::Refused };
-        assert_eq!(path.on_refused(0, ms(151)), Some(switch));
-        assert_eq!(path.on_refused(1, ms(152)), None);
-    }
-
-    #[test]
-    fn late_packets_of_the_old_relay_do_not_vouch_for_the_new_one() {
-        let mut path = PathSelector::new(2, 0, ms(0));
-        assert!(path.poll(ms(150), ms(1)).is_some());
-        path.on_heard(0, ms(290));
-        assert!(path.poll(ms(300), ms(1)).is_some());
-    }
-
-    #[test]
-    fn one_relay_is_all_there_is() {
-        let mut path = PathSelector::new(1, 0, ms(0));
-        assert_eq!(path.poll(ms(1000), ms(1)), None);
-        assert_eq!(path.active(), 0);
-    }
-
-    #[test]
-    fn a_dead_network_is_probed_ever_more_slowly() {
-        let mut path = PathSelector::new(2, 0, ms(0));
-        let switches = (1..=10_000).filter(|t| path.poll(ms(*t), ms(1)).is_some()).count();
-        assert!((6..=12).contains(&switches), "{switches}");
-    }
-}
+mod tests;

@@ -97,16 +97,26 @@ impl RelaySocket {
         Ok(())
     }
 
-    /// Goes on from a new local address and port, as after a change of network.
-    pub(crate) fn rebind(&self) -> io::Result<()> {
-        let active = self.active.load(Ordering::Relaxed);
-        let link = Arc::new(Link::open(self.relays[active].address)?);
-        for relay in &self.relays {
-            *relay.link.write() = None;
+    /// Goes on from a new local address and port, as after a change of network. Returns the relay in use from now on:
+    /// another one if the new network has no way to the one before, of the other family perhaps.
+    pub(crate) fn rebind(&self) -> io::Result<usize> {
+        let (active, count) = (self.active.load(Ordering::Relaxed), self.relays.len());
+        let mut first_error = None;
+        for index in (0..count).map(|step| (active + step) % count) {
+            match Link::open(self.relays[index].address) {
+                Ok(link) => {
+                    for relay in &self.relays {
+                        *relay.link.write() = None;
+                    }
+                    *self.relays[index].link.write() = Some(Arc::new(link));
+                    self.active.store(index, Ordering::Relaxed);
+                    self.wake_receiver();
+                    return Ok(index);
+                }
+                Err(error) => drop(first_error.get_or_insert(error)),
+            }
         }
-        *self.relays[active].link.write() = Some(link);
-        self.wake_receiver();
-        Ok(())
+        Err(first_error.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
     }
 
     /// When something last came through a relay, since the start.
@@ -378,6 +388,22 @@ mod tests {
         assert_ne!(before, after);
         one.send_to(b"c", after).await.unwrap();
         assert_eq!(receive(&socket).await.0, b"c");
+    }
+
+    #[tokio::test]
+    async fn a_network_without_a_way_to_the_relay_in_use_takes_the_next() {
+        let (one, at_one) = relay().await;
+        // The system opens no way to everybody.
+        let everybody = "255.255.255.255:9".parse().unwrap();
+        let socket = RelaySocket::new(&[everybody, at_one], 1, Instant::now()).unwrap();
+        socket.active.store(0, Ordering::Relaxed);
+        assert_eq!(socket.rebind().unwrap(), 1);
+        send(&socket, b"a").await;
+        let mut buffer = [0; 8];
+        one.recv_from(&mut buffer).await.unwrap();
+        let nowhere = RelaySocket::new(&[at_one, everybody], 0, Instant::now()).unwrap();
+        let nowhere = RelaySocket { relays: nowhere.relays.into_iter().skip(1).collect(), ..nowhere };
+        assert_eq!(nowhere.rebind().unwrap_err().kind(), io::ErrorKind::PermissionDenied);
     }
 
     #[tokio::test]

@@ -21,6 +21,15 @@ impl Call {
             self.note_gap(heard, relay);
             self.path.on_heard(relay, heard);
         }
+        let acks = self.connection.stats().frame_rx.acks;
+        if acks > self.acks {
+            // QUIC acknowledges only what has come since the last time, and soon.
+            self.acks = acks;
+            self.path.on_confirmed(now.saturating_sub(self.connection.rtt() + LATE_ACK));
+        }
+        if let Some(sent_us) = self.confirmed_us.take() {
+            self.path.on_confirmed(Duration::from_micros(sent_us));
+        }
         let silent = now.saturating_sub(self.last_heard);
         if silent > GIVE_UP {
             return Err(CallError::WorkerSilent { place: self.dial.place.clone(), silent });
@@ -74,6 +83,12 @@ impl Call {
         party.on_event(&Event::Switched(switch));
     }
 
+    /// Whether the worker should have confirmed more of what was said by now: it is asked more often then, so that a few
+    /// lost packets are not taken for a dead way.
+    pub(super) fn is_unconfirmed(&self, now: Duration) -> bool {
+        self.path.unconfirmed(now) > UNCONFIRMED + self.connection.rtt()
+    }
+
     /// In the middle of an answer something should have come by now. A packet sent at once makes the host of a relay
     /// that is gone say so, before the next heartbeat would.
     pub(super) fn is_overdue(&self, now: Duration) -> bool {
@@ -107,10 +122,15 @@ impl Call {
     }
 
     pub(super) async fn rebind(&mut self, party: &mut dyn Party) {
+        let now = self.started.elapsed();
         match self.socket.rebind() {
-            Ok(()) => {
-                let now = self.started.elapsed();
+            Ok(relay) => {
+                let moved = self.path.on_moved(relay, now);
                 self.open_path(now).await;
+                if let Some(switch) = moved {
+                    self.report.switches.push(RelaySwitch { at: now, switch, gap: None });
+                    party.on_event(&Event::Switched(switch));
+                }
                 self.report.rebinds.push(Rebind { at: now, gap: None });
                 party.on_event(&Event::Rebound);
             }
@@ -124,5 +144,9 @@ impl Call {
 const ACK_DELAY: Duration = Duration::from_millis(25);
 /// A frame and a half.
 const OVERDUE: Duration = Duration::from_millis(30);
+/// What an acknowledgement may take beside the round trip: QUIC's own delay, and jitter.
+const LATE_ACK: Duration = Duration::from_millis(100);
+/// Both ends send a heartbeat every 200 ms at least: longer than that, and one of them was lost.
+const UNCONFIRMED: Duration = Duration::from_millis(300);
 /// Silence through every relay after which the worker counts as lost.
 const GIVE_UP: Duration = Duration::from_secs(5);
