@@ -1,8 +1,9 @@
-//! The project's own tasks: `cargo xtask demo | test | bench | tidy | crds`.
+//! The project's own tasks: `cargo xtask demo | test | bench | fuzz | tidy | crds`.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod demo;
+mod fuzz;
 mod gate;
 mod tidy;
 mod workspace;
@@ -38,6 +39,17 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Looks for bytes that break a parser, guided by the code they reach. What breaks one is saved.
+    Fuzz {
+        /// Only these targets.
+        targets: Vec<String>,
+        /// How long to search all of them together, in seconds.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Keeps inputs that reach new code in fuzz/corpus, for the tests.
+        #[arg(long)]
+        keep: bool,
+    },
     /// Checks the conventions that the compiler does not know.
     Tidy,
     /// Writes the CustomResourceDefinitions to crds/yaml.
@@ -64,6 +76,7 @@ fn run(task: Task) -> Result<()> {
         }
         Task::Test { steps, list: false } => gate::run(&workspace, &steps),
         Task::Bench { arguments } => bench::run(&workspace, &arguments),
+        Task::Fuzz { targets, seconds, keep } => fuzz::run(&workspace, &fuzz::Search { targets, seconds, keep }),
         Task::Tidy => tidy::run(&workspace),
         Task::Crds => workspace.cargo(&["run", "--package", "antiphon-crds", "--example", "crdgen", "--", "crds/yaml"]),
     }
