@@ -113,6 +113,14 @@ fn failures(outcome: &Outcome) {
     if failed.len() > MOST_FAILURES {
         out!("… and {} more callers", failed.len() - MOST_FAILURES);
     }
+    let late = outcome.verdicts.iter().filter_map(|verdict| verdict.place.as_ref()).map(|call| call.report.late_steps);
+    let (steps, calls) = (late.clone().sum::<u64>(), late.filter(|steps| *steps > 0).count());
+    if !failed.is_empty() && steps > 0 {
+        out!(
+            "this machine was too busy: {steps} times a caller here could not hear or speak for more than a frame \
+             (in {calls} calls); end what else runs, or try fewer callers with --calls"
+        );
+    }
     for incident in outcome.unnoticed() {
         out!("{}: no caller was concerned, so it proves nothing", incident.what);
     }
