@@ -80,8 +80,12 @@ pub(crate) async fn serve_internal(
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .max_concurrent_streams(MAX_INTERNAL_STREAMS)
-        .add_service(FleetServer::new(fleet))
-        .add_service(PeerServer::new(peer).max_encoding_message_size(MAX_INTERNAL_MESSAGE))
+        .add_service(FleetServer::new(fleet).max_decoding_message_size(MAX_FLEET_MESSAGE))
+        .add_service(
+            PeerServer::new(peer)
+                .max_decoding_message_size(MAX_PEER_MESSAGE)
+                .max_encoding_message_size(MAX_INTERNAL_MESSAGE),
+        )
         .add_service(AdminServer::new(admin).max_decoding_message_size(MAX_INTERNAL_MESSAGE))
         .serve_with_incoming_shutdown(incoming, stopping.cancelled_owned())
         .await
@@ -93,5 +97,9 @@ const COALESCING: Duration = Duration::from_millis(100);
 /// Messages waiting for one process; one that takes them more slowly is disconnected and registers again.
 const STREAM_QUEUE: usize = 16;
 const MAX_PUBLIC_MESSAGE: usize = 64 << 10;
+/// A hello with all its shards takes 3 KiB, a report less.
+const MAX_FLEET_MESSAGE: usize = 16 << 10;
+/// A request for a session, as other regions pass it on.
+const MAX_PEER_MESSAGE: usize = 2 * MAX_PUBLIC_MESSAGE;
 const MAX_INTERNAL_MESSAGE: usize = 16 << 20;
 const MAX_INTERNAL_STREAMS: u32 = 4096;

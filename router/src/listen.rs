@@ -189,7 +189,10 @@ mod tests {
     use bytes::Bytes;
     use http_body_util::Full;
     use hyper::client::conn::{http1, http2};
-    use tokio::{io::DuplexStream, time::Instant};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
+        time::Instant,
+    };
 
     use super::*;
     use crate::{Key, Memory, Records, admission::Admission, fleet::Fleet, grpc, http::router};
@@ -309,6 +312,108 @@ mod tests {
         })
         .await;
         assert!(closed < UNPROVEN, "{closed:?}");
+    }
+
+    /// Writes the beginning, then one piece each second for as long as somebody listens; what was answered, and after
+    /// how long.
+    async fn drip(begin: impl FnOnce(&ApiKey) -> String, piece: &'static [u8]) -> (String, Duration) {
+        let (tasks, started) = (Tasks::new(), Instant::now());
+        let (services, key) = services(&tasks);
+        let (server, client) = tokio::io::duplex(64 << 10);
+        let (mut read, mut write) = tokio::io::split(client);
+        write.write_all(begin(&key).as_bytes()).await.unwrap();
+        let dripping = async {
+            while write.write_all(piece).await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let listening = async {
+            let mut answer = vec![0; 4096];
+            let length = read.read(&mut answer).await.unwrap();
+            answer.truncate(length);
+            (String::from_utf8(answer).unwrap(), started.elapsed())
+        };
+        let serving = async {
+            let _ = answer(server, services, tasks.stopping()).await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            heard = listening => heard,
+            () = serving => unreachable!("waits for ever"),
+            () = dripping => unreachable!("waits for ever"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn headers_that_never_end_are_cut_off() {
+        let (answer, after) = drip(|_| "GET /v1/sessions HTTP/1.1\r\nhost: router\r\n".into(), b"a: b\r\n").await;
+        assert!(after <= HEADER_DEADLINE + Duration::from_secs(1), "{after:?} {answer}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_never_ends_is_answered() {
+        let begin = |key: &ApiKey| {
+            let key = key.text();
+            format!(
+                "POST /v1/sessions HTTP/1.1\r\nhost: router\r\nauthorization: Bearer {key}\r\n\
+                 content-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+            )
+        };
+        let (answer, after) = drip(begin, b" ").await;
+        assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+        assert!(after <= Duration::from_secs(6), "{after:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn too_many_headers_are_refused() {
+        let many = |n| move |_: &ApiKey| format!("GET /x HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(n));
+        let (answer, _) = drip(many(MAX_HEADERS), b"").await;
+        assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+        assert!(answer.contains("\r\ndate: "), "clients can tell whether their clock is right: {answer}");
+        let (answer, _) = drip(many(MAX_HEADERS + 1), b"").await;
+        assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    }
+
+    /// RFC 9113, section 4.1.
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn streams_beyond_the_bound_are_refused() {
+        const MORE: u32 = MAX_STREAMS + 44;
+        until_closed(async |client, _key| {
+            let (mut read, mut write) = tokio::io::split(client);
+            let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+            // POST, https, a path and a content type (RFC 7541): each is a gRPC request whose message does not come.
+            let path = [&[0x04][..], &text("/antiphon.v1.Sessions/CreateSession")].concat();
+            let kind = [&[0x0f, 0x10][..], &text("application/grpc")].concat();
+            let headers = [&[0x83, 0x87][..], &path, &kind].concat();
+            let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+            bytes.extend(frame(4, 0, 0, &[]));
+            for n in 0..MORE {
+                bytes.extend(frame(1, 4, 2 * n + 1, &headers));
+            }
+            write.write_all(&bytes).await.unwrap();
+            let mut refused = 0;
+            while refused < MORE - MAX_STREAMS {
+                let mut head = [0; 9];
+                read.read_exact(&mut head).await.unwrap();
+                let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+                let mut payload = vec![0; length];
+                read.read_exact(&mut payload).await.unwrap();
+                // RST_STREAM with REFUSED_STREAM: the streams below the bound stay.
+                if head[3] == 3 {
+                    assert_eq!(payload, [0, 0, 0, 7]);
+                    let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+                    assert!(stream > 2 * MAX_STREAMS - 1, "{stream}");
+                    refused += 1;
+                }
+            }
+        })
+        .await;
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,6 +14,8 @@ mod fleet;
 mod http;
 #[path = "it/keys.rs"]
 mod keys;
+#[path = "it/limits.rs"]
+mod limits;
 #[path = "it/openapi.rs"]
 mod openapi;
 #[path = "it/peering.rs"]

@@ -26,6 +26,14 @@ impl WorkerHello {
     /// Checks what a worker says of itself against its certificate and the ranges.
     pub(crate) fn check(hello: &v1::WorkerHello, peer: &PeerName) -> Result<Self, FieldError> {
         own_name(&hello.name, &hello.region, peer)?;
+        if hello.gpu_class.len() > MAX_GPU_CLASS {
+            let problem = format!("has {} characters, at most {MAX_GPU_CLASS}", hello.gpu_class.len());
+            return Err(FieldError::new("gpuClass", problem));
+        }
+        if hello.shards.len() > MAX_SHARDS {
+            let problem = format!("has {} shards, at most {MAX_SHARDS}", hello.shards.len());
+            return Err(FieldError::new("shards", problem));
+        }
         if !(1..=MAX_SLOTS).contains(&hello.slots) {
             let problem = format!("{} is out of range 1..={MAX_SLOTS}", hello.slots);
             return Err(FieldError::new("slots", problem));
@@ -103,6 +111,10 @@ fn own_name(name: &str, region: &str, peer: &PeerName) -> Result<(), FieldError>
 
 /// Far above what one machine serves.
 const MAX_SLOTS: u32 = 100_000;
+/// As many as a server ID can tell apart.
+const MAX_SHARDS: usize = 64;
+/// As long as a label's value in Kubernetes.
+const MAX_GPU_CLASS: usize = 63;
 
 #[cfg(test)]
 mod tests {
@@ -126,13 +138,15 @@ mod tests {
         let peer = PeerName::new("w-1", Role::Worker, "frankfurt").unwrap();
         assert!(WorkerHello::check(&hello(), &peer).is_ok());
         type Change = fn(&mut v1::WorkerHello);
-        let table: [(&str, Change); 9] = [
+        let table: [(&str, Change); 11] = [
             ("name", |h| h.name = "w-2".into()),
             ("region", |h| h.region = "virginia".into()),
             ("agent", |h| h.agent = "desk".into()),
             ("slots", |h| h.slots = 0),
             ("workerNumber", |h| h.worker_number = Some(65_536)),
             ("shards", |h| h.shards.clear()),
+            ("shards", |h| h.shards = vec![h.shards[0].clone(); 65]),
+            ("gpuClass", |h| h.gpu_class = "x".repeat(64)),
             ("shards[0].number", |h| h.shards[0].number = 64),
             ("shards[1].number", |h| h.shards.push(h.shards[0].clone())),
             ("controlAddress", |h| h.control_address = "x".into()),

@@ -89,7 +89,7 @@ impl Fleet {
         v1::FleetStatusResponse {
             regions: state.records.regions.values().map(region).collect(),
             rotation_held_up_by: state.keys.held_up_by.iter().map(ToString::to_string).collect(),
-            ..v1::FleetStatusResponse::default()
+            store_age_ms: u32::try_from(self.store.age().as_millis()).unwrap_or(u32::MAX),
         }
     }
 

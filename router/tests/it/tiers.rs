@@ -42,7 +42,8 @@ async fn relays_of_all_regions_hear_of_proven_deaths_and_only_of_those() {
     // So does whoever runs the processes, if it names the right life.
     assert!(!gone(&world, &frankfurt, "w-2", 78).await);
     assert!(!gone(&world, &frankfurt, "w-3", 0).await);
-    assert!(gone(&world, &frankfurt, "w-2", other.incarnation.lock().value()).await);
+    let life = other.incarnation.lock().value();
+    assert!(gone(&world, &frankfurt, "w-2", life).await);
     assert!(!gone(&world, &frankfurt, "w-2", 0).await, "it is gone already");
     for relay in [&mut near, &mut far] {
         relay.follow("both deaths", |r| r.dead.contains_key(&first) && r.dead.contains_key(&second)).await;

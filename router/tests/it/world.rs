@@ -5,7 +5,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -205,6 +205,7 @@ impl World {
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
             keys: Mutex::default(),
             oldest: AtomicU32::new(0),
+            clock_ahead_s: AtomicI64::new(0),
             stubborn: Mutex::new(false),
             changed,
         });
@@ -256,6 +257,12 @@ pub(crate) fn create() -> v1::CreateSessionRequest {
 }
 
 impl Region {
+    /// A router that runs elsewhere: its public, internal and admin port.
+    pub(crate) fn elsewhere(world: &World, name: &str, [public, internal, admin]: [SocketAddr; 3]) -> Self {
+        let identity = world.identity("router-1", Role::Router, name);
+        Self { name: name.to_owned(), public, internal, admin, tasks: Tasks::new(), identity }
+    }
+
     pub(crate) fn record(&self, number: u32, place: (f64, f64)) -> v1::RegionRecord {
         v1::RegionRecord {
             name: self.name.clone(),
@@ -403,6 +410,8 @@ pub(crate) struct Shared {
     pub(crate) keys: Mutex<v1::WorkerKeys>,
     /// Oldest key generation that its sessions use; 0: none.
     pub(crate) oldest: AtomicU32,
+    /// Its clock's error.
+    pub(crate) clock_ahead_s: AtomicI64,
     /// Refuses although it has room.
     pub(crate) stubborn: Mutex<bool>,
     changed: watch::Sender<()>,
@@ -481,6 +490,7 @@ impl Worker {
                     reserved: u32::try_from(shared.sessions.lock().len()).unwrap(),
                     loaded_generations: shared.loaded(),
                     oldest_generation: shared.oldest.load(Ordering::SeqCst),
+                    unix_ms: shared.unix_ms(),
                     ..v1::WorkerReport::default()
                 };
                 let Some(messages) = weak.upgrade() else {
@@ -551,6 +561,11 @@ impl Shared {
     /// The key generations that it holds.
     pub(crate) fn loaded(&self) -> Vec<u32> {
         self.keys.lock().cid_configs.iter().map(|c| c.generation).collect()
+    }
+
+    fn unix_ms(&self) -> u64 {
+        let now = i64::try_from(SystemTime::UNIX_EPOCH.elapsed().unwrap().as_millis()).unwrap();
+        u64::try_from(now + 1000 * self.clock_ahead_s.load(Ordering::SeqCst)).unwrap()
     }
 
     /// The one that it mints with.
