@@ -90,6 +90,7 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     let listener = TcpListener::bind(admin).await.with_context(|| format!("binding the admin port {admin} (TCP)"))?;
 
     let tasks = Tasks::new();
+    identity.follow(&tasks, &mut registry);
     let readiness = Readiness::new(&CONDITIONS);
     let (life, lifecycle) = watch::channel(Lifecycle::Active);
     tasks.service("admin", admin::serve(listener, registry, readiness.clone(), tasks.stopping()));
