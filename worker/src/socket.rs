@@ -269,7 +269,7 @@ impl AsyncUdpSocket for TunnelSocket {
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
         let rx = &mut *self.rx.lock();
-        loop {
+        for _ in 0..BATCHES_PER_TURN {
             let mut count = 0;
             while count < bufs.len().min(meta.len()) {
                 let Some(next) = rx.pending.pop_front() else {
@@ -295,6 +295,9 @@ impl AsyncUdpSocket for TunnelSocket {
                 _ => {}
             }
         }
+        // Whoever sends nothing but what is dropped must not keep the thread from the sessions.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -349,6 +352,9 @@ impl UdpPoller for Writable {
         Poll::Ready(outcome)
     }
 }
+
+/// Batches read in one turn when nothing in them is for QUIC.
+const BATCHES_PER_TURN: usize = 8;
 
 /// When a batch came.
 #[derive(Debug, Clone, Copy)]

@@ -28,7 +28,7 @@ fn long(kind: u8, version: u32, cid: &SessionCid, length: usize) -> Vec<u8> {
 /// Version negotiation, Retry, refusals: nothing that QUIC would answer a stranger with is ever sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_headers_that_begin_nothing_are_not_answered() {
-    let rig = Rig::start(2);
+    let rig = Rig::start(2).await;
     let relay = TestRelay::start(&rig, 65).await;
     rig.set_relays(&[&relay], &[1]);
     let key = ClientKey::generate().unwrap();
@@ -61,7 +61,7 @@ async fn long_headers_that_begin_nothing_are_not_answered() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stateless_resets_are_smaller_than_what_they_answer_and_few() {
-    let rig = Rig::start(1);
+    let rig = Rig::start(1).await;
     let relay = TestRelay::start(&rig, 65).await;
     rig.set_relays(&[&relay], &[1]);
     relay.fall_silent(false);
@@ -93,7 +93,7 @@ async fn stateless_resets_are_smaller_than_what_they_answer_and_few() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handshake_that_is_never_answered_sends_three_times_what_came() {
-    let rig = Rig::start(2);
+    let rig = Rig::start(2).await;
     let relay = TestRelay::start(&rig, 65).await;
     rig.set_relays(&[&relay], &[1]);
     relay.fall_silent(false);
@@ -108,7 +108,7 @@ async fn a_handshake_that_is_never_answered_sends_three_times_what_came() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handshake_that_is_refused_closes_within_three_times_what_came() {
-    let rig = Rig::start(2);
+    let rig = Rig::start(2).await;
     let relay = TestRelay::start(&rig, 65).await;
     rig.set_relays(&[&relay], &[1]);
     let key = ClientKey::generate().unwrap();
@@ -137,7 +137,7 @@ async fn a_handshake_that_is_refused_closes_within_three_times_what_came() {
 /// A caller's packets come from an address where nobody answers: the worker's own audio is not sent there either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_path_that_is_never_validated_gets_three_times_what_came_over_it() {
-    let rig = Rig::start(2);
+    let rig = Rig::start(2).await;
     let (first, second) = (TestRelay::start(&rig, 65).await, TestRelay::start(&rig, 66).await);
     rig.set_relays(&[&first, &second], &[1]);
     let (terms, call) = rig.call(&[&first, &second], 1).await;
