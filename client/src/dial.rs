@@ -117,11 +117,12 @@ impl Dial {
     pub fn new(session: &Session) -> Result<Self, TicketError> {
         let malformed = |what: &str| TicketError::Malformed(what.to_owned());
         let id = session.session.parse().map_err(|e| TicketError::Malformed(format!("session: {e}")))?;
-        let initial_ids: Vec<_> = session.initial_connection_ids.iter().map(|id| ConnectionId::new(id)).collect();
         let legal = |id: &bytes::Bytes| (8..=20).contains(&id.len());
-        if initial_ids.is_empty() || !session.initial_connection_ids.iter().all(legal) {
+        if session.initial_connection_ids.is_empty() || !session.initial_connection_ids.iter().all(legal) {
             return Err(malformed("initial_connection_ids: at least one of 8 to 20 bytes expected"));
         }
+        // Longer ones would panic.
+        let initial_ids: Vec<_> = session.initial_connection_ids.iter().map(|id| ConnectionId::new(id)).collect();
         let address = |relay: &antiphon_proto::v1::RelayAddress| {
             relay.address.parse().map_err(|_| TicketError::Malformed(format!("relay address {:?}", relay.address)))
         };

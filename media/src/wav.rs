@@ -25,6 +25,9 @@ pub enum WavError {
         /// `integer` or `float`.
         kind: &'static str,
     },
+    /// It says that no time passes between samples.
+    #[error("the WAV file says 0 samples per second")]
+    Rate,
     /// There is nothing in it.
     #[error("the WAV file holds no samples")]
     Empty,
@@ -47,6 +50,9 @@ pub fn read(bytes: &[u8]) -> Result<Wav, WavError> {
             return Err(WavError::Samples { bits, kind });
         }
     };
+    if spec.sample_rate == 0 {
+        return Err(WavError::Rate);
+    }
     let channels = usize::from(spec.channels.max(1));
     let pcm: Vec<i16> = samples
         .chunks_exact(channels)
@@ -80,6 +86,13 @@ mod tests {
     fn recordings_round_trip() {
         let wav = Wav { rate: 22_050, pcm: vec![0, 1, -1, i16::MAX, i16::MIN] };
         assert_eq!(read(&write(&wav.pcm, wav.rate)).unwrap(), wav);
+    }
+
+    #[test]
+    fn a_file_without_a_rate_is_refused() {
+        let mut bytes = write(&[1, 2], 16_000);
+        bytes[24..28].fill(0);
+        assert!(matches!(read(&bytes), Err(WavError::Rate)));
     }
 
     #[test]
