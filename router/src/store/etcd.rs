@@ -23,7 +23,7 @@ use antiphon_core::id::{Incarnation, WorkerNumber};
 use antiphon_proto::v1;
 use antiphon_runtime::Tasks;
 use bytes::Bytes;
-use etcd_client::KvClient;
+use etcd_client::{KvClient, ResponseHeader};
 use parking_lot::Mutex;
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::{
@@ -100,9 +100,10 @@ impl State {
         self.offline.get_or_insert_with(|| self.mirror.claims.clone())
     }
 
-    /// etcd has said something.
-    fn heard(&mut self) {
-        self.reached.revision = self.reached.revision.max(self.mirror.complete);
+    /// etcd has said something, and how far it has come. The watch may tell of that only later.
+    fn heard(&mut self, header: Option<&ResponseHeader>) {
+        let revision = header.map_or(0, ResponseHeader::revision);
+        self.reached.revision = self.reached.revision.max(revision);
         self.contact = Some(Instant::now());
         self.contacted = Some(SystemTime::now());
     }
@@ -224,7 +225,7 @@ impl Etcd {
                 }
                 continue;
             }
-            state.heard();
+            state.heard(answer.header());
             let done = state.mirror.transacted(&step, &answer, &self.config.prefix);
             self.publish(&state);
             match done {

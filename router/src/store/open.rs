@@ -29,4 +29,4 @@ pub(crate) async fn open(args: &StoreArgs, owner: Owner, tasks: &Tasks) -> anyho
     })
 }
 
-const FIRST_ANSWER: Duration = Duration::from_secs(3);
+const FIRST_ANSWER: Duration = Duration::from_secs(1);

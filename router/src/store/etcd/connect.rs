@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use tokio::time::timeout;
+use tonic::transport::Endpoint;
 
 use crate::args::StoreArgs;
 
@@ -74,6 +75,18 @@ impl EtcdConfig {
         Ok(Some(config))
     }
 
+    fn tls(&self) -> anyhow::Result<Option<TlsOptions>> {
+        let Some(ca) = &self.ca else {
+            return Ok(None);
+        };
+        let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read(ca, "--etcd-ca")?));
+        if let Some((cert, key)) = &self.pair {
+            let (cert, key) = (read(cert, "--etcd-cert")?, read(key, "--etcd-key")?);
+            tls = tls.identity(Identity::from_pem(cert, key));
+        }
+        Ok(Some(tls))
+    }
+
     fn options(&self) -> anyhow::Result<ConnectOptions> {
         // A connection that says nothing, not even to a ping, is given up; so is a member without a leader.
         let mut options = ConnectOptions::new()
@@ -81,12 +94,7 @@ impl EtcdConfig {
             .with_keep_alive(PING, PONG)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
-        if let Some(ca) = &self.ca {
-            let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read(ca, "--etcd-ca")?));
-            if let Some((cert, key)) = &self.pair {
-                let (cert, key) = (read(cert, "--etcd-cert")?, read(key, "--etcd-key")?);
-                tls = tls.identity(Identity::from_pem(cert, key));
-            }
+        if let Some(tls) = self.tls()? {
             options = options.with_tls(tls);
         }
         if let Some((user, file)) = &self.user {
@@ -95,9 +103,26 @@ impl EtcdConfig {
         Ok(options)
     }
 
+    /// Whether any member can be reached. The client tries again and again without saying what is wrong.
+    async fn knock(&self) -> anyhow::Result<()> {
+        let mut problem = None;
+        for url in &self.endpoints {
+            let mut endpoint = Endpoint::from_shared(url.clone())?.connect_timeout(CONNECT);
+            if let Some(tls) = self.tls()? {
+                endpoint = endpoint.tls_config(tls)?;
+            }
+            match endpoint.connect().await {
+                Ok(_) => return Ok(()),
+                Err(error) => problem = Some(anyhow::Error::new(error).context(url.clone())),
+            }
+        }
+        problem.map_or(Ok(()), Err)
+    }
+
     /// Connects and logs in.
     pub(super) async fn connect(&self) -> anyhow::Result<Client> {
         let options = self.options()?;
+        self.knock().await?;
         let client = timeout(LOGIN, Client::connect(&self.endpoints, Some(options))).await;
         client.with_context(|| format!("no answer within {} s", LOGIN.as_secs()))?.context("connecting")
     }

@@ -142,8 +142,8 @@ impl Etcd {
                     self.take(&message)?;
                 }
                 _ = tick.tick() => {
-                    self.read(&mut kv, Entry::Identity.path(), None).await?;
-                    self.state.lock().heard();
+                    let alive = self.read(&mut kv, Entry::Identity.path(), None).await?;
+                    self.state.lock().heard(alive.header());
                     if kept_at.elapsed() >= KEEP_CONTACT {
                         kept_at = Instant::now();
                         self.news.send_modify(|n| *n += 1);
@@ -185,7 +185,7 @@ impl Etcd {
                     if std::mem::replace(&mut state.live, true) {
                         self.reconnects.inc();
                     }
-                    state.heard();
+                    state.heard(None);
                     self.publish(&state);
                     self.connected.send_replace(true);
                     tracing::info!(
@@ -324,7 +324,7 @@ impl Etcd {
             return Err(Ended::WatchOver(response.cancel_reason().to_owned()));
         }
         let mut state = self.state.lock();
-        state.heard();
+        state.heard(response.header());
         if response.events().is_empty() {
             return Ok(());
         }
