@@ -17,7 +17,7 @@ use antiphon_core::{
 use crate::{
     neighbour::Neighbour,
     reset::ResetKey,
-    table::{Route, Table},
+    table::{Route, Source, Table},
 };
 
 mod frame;
@@ -149,10 +149,11 @@ pub fn classify_up<'t>(
     datagram: &[u8],
     from: SocketAddr,
     ecn: Ecn,
+    memo: &mut Memo<'t>,
 ) -> Result<FromClient<'t>, DropReason> {
     let packet = QuicPacket::parse(datagram)?;
-    let (server_id, nonce) = table.codec().decode_u64(packet.cid).ok_or(DropReason::CidConfig)?;
-    let Some(hop) = hop(table, now, server_id) else {
+    let Target { server_id, nonce, hop } = memo.target(table, now, packet.cid).ok_or(DropReason::CidConfig)?;
+    let Some(hop) = hop else {
         let reason = nobody(table, now, server_id);
         return match reset_key(table, &packet, server_id, nonce) {
             Some(key) if reason == DropReason::DeadServer && is_answerable(from) => {
@@ -178,6 +179,48 @@ pub fn classify_up<'t>(
     Ok(FromClient::Onward(Onward { address: hop.address, key: hop.key, header, through: hop.through, flow }))
 }
 
+/// What was found out last within one batch and one table: datagrams of one sender come one after the other, and their
+/// connection ID and source say the same again.
+#[derive(Debug, Default)]
+pub struct Memo<'t> {
+    target: Option<([u8; SessionCid::LEN], Target<'t>)>,
+    source: Option<(SocketAddr, &'t Source)>,
+}
+
+impl<'t> Memo<'t> {
+    fn target(&mut self, table: &'t Table, now: Now, cid: &[u8; SessionCid::LEN]) -> Option<Target<'t>> {
+        if let Some((of, target)) = &self.target
+            && of == cid
+        {
+            return Some(*target);
+        }
+        let (server_id, nonce) = table.codec().decode_u64(cid)?;
+        let target = Target { server_id, nonce, hop: hop(table, now, server_id) };
+        self.target = Some((*cid, target));
+        Some(target)
+    }
+
+    fn source(&mut self, table: &'t Table, from: SocketAddr) -> Option<&'t Source> {
+        if let Some((of, source)) = self.source
+            && of == from
+        {
+            return Some(source);
+        }
+        let source = table.source(from)?;
+        self.source = Some((from, source));
+        Some(source)
+    }
+}
+
+/// What a connection ID says, and where that leads.
+#[derive(Clone, Copy, Debug)]
+struct Target<'t> {
+    server_id: u64,
+    nonce: u64,
+    hop: Option<Hop<'t>>,
+}
+
+#[derive(Clone, Copy, Debug)]
 struct Hop<'t> {
     address: SocketAddr,
     slot: KeySlot,

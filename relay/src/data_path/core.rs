@@ -16,7 +16,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::{Shared, skew::SkewLog};
 use crate::{
-    forward::{DropReason, FromClient, FromTunnel, Now, Onward, Refusal, classify_frame, classify_up},
+    forward::{DropReason, FromClient, FromTunnel, Memo, Now, Onward, Refusal, classify_frame, classify_up},
     limits::{FlowLimiter, Limits},
     metrics::{Metrics, Tally, Way},
     neighbour::Neighbour,
@@ -37,6 +37,8 @@ pub(super) struct Core {
     /// Which thread this is.
     index: usize,
     metrics: Metrics,
+    /// By [`Way`]: whether the port of clients, or of the tunnel, may have something to receive.
+    ready: [bool; 2],
     inbox: Inbox,
     outbox: Outbox,
 }
@@ -91,6 +93,7 @@ impl Core {
             shared,
             index,
             metrics,
+            ready: [false; 2],
             inbox: Inbox {
                 memory: vec![0; BATCH_SIZE * MESSAGE_BYTES],
                 meta: [RecvMeta::default(); BATCH_SIZE],
@@ -116,8 +119,15 @@ impl Core {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 outcome => outcome?,
             }
-            if events.iter().any(|e| e.token() == BACK && e.is_error()) {
-                self.back.trouble();
+            for event in &events {
+                match event.token() {
+                    FRONT => self.ready[Way::Up as usize] = true,
+                    BACK => self.ready[Way::Down as usize] = true,
+                    _ => {}
+                }
+                if event.token() == BACK && event.is_error() {
+                    self.back.trouble();
+                }
             }
             // Readiness is told once: both sockets have to be emptied before the next wait.
             while self.turn()? && !stop.load(Ordering::Acquire) {}
@@ -125,34 +135,41 @@ impl Core {
         Ok(())
     }
 
-    /// One batch each way; false when nothing had come.
+    /// One batch of each port that is ready; false when both are empty.
+    ///
+    /// A batch that is not full has emptied its port: whatever comes later is told as a new event (epoll(7), edge
+    /// triggered), so asking once more would be a system call for nothing.
     pub(super) fn turn(&mut self) -> io::Result<bool> {
-        let up = self.batch(Way::Up)?;
-        let down = self.batch(Way::Down)?;
-        if !(up || down) {
+        if self.ready == [false; 2] {
+            // Woken for a new table.
             self.shared.in_force(self.index);
+        }
+        for side in [Way::Up, Way::Down] {
+            if self.ready[side as usize] {
+                self.ready[side as usize] = self.batch(side)? == BATCH_SIZE;
+            }
         }
         self.back.closed(|address| {
             if let Some(neighbour) = self.shared.table().neighbour_at(address) {
                 neighbour.contact.lost(self.shared.clock.now().ms);
             }
         });
-        Ok(up || down)
+        Ok(self.ready != [false; 2])
     }
 
-    /// Datagrams of one port: of clients, which go up, or of the tunnel, where most go down.
-    fn batch(&mut self, side: Way) -> io::Result<bool> {
+    /// Messages of one port, and how many they were: of clients, which go up, or of the tunnel, where most go down.
+    fn batch(&mut self, side: Way) -> io::Result<usize> {
         let ports = Ports { front: &self.front, back: &self.back };
         let port = match side {
             Way::Up => ports.front,
             Way::Down => ports.back,
         };
         let Some(messages) = self.inbox.fill(port, &self.metrics)? else {
-            return Ok(false);
+            return Ok(0);
         };
         let (table, now) = (self.shared.in_force(self.index), self.shared.clock.now());
         let outbox = &mut self.outbox;
-        let mut of_clients = false;
+        let (mut of_clients, mut memo) = (false, Memo::default());
         for (buffer, meta) in self.inbox.messages(messages) {
             outbox.to_clients.message();
             outbox.to_tunnel.message();
@@ -163,8 +180,8 @@ impl Core {
             for datagram in datagrams.chain(empty) {
                 let arrival = Arrival { datagram, from, ecn };
                 let judged = match side {
-                    Way::Up => outbox.of_client(&table.table, now, &arrival, &ports),
-                    Way::Down => outbox.of_tunnel(&table.table, now, &arrival, &ports),
+                    Way::Up => outbox.of_client(&table.table, now, &arrival, &ports, &mut memo),
+                    Way::Down => outbox.of_tunnel(&table.table, now, &arrival, &ports, &mut memo),
                 };
                 let (way, outcome) = judged;
                 outbox.tally.received(way, datagram.len());
@@ -179,7 +196,7 @@ impl Core {
         if of_clients {
             self.shared.clock.record(now);
         }
-        Ok(true)
+        Ok(messages)
     }
 }
 
@@ -210,15 +227,16 @@ impl Inbox {
 }
 
 impl Outbox {
-    fn of_client(
+    fn of_client<'t>(
         &mut self,
-        table: &Table,
+        table: &'t Table,
         now: Now,
         arrival: &Arrival<'_>,
         ports: &Ports<'_>,
+        memo: &mut Memo<'t>,
     ) -> (Way, Result<(), DropReason>) {
         let Arrival { datagram, from, ecn } = *arrival;
-        let outcome = match classify_up(table, now, datagram, from, ecn) {
+        let outcome = match classify_up(table, now, datagram, from, ecn, memo) {
             Err(reason) => Err(reason),
             Ok(FromClient::Onward(onward)) => self.onward(now, &onward, datagram, ports),
             Ok(FromClient::Reset { key, cid }) => {
@@ -234,15 +252,16 @@ impl Outbox {
         (Way::Up, outcome)
     }
 
-    fn of_tunnel(
+    fn of_tunnel<'t>(
         &mut self,
-        table: &Table,
+        table: &'t Table,
         now: Now,
         arrival: &Arrival<'_>,
         ports: &Ports<'_>,
+        memo: &mut Memo<'t>,
     ) -> (Way, Result<(), DropReason>) {
         let Arrival { datagram: frame, from, ecn } = *arrival;
-        match classify_frame(table, now, frame, from, ecn) {
+        match classify_frame(table, now, frame, from, ecn, memo) {
             Err(Refusal { reason, skew }) => {
                 if let Some(skew) = skew {
                     self.skews.note(now.ms, skew);

@@ -9,8 +9,8 @@ use antiphon_core::{
 };
 
 use super::{
-    DropReason, FromTunnel, Now, Onward, QuicPacket, Refusal, Sender, Skew, ToClient, check_nonce, decapsulated, flow,
-    is_answerable, nobody,
+    DropReason, FromTunnel, Memo, Now, Onward, QuicPacket, Refusal, Sender, Skew, ToClient, check_nonce, decapsulated,
+    flow, is_answerable, nobody,
 };
 use crate::{
     neighbour::Neighbour,
@@ -29,8 +29,9 @@ pub fn classify_frame<'t, 'f>(
     frame: &'f [u8],
     from: SocketAddr,
     outer: Ecn,
+    memo: &mut Memo<'t>,
 ) -> Result<FromTunnel<'t, 'f>, Refusal> {
-    match table.source(from).ok_or(DropReason::ForeignSource)? {
+    match memo.source(table, from).ok_or(DropReason::ForeignSource)? {
         Source::Shards(keys) => of_worker(table, now, frame, keys, outer),
         Source::Neighbour(at) => of_relay(table, now, frame, &table.neighbours()[*at], outer),
     }

@@ -96,7 +96,7 @@ fn judged(datagram: &[u8]) -> Result<(SocketAddr, Header), DropReason> {
 }
 
 fn judged_from(datagram: &[u8], from: SocketAddr) -> Result<(SocketAddr, Header), DropReason> {
-    match classify_up(&table(), now(), datagram, from, Ecn::Ect0)? {
+    match classify_up(&table(), now(), datagram, from, Ecn::Ect0, &mut Memo::default())? {
         FromClient::Onward(to) => Ok((to.address, to.header)),
         FromClient::Reset { .. } => panic!("nobody is dead"),
     }
@@ -163,7 +163,7 @@ fn what_is_no_packet_of_ours_is_dropped_with_its_reason() {
 #[test]
 fn a_table_without_keys_forwards_nothing() {
     let (table, packet) = (Table::empty(), short(&live_cid()));
-    let verdict = classify_up(&table, now(), &packet, address(CLIENT), Ecn::NotEct);
+    let verdict = classify_up(&table, now(), &packet, address(CLIENT), Ecn::NotEct, &mut Memo::default());
     assert!(matches!(verdict, Err(DropReason::CidConfig)));
 }
 
@@ -187,7 +187,7 @@ fn sealed(header: &Header) -> Vec<u8> {
 }
 
 fn judged_down(frame: &[u8], from: &str) -> Result<(SocketAddr, Ecn, Vec<u8>), DropReason> {
-    match classify_frame(&table(), now(), frame, address(from), Ecn::Ce).map_err(|r| r.reason)? {
+    match classify_frame(&table(), now(), frame, address(from), Ecn::Ce, &mut Memo::default()).map_err(|r| r.reason)? {
         FromTunnel::ToClient(to) => Ok((to.client, to.ecn, to.datagram.to_vec())),
         other => panic!("not for a client: {other:?}"),
     }
@@ -240,6 +240,21 @@ fn a_client_cannot_send_the_workers_frames_back() {
 fn labels_are_distinct() {
     let labels: std::collections::BTreeSet<_> = DropReason::ALL.iter().map(|r| r.label()).collect();
     assert_eq!(labels.len(), DropReason::ALL.len());
+}
+
+/// A memo changes nothing but the time that it takes, whatever came before.
+#[test]
+fn a_memo_never_answers_for_another_connection_id() {
+    let table = table();
+    let mut memo = Memo::default();
+    let stranger = minter(ServerId::from_u64(0x1234_0000_0000_0000)).mint_connection();
+    let packets =
+        [short(&live_cid()), short(&stranger), short(&live_cid()), short(&live_cid()), initial(&first_cid(NOW))];
+    for packet in &packets {
+        let again = classify_up(&table, now(), packet, address(CLIENT), Ecn::Ect0, &mut memo);
+        let alone = classify_up(&table, now(), packet, address(CLIENT), Ecn::Ect0, &mut Memo::default());
+        assert_eq!(format!("{again:?}"), format!("{alone:?}"));
+    }
 }
 
 proptest! {

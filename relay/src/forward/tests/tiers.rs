@@ -63,7 +63,7 @@ fn frame_of(onward: &Onward<'_>, datagram: &[u8]) -> Vec<u8> {
 /// What A makes of a client's packet: the frame for B.
 fn up_frame(packet: &[u8]) -> Vec<u8> {
     let table = table_of_a();
-    match classify_up(&table, now(), packet, address(CLIENT), Ecn::Ect0).unwrap() {
+    match classify_up(&table, now(), packet, address(CLIENT), Ecn::Ect0, &mut Memo::default()).unwrap() {
         FromClient::Onward(to) => {
             assert_eq!((to.address, to.through.unwrap().number), (address(B), b()));
             frame_of(&to, packet)
@@ -73,7 +73,7 @@ fn up_frame(packet: &[u8]) -> Vec<u8> {
 }
 
 fn refused_by(table: &Table, frame: &[u8], from: &str) -> DropReason {
-    classify_frame(table, now(), frame, address(from), Ecn::NotEct).unwrap_err().reason
+    classify_frame(table, now(), frame, address(from), Ecn::NotEct, &mut Memo::default()).unwrap_err().reason
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_packet_passes_both_relays_and_its_answer_comes_back() {
     let packet = short(&minter(far()).mint_connection());
     let frame = up_frame(&packet);
     let table_of_b = table_of_b();
-    let judged = classify_frame(&table_of_b, now(), &frame, address(A), Ecn::Ce).unwrap();
+    let judged = classify_frame(&table_of_b, now(), &frame, address(A), Ecn::Ce, &mut Memo::default()).unwrap();
     let FromTunnel::Onward(onward, datagram) = judged else { panic!("{judged:?}") };
     assert_eq!((onward.address, datagram), (address(WORKER), &packet[..]));
     let header = onward.header;
@@ -95,13 +95,14 @@ fn a_packet_passes_both_relays_and_its_answer_comes_back() {
     let answer = Header { direction: Direction::Down, ..header };
     let mut from_worker = [&[0; HEADER_LEN][..], b"answer"].concat();
     answer.seal_frame(&secret_of_b().tunnel_keys(far()).down, &mut from_worker).unwrap();
-    let judged = classify_frame(&table_of_b, now(), &from_worker, address(WORKER), Ecn::NotEct).unwrap();
+    let judged =
+        classify_frame(&table_of_b, now(), &from_worker, address(WORKER), Ecn::NotEct, &mut Memo::default()).unwrap();
     let FromTunnel::Onward(onward, datagram) = judged else { panic!("{judged:?}") };
     assert_eq!((onward.address, onward.header.hop_limit), (address(A), INITIAL_HOP_LIMIT - 2));
     let to_a = frame_of(&onward, datagram);
     let table_of_a = table_of_a();
     table_of_a.neighbour(b()).unwrap().contact.sent(Millis(0));
-    let judged = classify_frame(&table_of_a, now(), &to_a, address(B), Ecn::NotEct).unwrap();
+    let judged = classify_frame(&table_of_a, now(), &to_a, address(B), Ecn::NotEct, &mut Memo::default()).unwrap();
     let FromTunnel::ToClient(to) = judged else { panic!("{judged:?}") };
     assert_eq!((to.client, to.datagram, to.ecn), (address(CLIENT), &b"answer"[..], Ecn::Ce));
     assert!(!table_of_a.neighbour(b()).unwrap().contact.is_silent(Millis(10_000)), "B was heard");
@@ -132,7 +133,8 @@ fn forged_frames_with_a_neighbours_number_go_nowhere() {
     assert_eq!(refused_by(&table, &with(down, &hop.down), A), DropReason::FrameTag);
     assert_eq!(refused_by(&table_of_a(), &with(header, &hop.up), B), DropReason::FrameKey, "A is nobody's way in");
     let stale = Header { time: coarse_time(NOW - 121), ..header };
-    let refusal = classify_frame(&table, now(), &with(stale, &hop.up), address(A), Ecn::NotEct).unwrap_err();
+    let refusal = classify_frame(&table, now(), &with(stale, &hop.up), address(A), Ecn::NotEct, &mut Memo::default())
+        .unwrap_err();
     let skew = Skew { sender: Sender::Relay(a()), ahead_s: -121 };
     assert_eq!(refusal, Refusal { reason: DropReason::FrameStale, skew: Some(skew) });
 }
@@ -180,7 +182,8 @@ fn expired_and_misused_first_ids_die_at_either_relay() {
     for (expires, reason) in [(NOW - 5, DropReason::InitialExpired), (NOW + 60, DropReason::InitialMisused)] {
         let cid = minter(far()).mint_initial(expires).0;
         let packet = if reason == DropReason::InitialMisused { short(&cid) } else { initial(&cid) };
-        let at_a = classify_up(&table_of_a(), now(), &packet, address(CLIENT), Ecn::NotEct).map(|_| ());
+        let at_a =
+            classify_up(&table_of_a(), now(), &packet, address(CLIENT), Ecn::NotEct, &mut Memo::default()).map(|_| ());
         assert_eq!((at_a, refused_by(&table, &seal(&packet), A)), (Err(reason), reason));
     }
 }
@@ -197,11 +200,11 @@ fn a_draining_neighbour_is_heard_and_an_unknown_notice_is_not() {
     let hop = secret().hop_keys(b());
     let table = table_of_b();
     let of_a = notice(Direction::Up, a(), &hop.up, &draining.to_bytes());
-    let judged = classify_frame(&table, now(), &of_a, address(A), Ecn::NotEct).unwrap();
+    let judged = classify_frame(&table, now(), &of_a, address(A), Ecn::NotEct, &mut Memo::default()).unwrap();
     assert!(matches!(judged, FromTunnel::Notice { from, notice, .. } if from.number == a() && notice == draining));
     let of_b = notice(Direction::Down, b(), &hop.down, &draining.to_bytes());
     let table_of_a = table_of_a();
-    let judged = classify_frame(&table_of_a, now(), &of_b, address(B), Ecn::NotEct).unwrap();
+    let judged = classify_frame(&table_of_a, now(), &of_b, address(B), Ecn::NotEct, &mut Memo::default()).unwrap();
     assert!(matches!(judged, FromTunnel::Notice { from, .. } if from.number == b()));
     assert_eq!(refused_by(&table, &notice(Direction::Up, a(), &hop.up, &[9]), A), DropReason::FrameNotice);
     // A worker's or another relay's client at no address is no notice.
@@ -226,7 +229,9 @@ fn the_dead_are_answered_for_unless_they_live() {
     let change = RouteChange { version: 2, dead: vec![dead, living], ..RouteChange::default() };
     routing.apply(0, NOW, change).unwrap();
     let table = routing.table();
-    let judge = |packet: &[u8], from: &str| classify_up(&table, now(), packet, address(from), Ecn::NotEct);
+    let judge = |packet: &[u8], from: &str| {
+        classify_up(&table, now(), packet, address(from), Ecn::NotEct, &mut Memo::default())
+    };
     let cid = minter(far()).mint_connection();
     let packet = short(&cid);
     let answered = judge(&packet, CLIENT).unwrap();
@@ -237,6 +242,7 @@ fn the_dead_are_answered_for_unless_they_live() {
     }
     assert_eq!(judge(&packet, "192.0.2.7:0").unwrap_err(), DropReason::DeadServer);
     let later = Now { unix_s: NOW + 600, ..now() };
-    let forgotten = classify_up(&table, later, &packet, address(CLIENT), Ecn::NotEct).unwrap_err();
+    let forgotten =
+        classify_up(&table, later, &packet, address(CLIENT), Ecn::NotEct, &mut Memo::default()).unwrap_err();
     assert_eq!(forgotten, DropReason::UnknownServer);
 }
