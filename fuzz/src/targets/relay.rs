@@ -9,7 +9,7 @@ use antiphon_core::{
     tunnel::{ClientAddr, Direction, Ecn, HEADER_LEN, Header, INITIAL_HOP_LIMIT, KeySlot, Notice, coarse_time},
 };
 use antiphon_relay::{
-    forward::{FromClient, FromTunnel, Now, Onward, classify_frame, classify_up},
+    forward::{FromClient, FromTunnel, Memo, Now, Onward, classify_frame, classify_up},
     keyring::{CidKey, Keyring},
     routing::{DeadServer, NeighbourRecord, RouteChange, Routing, Welcome},
     state::{self, Owner, State},
@@ -94,7 +94,11 @@ pub(super) fn up(data: &[u8]) -> bool {
         }
         _ => {}
     }
-    match classify_up(&table, now(), &datagram, from, Ecn::from_bits(choices >> 4)) {
+    let (ecn, mut memo) = (Ecn::from_bits(choices >> 4), Memo::default());
+    let first = classify_up(&table, now(), &datagram, from, ecn, &mut memo).is_ok();
+    let judged = classify_up(&table, now(), &datagram, from, ecn, &mut memo);
+    assert_eq!(judged.is_ok(), first, "what was found out before says the same");
+    match judged {
         Ok(FromClient::Onward(onward)) => {
             let frame = sealed(&onward, &datagram);
             assert_eq!(frame.len(), HEADER_LEN + datagram.len());
@@ -134,7 +138,11 @@ pub(super) fn frame(data: &[u8]) -> bool {
         1 => address(OTHER_RELAY),
         _ => address(CLIENT),
     };
-    match classify_frame(&table, now(), &frame, from, Ecn::from_bits(choices >> 4)) {
+    let (outer, mut memo) = (Ecn::from_bits(choices >> 4), Memo::default());
+    let first = classify_frame(&table, now(), &frame, from, outer, &mut memo).is_ok();
+    let judged = classify_frame(&table, now(), &frame, from, outer, &mut memo);
+    assert_eq!(judged.is_ok(), first, "what was found out before says the same");
+    match judged {
         Ok(FromTunnel::ToClient(to)) => {
             assert_eq!(to.datagram, &frame[HEADER_LEN..]);
             assert!(to.client.port() != 0, "nobody has port 0");
