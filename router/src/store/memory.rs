@@ -190,6 +190,12 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn after_a_restart_a_number_that_is_held_is_kept() {
+        let number = Memory::default().claim_worker(&worker("w-9", Some(4711))).await.unwrap();
+        assert_eq!(number.value(), 4711);
+    }
+
+    #[tokio::test]
     async fn a_refused_change_leaves_the_records_alone() {
         let store = Memory::default();
         let watch = store.watch();
