@@ -50,6 +50,9 @@ pub struct Args {
     /// Directory where it keeps its number and its agent's behaviour over restarts; made if absent, mode 700.
     #[arg(long, env = "ANTIPHON_WORKER_STATE")]
     pub state: Option<PathBuf>,
+    /// Directory for a qlog file of each connection; off unless given.
+    #[arg(long, env = "ANTIPHON_WORKER_QLOG")]
+    pub qlog: Option<PathBuf>,
     /// Address of /livez, /readyz and /metrics.
     #[arg(long, env = "ANTIPHON_WORKER_ADMIN", default_value = "0.0.0.0:4502")]
     pub admin: SocketAddr,

@@ -12,6 +12,7 @@ mod gate;
 mod keys;
 mod metrics;
 mod paths;
+mod qlog;
 mod quota;
 mod registration;
 mod relays;
@@ -48,6 +49,7 @@ pub use args::Args;
 use crate::{
     capacity::Capacity,
     metrics::Metrics,
+    qlog::QlogDir,
     service::WorkerService,
     standing::{READY, Settings, Standing},
     state::{Owner, StateDir},
@@ -90,6 +92,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         identity: identity.clone(),
         pin: args.pin,
         cid_lifetime: args.cid_lifetime,
+        qlog: args.qlog.as_deref().map(QlogDir::open).transpose().context("--qlog")?.map(Arc::new),
         capacity: capacity.clone(),
         metrics: metrics.clone(),
         readiness,

@@ -80,7 +80,12 @@ async fn attend(
 ) -> Result<(), AttendError> {
     let format = audio_format(terms.codec).ok_or_else(|| AttendError::Setup("codec".into()))?;
     let generation = context.rotation.minting();
-    let connecting = incoming.accept_with(context.server_configs.of(format))?;
+    let qlog = context.qlog.as_ref().and_then(|dir| dir.stream(terms.session, terms.epoch));
+    let config = match qlog {
+        None => context.server_configs.of(format),
+        Some(qlog) => context.server_configs.with_qlog(format, qlog),
+    };
+    let connecting = incoming.accept_with(config)?;
     let too_slow = |_| AttendError::TooSlow(SET_UP);
     let connection = timeout(SET_UP, connecting).await.map_err(too_slow)??;
     let (writer, reader) = timeout(SET_UP, connection.accept_bi()).await.map_err(too_slow)??;
@@ -126,7 +131,9 @@ enum Refusal {
     #[error("{0}")]
     Malformed(&'static str),
     #[error(transparent)]
-    Ticket(#[from] TicketError),
+    Ticket(TicketError),
+    #[error("{error} ({ticket_says}; this worker's clock says {clock_says})")]
+    Untimely { error: TicketError, ticket_says: String, clock_says: String },
     #[error("the ticket belongs to another client key than the one that signed")]
     WrongClient,
     #[error("the ticket is for another worker")]
@@ -136,11 +143,22 @@ enum Refusal {
 }
 
 impl Refusal {
+    /// A ticket that is out of its time may be so because a clock is wrong, so both times are said.
+    fn ticket(error: TicketError, now_s: u64) -> Self {
+        let at = |unix_s: u64| humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(unix_s)).to_string();
+        let ticket_says = match error {
+            TicketError::Expired { by } => format!("it was good until {}", at(now_s.saturating_sub(by))),
+            TicketError::NotYet { by } => format!("it says it was issued at {}", at(now_s.saturating_add(by))),
+            _ => return Self::Ticket(error),
+        };
+        Self::Untimely { error, ticket_says, clock_says: at(now_s) }
+    }
+
     const fn code(&self) -> RefusedCode {
         match self {
             Self::Malformed(_) => RefusedCode::Malformed,
-            Self::Ticket(TicketError::Expired { .. }) => RefusedCode::TicketExpired,
-            Self::Ticket(_) => RefusedCode::TicketInvalid,
+            Self::Untimely { error: TicketError::Expired { .. }, .. } => RefusedCode::TicketExpired,
+            Self::Ticket(_) | Self::Untimely { .. } => RefusedCode::TicketInvalid,
             Self::WrongClient => RefusedCode::WrongClient,
             Self::WrongWorker => RefusedCode::WrongWorker,
             Self::Lease(ActivateError::Gone) => RefusedCode::LeaseGone,
@@ -160,7 +178,8 @@ fn admit(
     let session = session.map_err(|_| Refusal::Malformed("session: 16 bytes expected"))?;
     let epoch = Epoch::new(activate.epoch).map_err(|_| Refusal::Malformed("epoch"))?;
     let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let claims = ticket::verify(&activate.ticket, &context.ticket_keys.load(), now_s)?;
+    let claims = ticket::verify(&activate.ticket, &context.ticket_keys.load(), now_s);
+    let claims = claims.map_err(|error| Refusal::ticket(error, now_s))?;
     if (claims.session, claims.epoch) != (session, epoch) {
         return Err(Refusal::Malformed("session or epoch differs from the ticket's"));
     }
@@ -195,3 +214,20 @@ async fn farewell(connection: &Connection, writer: &mut ControlWriter<ServerMess
 const SET_UP: Duration = Duration::from_secs(10);
 /// Longest wait for a last message to arrive.
 const FAREWELL: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_out_of_its_time_is_refused_with_both_times() {
+        let refused = |error| Refusal::ticket(error, 1_800_000_000);
+        let expired = refused(TicketError::Expired { by: 150 });
+        let times = "(it was good until 2027-01-15T07:57:30Z; this worker's clock says 2027-01-15T08:00:00Z)";
+        assert!(expired.to_string().ends_with(times), "{expired}");
+        assert_eq!(expired.code(), RefusedCode::TicketExpired);
+        let early = refused(TicketError::NotYet { by: 90 }).to_string();
+        assert!(early.contains("issued at 2027-01-15T08:01:30Z"), "{early}");
+        assert_eq!(refused(TicketError::Signature).to_string(), TicketError::Signature.to_string());
+    }
+}

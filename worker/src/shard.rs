@@ -19,7 +19,7 @@ use antiphon_runtime::{Tasks, pki::Identity, tls};
 use anyhow::{Context as _, anyhow};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
+use quinn::{Endpoint, EndpointConfig, QlogStream, ServerConfig, TokioRuntime};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -33,6 +33,7 @@ use crate::{
     keys::{KeySet, ResetKeys, ResetTable},
     metrics::Metrics,
     paths::Paths,
+    qlog::QlogDir,
     relays::RelayTable,
     rotation::Rotation,
     session,
@@ -52,6 +53,7 @@ pub(crate) struct ShardContext {
     pub(crate) ticket_keys: Arc<ArcSwap<Vec<[u8; 32]>>>,
     pub(crate) draining_relays: watch::Receiver<DrainingRelays>,
     pub(crate) server_configs: ServerConfigs,
+    pub(crate) qlog: Option<Arc<QlogDir>>,
     /// Random per process: part of the echo engine's receipts.
     pub(crate) process_nonce: u16,
 }
@@ -67,10 +69,9 @@ impl ServerConfigs {
     fn new(identity: &Identity, slots: u32) -> anyhow::Result<Self> {
         let crypto = Arc::new(server_crypto(tls::provider(), identity.presenter())?);
         let configs = AudioFormat::ALL.map(|format| {
-            let budget = AudioBudget { frame_bytes: format.max_packet_bytes() + 1 };
             let mut config = ServerConfig::with_crypto(crypto.clone());
             config
-                .transport_config(Arc::new(transport(Side::Worker, budget)))
+                .transport_config(Arc::new(transport(Side::Worker, budget(format))))
                 .max_incoming(usize::try_from(slots).unwrap_or(usize::MAX))
                 .incoming_buffer_size(16 << 10)
                 .incoming_buffer_size_total(u64::from(slots) * (16 << 10));
@@ -83,6 +84,19 @@ impl ServerConfigs {
         let found = self.0.iter().find(|(of, _)| *of == format);
         found.expect("there is one for every format").1.clone()
     }
+
+    /// The same for one connection whose doings are written down.
+    pub(crate) fn with_qlog(&self, format: AudioFormat, qlog: QlogStream) -> Arc<ServerConfig> {
+        let (mut config, mut transport) =
+            (ServerConfig::clone(&self.of(format)), transport(Side::Worker, budget(format)));
+        transport.qlog_stream(Some(qlog));
+        config.transport_config(Arc::new(transport));
+        Arc::new(config)
+    }
+}
+
+fn budget(format: AudioFormat) -> AudioBudget {
+    AudioBudget { frame_bytes: format.max_packet_bytes() + 1 }
 }
 
 /// The audio format of a codec on the wire.
@@ -104,6 +118,7 @@ pub(crate) struct ShardsConfig<'a> {
     pub(crate) slots: u32,
     pub(crate) pin: bool,
     pub(crate) cid_lifetime: Duration,
+    pub(crate) qlog: Option<Arc<QlogDir>>,
     pub(crate) capacity: Arc<Capacity>,
     pub(crate) metrics: Metrics,
 }
@@ -155,6 +170,7 @@ impl Shards {
                 ticket_keys: ticket_keys.clone(),
                 draining_relays,
                 server_configs: server_configs.clone(),
+                qlog: config.qlog.clone(),
                 process_nonce: rand::random(),
             };
             let shard = Shard {

@@ -23,6 +23,7 @@ use crate::{
     capacity::Capacity,
     keys::{KeySet, KeysError},
     metrics::Metrics,
+    qlog::QlogDir,
     shard::{Shards, ShardsConfig},
     state::{self, State, StateDir},
 };
@@ -61,6 +62,7 @@ pub(crate) struct Settings {
     pub(crate) identity: Identity,
     pub(crate) pin: bool,
     pub(crate) cid_lifetime: Duration,
+    pub(crate) qlog: Option<Arc<QlogDir>>,
     pub(crate) capacity: Arc<Capacity>,
     pub(crate) metrics: Metrics,
     pub(crate) readiness: Readiness,
@@ -168,6 +170,7 @@ impl Standing {
             slots: inner.hello.slots,
             pin: self.settings.pin,
             cid_lifetime: self.settings.cid_lifetime,
+            qlog: self.settings.qlog.clone(),
             capacity: self.settings.capacity.clone(),
             metrics: self.settings.metrics.clone(),
         };

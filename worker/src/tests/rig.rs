@@ -31,6 +31,7 @@ use crate::{
     capacity::{Capacity, Request, Terms},
     keys::KeySet,
     metrics::Metrics,
+    qlog::QlogDir,
     shard::{Shards, ShardsConfig},
 };
 
@@ -47,6 +48,7 @@ pub(super) struct Rig {
     skew: Gauge,
     anchor: Vec<u8>,
     server_name: String,
+    pub(super) qlog: tempfile::TempDir,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -106,6 +108,7 @@ impl Rig {
             engine: "echo".into(),
             ..AgentBehaviour::default()
         });
+        let qlog = tempfile::tempdir().unwrap();
         let localhost = std::net::Ipv4Addr::LOCALHOST.into();
         let (socket, worker) = crate::bind_shard(SocketAddr::new(localhost, 0), 0, localhost).unwrap();
         let config = ShardsConfig {
@@ -116,6 +119,7 @@ impl Rig {
             slots,
             pin: false,
             cid_lifetime: CID_LIFETIME,
+            qlog: Some(Arc::new(QlogDir::open(&qlog.path().join("qlog")).unwrap())),
             capacity: capacity.clone(),
             metrics,
         };
@@ -132,6 +136,7 @@ impl Rig {
             skew,
             anchor,
             server_name,
+            qlog,
             _turn: turn,
         }
     }

@@ -48,6 +48,8 @@ async fn a_rotation_during_a_call_costs_no_frame() {
     let told = terms.path.lock().describe();
     assert!(told.audio_received > 150, "{}", told.audio_received);
     assert_eq!(relay.seen(), HashSet::from([1, 2]));
+    let qlog = std::fs::read_to_string(rig.qlog.path().join("qlog").join(format!("{}.sqlog", terms.session))).unwrap();
+    assert!(qlog.starts_with('\u{1e}') && qlog.lines().count() > 10, "its qlog is there: {:.200}", qlog);
     for reason in ["tag", "unknown_relay", "foreign_server", "unproven"] {
         assert_eq!(rig.dropped(reason), 0, "{reason}");
     }

@@ -182,6 +182,7 @@ impl Side {
             identity: identity.clone(),
             pin: false,
             cid_lifetime: super::rig::CID_LIFETIME,
+            qlog: None,
             capacity: capacity.clone(),
             metrics: metrics.clone(),
             readiness: readiness.clone(),
