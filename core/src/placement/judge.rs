@@ -87,17 +87,14 @@ impl<'a> Judge<'a> {
         free: &mut u32,
         workers: &mut Shortlist,
     ) -> Option<Verdict> {
-        let view = &self.snapshot.regions()[region].view;
-        if let Some(verdict) = view.phase.objection() {
-            return Some(verdict);
-        }
-        if let Some(verdict) = view.freshness.objection(self.now) {
+        let region = &self.snapshot.regions()[region];
+        if let Some(verdict) = region.objection(self.now) {
             return Some(verdict);
         }
         if served.count == 0 {
             return Some(Verdict::NoWorkers);
         }
-        if view.lists_workers() {
+        if region.view.lists_workers() {
             return self.shortlist(served, free, workers);
         }
         (served.free == 0).then_some(Verdict::Full)
@@ -144,7 +141,9 @@ impl<'a> Judge<'a> {
     }
 
     fn cost(&self, region: usize, served: &Served, assessed: &Assessed) -> f64 {
-        let rtt_ms = assessed.rtt.map_or(0.0, |rtt| rtt.as_secs_f64() * 1000.0);
+        // Products, as a quotient costs as much as all the rest.
+        let seconds = |rtt: Duration| f64::from(u32::try_from(rtt.as_secs()).unwrap_or(u32::MAX));
+        let rtt_ms = assessed.rtt.map_or(0.0, |rtt| seconds(rtt) * 1e3 + f64::from(rtt.subsec_nanos()) * 1e-6);
         let slots = f64::from(served.slots.max(assessed.free).max(1));
         let used = 1.0 - f64::from(assessed.free) / slots;
         let incumbent = self.request.incumbent == Some(self.snapshot.regions()[region].view.number);

@@ -55,6 +55,15 @@ pub enum Freshness {
 }
 
 impl Freshness {
+    /// Until when [`Self::objection`] has nothing to say, as a number that is cheap to compare; `None`: it has now.
+    fn current_until(self) -> Option<Millis> {
+        match self {
+            Self::Own => Some(Millis(u64::MAX)),
+            Self::Reported { at, lease } => Some(at.after(lease)),
+            Self::Never | Self::Disconnected | Self::ClockBehind { .. } => None,
+        }
+    }
+
     pub(super) fn objection(self, now: Millis) -> Option<Verdict> {
         match self {
             Self::Own => None,
@@ -185,6 +194,22 @@ pub struct FleetSnapshot {
 pub(super) struct Region {
     pub(super) view: RegionView,
     pub(super) place: Option<UnitVector>,
+    open_until: Option<Millis>,
+}
+
+impl Region {
+    /// Why nothing is placed there, whatever its room is.
+    pub(super) fn objection(&self, now: Millis) -> Option<Verdict> {
+        if self.open_until.is_some_and(|until| now <= until) {
+            return None;
+        }
+        self.view.phase.objection().or_else(|| self.view.freshness.objection(now))
+    }
+}
+
+/// Until when something takes new sessions if it has room; `None`: it does not.
+fn open_until(phase: Phase, freshness: Freshness) -> Option<Millis> {
+    freshness.current_until().filter(|_| phase == Phase::Active)
 }
 
 #[derive(Clone, Debug)]
@@ -217,6 +242,8 @@ pub(super) struct Worker {
     right_gpu_class: bool,
     phase: Phase,
     freshness: Freshness,
+    /// From the three above, once per report.
+    open_until: Option<Millis>,
     slots: u32,
     pub(super) free: u32,
     /// Free leases per slot, in 1/65,536; divided once per report, not per decision.
@@ -230,7 +257,16 @@ impl Worker {
         self.free_share = u32::try_from(share).unwrap_or(u32::MAX);
     }
 
+    fn set_state(&mut self, phase: Phase, freshness: Freshness) {
+        (self.phase, self.freshness) = (phase, freshness);
+        self.open_until = open_until(phase, freshness).filter(|_| self.right_gpu_class);
+    }
+
+    #[inline]
     pub(super) fn objection(&self, now: Millis) -> Option<Verdict> {
+        if self.open_until.is_some_and(|until| now <= until) {
+            return (self.free == 0).then_some(Verdict::Full);
+        }
         if !self.right_gpu_class {
             return Some(Verdict::WrongGpuClass);
         }
@@ -263,7 +299,8 @@ impl FleetSnapshot {
             }
             by_region.insert(view.name.clone(), index);
             let place = view.location.map(Location::unit_vector);
-            snapshot.regions.push(Region { view, place });
+            let open_until = open_until(view.phase, view.freshness);
+            snapshot.regions.push(Region { view, place, open_until });
         }
         for (name, policy) in agents {
             let index = snapshot.agents.len();
@@ -324,10 +361,12 @@ impl FleetSnapshot {
             right_gpu_class: needed.is_empty() || needed == view.gpu_class,
             phase: view.phase,
             freshness: view.freshness,
+            open_until: None,
             slots: view.slots,
             free: 0,
             free_share: 0,
         };
+        worker.set_state(view.phase, view.freshness);
         worker.set_free(view.free);
         self.workers.push(worker);
         if let Some(agent) = agent {
@@ -356,7 +395,7 @@ impl FleetSnapshot {
     pub fn update_worker(&mut self, worker: usize, phase: Phase, freshness: Freshness, free: u32) {
         let entry = &mut self.workers[worker];
         let before = entry.free;
-        (entry.phase, entry.freshness) = (phase, freshness);
+        entry.set_state(phase, freshness);
         entry.set_free(free);
         let free = entry.free;
         if let Some(agent) = entry.agent.filter(|_| entry.right_gpu_class) {
