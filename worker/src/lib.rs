@@ -73,7 +73,6 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     identity.follow(&tasks, &mut registry);
-    identity.follow(&tasks, &mut registry);
     let readiness = Readiness::new(&[READY]);
     let capacity = Arc::new(Capacity::new(args.agent.clone(), args.slots, metrics.clone()));
 
