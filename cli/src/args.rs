@@ -23,18 +23,28 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a whole fleet on this machine from manifests, without Kubernetes.
+    #[command(after_help = UP_EXAMPLES)]
     Up(UpArgs),
     /// Call an agent: speak recordings, save what is answered.
+    #[command(after_help = CALL_EXAMPLES)]
     Call(CallArgs),
+    /// Show regions, routers, relays and workers.
+    #[command(after_help = STATUS_EXAMPLES)]
+    Status,
     /// List live sessions.
+    #[command(after_help = SESSIONS_EXAMPLES)]
     Sessions(SessionsArgs),
     /// Say why a session is where it is.
+    #[command(after_help = EXPLAIN_EXAMPLES)]
     Explain(ExplainArgs),
     /// Create, list and revoke API keys.
+    #[command(after_help = KEYS_EXAMPLES)]
     Keys(KeysArgs),
     /// Prove it: three clouds, a hundred callers, relays lost on the way.
+    #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
     /// Encode and decode QUIC-LB connection IDs.
+    #[command(after_help = CID_EXAMPLES)]
     Cid(CidArgs),
 }
 
@@ -75,6 +85,10 @@ pub struct CallArgs {
     /// Where to save what was heard, as WAV.
     #[arg(long, value_name = "OUT")]
     pub save: Option<PathBuf>,
+    /// Where to write what QUIC did, as qlog. A second attempt to connect goes to FILE with `-1` before its extension,
+    /// and so on.
+    #[arg(long, value_name = "FILE")]
+    pub qlog: Option<PathBuf>,
     /// Where the caller is, in degrees: 52.5,13.4 (north and east are positive).
     #[arg(long, value_name = "LAT,LON", value_parser = location, allow_hyphen_values = true)]
     pub from: Option<(f64, f64)>,
@@ -278,3 +292,41 @@ const GENERATIONS_EXAMPLES: &str = "\
 Examples:
   antiphon keys generations
   antiphon keys generations --json | jq -r '.regions[] | select(.wanted > .minting) | .heldUpBy[]'";
+const UP_EXAMPLES: &str = "\
+Examples:
+  antiphon up examples/three-clouds                  all manifests of a directory
+  antiphon up fleet.yaml --dir /tmp/fleet            keys, identities, state and logs in another place
+  antiphon up fleet.yaml --json | head -1 | jq .     what runs where, for scripts";
+const CALL_EXAMPLES: &str = "\
+Examples:
+  antiphon call frontdesk --save answer.wav          a built-in sentence
+  antiphon call shop/frontdesk --wav hello.wav --wav bye.wav --codec l16-24k
+  antiphon call frontdesk --from 52.5,13.4           from Berlin: the nearest region answers
+  antiphon call frontdesk --qlog call.sqlog          open it with qvis.quictools.info
+  antiphon call frontdesk --json | jq .turns";
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  antiphon status
+  antiphon status --json | jq '.regions[].workers[] | select(.placeable | not) | {name, whyNot}'";
+const SESSIONS_EXAMPLES: &str = "\
+Examples:
+  antiphon sessions
+  antiphon sessions --json | jq -r '.[] | select(.turns == 0) | .session'";
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8        why it is where it is, and why nowhere else
+  antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8 --path which relays and addresses it used, how well, why that changed";
+const KEYS_EXAMPLES: &str = "\
+Examples:
+  antiphon keys create --tenant acme --agent shop/*  an API key, shown once
+  antiphon keys list
+  antiphon keys revoke 0123456789ab
+  antiphon keys rotate                               the fleet's own secrets, during live calls";
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  antiphon demo
+  antiphon demo --calls 20 --turns 2 --keep report   recordings, logs and a report";
+const CID_EXAMPLES: &str = "\
+Examples:
+  antiphon cid decode --fleet 90…                    a connection ID of the fleet, as packet captures show it
+  antiphon cid encode c4605e 4504cc4f --key 8f95f09245765f80256934e50c66207f";

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use antiphon_client::ClockSkew;
 use antiphon_core::id::SessionId;
 use antiphon_media::{
     engine::opening_code,
@@ -40,7 +41,10 @@ pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Resu
         CodecArg::L1624k => (Codec::L1624k, 24_000),
     };
     if let Some(save) = &args.save {
-        writable(save)?;
+        writable("--save", save)?;
+    }
+    if let Some(qlog) = &args.qlog {
+        writable("--qlog", qlog)?;
     }
     let wanted = Wanted {
         agent,
@@ -50,6 +54,7 @@ pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Resu
         turns: turns(&args.wav, rate)?,
         patience: args.patience,
         session: SessionId::from_bytes(rand::random()),
+        qlog: args.qlog.clone(),
     };
     let progress = Progress::new(json);
     let called = with_progress(&client, &wanted, &progress).await;
@@ -132,12 +137,12 @@ fn turn(file: &Path, rate: u32) -> anyhow::Result<ScriptTurn> {
 }
 
 /// Found out before the call, not after it.
-fn writable(path: &Path) -> anyhow::Result<()> {
+fn writable(flag: &str, path: &Path) -> anyhow::Result<()> {
     fs::OpenOptions::new()
         .append(true)
         .create(true)
         .open(path)
-        .with_context(|| format!("--save {}", path.display()))?;
+        .with_context(|| format!("{flag} {}", path.display()))?;
     Ok(())
 }
 
@@ -146,6 +151,9 @@ fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>)
     out!("session      {}", session.session);
     out!("placed       {}/{}: {}", session.region, session.worker, session.reason);
     out!("ticket       {}", duration(called.ticket));
+    if let Some(clock) = called.clock.filter(|clock| clock.is_notable()) {
+        out!("clock        {clock}: set one of them right");
+    }
     out!("handshake    {} (attempt {})", duration(report.handshake), report.attempts);
     out!("active       {}", duration(report.activated));
     if let Some(first) = report.first_audio {
@@ -210,6 +218,7 @@ fn as_json(called: &Called, found: &verify::Report, saved: Option<&Path>) -> Val
         "worker": session.worker,
         "reason": session.reason,
         "ticketMs": ms(called.ticket),
+        "clockAheadOfRouterMs": called.clock.map(ClockSkew::ahead_ms),
         "handshakeMs": ms(report.handshake),
         "attempts": report.attempts,
         "activatedMs": ms(report.activated),

@@ -1,6 +1,9 @@
 //! One scripted call from ticket to goodbye, and what its recording proves.
 
 use std::{
+    fs::File,
+    io::{BufWriter, Write},
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -9,7 +12,7 @@ use std::{
 };
 
 use antiphon_client::{
-    CallError, CallHandle, CallReport, ClientKey, Dial, DialError, Event, Heard, Party, Router, RouterError,
+    CallError, CallHandle, CallReport, ClientKey, ClockSkew, Dial, DialError, Event, Heard, Party, Router, RouterError,
     ScriptedCaller, ScriptedOutcome, SessionRequest, Step,
 };
 use antiphon_core::id::{Epoch, SessionId};
@@ -28,6 +31,8 @@ pub(crate) struct Wanted {
     pub(crate) patience: Duration,
     /// Chosen by the caller, so that the session can be given back whatever happens.
     pub(crate) session: SessionId,
+    /// Where to write what QUIC did.
+    pub(crate) qlog: Option<PathBuf>,
 }
 
 /// Why there was no call.
@@ -49,6 +54,8 @@ pub(crate) struct Called {
     pub(crate) session: Session,
     /// Time to the ticket.
     pub(crate) ticket: Duration,
+    /// This machine's clock beside the router's.
+    pub(crate) clock: Option<ClockSkew>,
     pub(crate) report: CallReport,
     pub(crate) heard: ScriptedOutcome,
     pub(crate) broken: Option<CallError>,
@@ -92,7 +99,12 @@ pub(crate) async fn call(
     let session = router.create(&request).await?;
     let ticket = asked.elapsed();
     stage.set(1);
-    let dialed = Dial::new(&session)?.connect(&key).await;
+    let clock = router.clock_skew();
+    let mut dial = Dial::new(&session)?.by_clock_of_router(clock);
+    if let Some(path) = wanted.qlog.clone() {
+        dial = dial.with_qlog(move |attempt| qlog(&path, attempt));
+    }
+    let dialed = dial.connect(&key).await;
     let call = dialed.map_err(|error| CallFailure::Dial { session: session.session.clone(), error })?;
     stage.set(2);
     if let Some(steer) = steer {
@@ -103,7 +115,31 @@ pub(crate) async fn call(
     let turns = wanted.turns.iter().map(|turn| turn.pcm.clone()).collect();
     let mut caller = Watched { caller: ScriptedCaller::new(turns, rate, wanted.patience), stage };
     let (report, outcome) = call.run(&mut caller).await;
-    Ok(Called { session, ticket, report, heard: caller.caller.into_outcome(), broken: outcome.err(), rate })
+    let (heard, broken) = (caller.caller.into_outcome(), outcome.err());
+    Ok(Called { session, ticket, clock, report, heard, broken, rate })
+}
+
+/// One attempt's qlog. That the first one's can be written is known; a call goes on without the others.
+fn qlog(path: &Path, attempt: usize) -> Option<Box<dyn Write + Send + Sync>> {
+    let path = if attempt == 0 { path.to_owned() } else { numbered(path, attempt) };
+    match File::create(&path) {
+        Ok(file) => Some(Box::new(BufWriter::new(file))),
+        Err(error) => {
+            tracing::warn!(%error, path = %path.display(), "no qlog");
+            None
+        }
+    }
+}
+
+/// `call.sqlog` → `call-1.sqlog`.
+fn numbered(path: &Path, attempt: usize) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push(format!("-{attempt}"));
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    path.with_file_name(name)
 }
 
 /// Shows the script's progress.
@@ -140,5 +176,19 @@ impl Called {
     pub(crate) fn loss(&self) -> f64 {
         let jitter = self.report.received.jitter;
         jitter.lost as f64 / ((jitter.received + jitter.lost).max(1)) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_attempts_have_files_beside_the_first() {
+        let of = |path: &str| numbered(Path::new(path), 2).display().to_string();
+        assert_eq!(
+            [of("/tmp/call.sqlog"), of("call"), of("a.b/c.d.e")],
+            ["/tmp/call-2.sqlog", "call-2", "a.b/c.d-2.e"]
+        );
     }
 }

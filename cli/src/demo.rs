@@ -177,6 +177,7 @@ impl Demo<'_> {
                 turns: script.turns.clone(),
                 patience: Duration::from_secs(30),
                 session: SessionId::from_bytes(rand::random()),
+                qlog: None,
             };
             let (steer, steered) = oneshot::channel();
             let (report, done) = oneshot::channel();

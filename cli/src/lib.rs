@@ -14,6 +14,7 @@ mod rotation;
 mod sessions;
 #[cfg(test)]
 mod stand_in;
+mod status;
 mod up;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -50,6 +51,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Up(args) => up::run(&args, dir, json).await,
         Command::Call(args) => call::run(&args, &dir, json).await,
+        Command::Status => status::run(&dir, json).await,
         Command::Sessions(args) => sessions::run(&args, &dir, json).await,
         Command::Explain(args) => explain::run(&args, &dir, json).await,
         Command::Keys(args) => keys::run(&args, &dir, json).await,

@@ -19,6 +19,7 @@ use crate::{args::SessionsArgs, fleet::Context, present};
 
 pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let routers = routers(&Context::load(dir)?, args.api_key.as_deref())?;
+    let asked_of = routers.clone();
     let asked = in_turn(routers, PATIENCE, async |router| router.list(args.limit).await).await?;
     let Some(sessions) = asked.answer else {
         bail!("no router answers ({}): is the fleet running?", asked.silent);
@@ -26,13 +27,17 @@ pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::
     if !asked.silent.is_empty() {
         eprintln!("not every router answers ({}): calls of its region may be missing", asked.silent);
     }
+    let clock = asked_of.iter().find_map(|(_, router)| router.clock_skew());
+    if let Some(clock) = clock.filter(|clock| clock.is_notable()) {
+        eprintln!("{clock}: set one of them right; ages are by the router's");
+    }
     if json {
         let sessions: Vec<_> = sessions.iter().map(Listed::of).collect();
         out!("{}", serde_json::to_string_pretty(&sessions)?);
     } else if sessions.is_empty() {
         eprintln!("no sessions");
     } else {
-        let now = SystemTime::now();
+        let now = clock.map_or_else(SystemTime::now, |clock| clock.router_time(SystemTime::now()));
         present::print(&present::table(&HEADER, &RIGHT, sessions.iter().map(|session| row(session, now))));
     }
     Ok(ExitCode::SUCCESS)
@@ -56,6 +61,11 @@ impl Failed {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Region and reason of each.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().flat_map(|(reason, regions)| regions.iter().map(|region| (region.as_str(), reason.as_str())))
     }
 
     /// Regions of these routers.
@@ -168,6 +178,11 @@ pub(crate) fn age(age: Duration) -> String {
         3600..86_400 => format!("{hours}h{:02}m", minutes % 60),
         _ => format!("{days}d{:02}h", hours % 24),
     }
+}
+
+/// As [`age`], of milliseconds.
+pub(crate) fn age_ms(ms: u32) -> String {
+    age(Duration::from_millis(ms.into()))
 }
 
 /// Longest wait for one router; it waits for other regions itself.

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    io::Write,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -20,7 +21,7 @@ use antiphon_quic::{
 use antiphon_runtime::tls;
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use quinn::{
-    ClientConfig, Connection, ConnectionError, ConnectionId, Endpoint, EndpointConfig, TokioRuntime,
+    ClientConfig, Connection, ConnectionError, ConnectionId, Endpoint, EndpointConfig, QlogConfig, TokioRuntime,
     crypto::rustls::QuicClientConfig,
 };
 use rustls_pki_types::CertificateDer;
@@ -28,6 +29,7 @@ use tokio::time::timeout;
 
 use crate::{
     call::Call,
+    clock::ClockSkew,
     race::{Attempt, Race},
     socket::{RelaySocket, VIRTUAL},
 };
@@ -50,12 +52,14 @@ pub enum DialError {
     #[error("socket: {0}")]
     Socket(#[from] std::io::Error),
     /// No attempt led to a handshake.
-    #[error("no answer through {tried}{}", expiry_hint(.expired))]
+    #[error("no answer through {tried}{}", hint(.expired, .clock))]
     NoAnswer {
         /// The relays tried, with their addresses.
         tried: String,
-        /// How long the ticket has been expired, if it has.
+        /// How long the ticket has been expired, by the router's clock, if it has.
         expired: Option<Duration>,
+        /// How far this machine's clock is from the router's, if that is notable.
+        clock: Option<ClockSkew>,
     },
     /// The worker's certificate or the TLS handshake is wrong.
     #[error("handshake: {0}")]
@@ -79,10 +83,11 @@ pub enum DialError {
     SetUp(String),
 }
 
-fn expiry_hint(expired: &Option<Duration>) -> String {
+fn hint(expired: &Option<Duration>, clock: &Option<ClockSkew>) -> String {
+    let clock = clock.map_or_else(String::new, |clock| format!(" ({clock})"));
     match expired {
-        Some(by) => format!(": the ticket expired {:.0} s ago, ask for a new one", by.as_secs_f64()),
-        None => ": check that the relays' UDP ports are reachable from here".to_owned(),
+        Some(by) => format!(": the ticket expired {:.0} s ago, ask for a new one{clock}", by.as_secs_f64()),
+        None => format!(": check that the relays' UDP ports are reachable from here{clock}"),
     }
 }
 
@@ -97,6 +102,8 @@ pub struct Dial {
     server_name: String,
     crypto: Arc<QuicClientConfig>,
     expires_at: Option<SystemTime>,
+    clock: Option<ClockSkew>,
+    qlog: Option<Arc<QlogTo>>,
     pub(crate) format: AudioFormat,
     /// `region/worker`, for error messages.
     pub(crate) place: String,
@@ -151,9 +158,28 @@ impl Dial {
             server_name: session.server_name.clone(),
             crypto: Arc::new(crypto),
             expires_at: session.expires_at.and_then(|at| SystemTime::try_from(at).ok()),
+            clock: None,
+            qlog: None,
             format,
             place: format!("{}/{}", session.region, session.worker),
         })
+    }
+
+    /// Takes the ticket's times as those of a router whose clock differs from this machine's; see
+    /// [`crate::Router::clock_skew`].
+    #[must_use]
+    pub fn by_clock_of_router(self, clock: Option<ClockSkew>) -> Self {
+        Self { clock: clock.filter(|clock| clock.is_notable()), ..self }
+    }
+
+    /// Writes what QUIC does as qlog (draft-ietf-quic-qlog-main-schema), one trace for each attempt to connect. `open`
+    /// is asked for a place to write to by the number of the attempt, from 0; without one the attempt goes on without.
+    #[must_use]
+    pub fn with_qlog(
+        self,
+        open: impl Fn(usize) -> Option<Box<dyn Write + Send + Sync>> + Send + Sync + 'static,
+    ) -> Self {
+        Self { qlog: Some(Arc::new(open)), ..self }
     }
 
     /// Connects through the relay that answers first and activates the session.
@@ -221,7 +247,7 @@ impl Dial {
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket.clone(), runtime);
         let endpoint = endpoint.map_err(Lost::Here)?;
-        let config = self.client_config(self.initial_ids[attempt.id]);
+        let config = self.client_config(attempt.id);
         let connecting = endpoint.connect_with(config, VIRTUAL, &self.server_name);
         let connecting = connecting.map_err(|e| Lost::For(DialError::SetUp(e.to_string())))?;
         tokio::select! {
@@ -235,12 +261,17 @@ impl Dial {
         }
     }
 
-    fn client_config(&self, initial: ConnectionId) -> ClientConfig {
+    fn client_config(&self, attempt: usize) -> ClientConfig {
+        let initial = self.initial_ids[attempt];
         let budget = AudioBudget { frame_bytes: self.format.max_packet_bytes() + 1 };
+        let mut transport = transport(Side::Client, budget);
+        if let Some(writer) = self.qlog.as_ref().and_then(|open| open(attempt)) {
+            let mut qlog = QlogConfig::default();
+            qlog.writer(writer).title(Some(format!("session {} attempt {attempt}", self.session)));
+            transport.qlog_stream(qlog.into_stream());
+        }
         let mut config = ClientConfig::new(self.crypto.clone());
-        config
-            .transport_config(Arc::new(transport(Side::Client, budget)))
-            .initial_dst_cid_provider(Arc::new(move || initial));
+        config.transport_config(Arc::new(transport)).initial_dst_cid_provider(Arc::new(move || initial));
         config
     }
 
@@ -274,10 +305,15 @@ impl Dial {
     fn no_answer(&self, tried: &[usize]) -> DialError {
         let name = |relay: &usize| format!("relay {} ({})", self.relay_numbers[*relay], self.relays[*relay]);
         let tried: Vec<_> = tried.iter().map(name).collect();
-        let expired = self.expires_at.and_then(|at| SystemTime::now().duration_since(at).ok());
-        DialError::NoAnswer { tried: tried.join(", "), expired }
+        let (local, clock) = (SystemTime::now(), self.clock);
+        let now = clock.map_or(local, |clock| clock.router_time(local));
+        let expired = self.expires_at.and_then(|at| now.duration_since(at).ok());
+        DialError::NoAnswer { tried: tried.join(", "), expired, clock }
     }
 }
+
+/// Opens a place to write an attempt's qlog to.
+type QlogTo = dyn Fn(usize) -> Option<Box<dyn Write + Send + Sync>> + Send + Sync;
 
 /// A handshake that is complete.
 struct Won {

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod call;
+mod clock;
 mod dial;
 mod party;
 mod path;
@@ -24,6 +25,7 @@ mod socket;
 pub use antiphon_media::stream::{FrameKind, Heard};
 pub use antiphon_quic::ClientKey;
 pub use call::{Call, CallError, CallHandle};
+pub use clock::ClockSkew;
 pub use dial::{Dial, DialError, TicketError};
 pub use party::{Event, Party, Step};
 pub use path::{PathSelector, Switch, SwitchReason};

@@ -1,5 +1,7 @@
 //! Tickets from a router.
 
+use std::{sync::Arc, time::SystemTime};
+
 use antiphon_core::id::{Epoch, SessionId};
 use antiphon_proto::{
     refusal,
@@ -10,11 +12,14 @@ use antiphon_proto::{
     },
 };
 use antiphon_runtime::tls::{self, TlsError};
+use parking_lot::Mutex;
 use tonic::{
-    Code, Request, Status,
+    Code, Request, Response, Status,
     metadata::{Ascii, MetadataValue},
     transport::Channel,
 };
+
+use crate::clock::ClockSkew;
 
 /// Why a router did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +87,7 @@ pub struct Router {
     address: String,
     key: MetadataValue<Ascii>,
     client: SessionsClient<Channel>,
+    clock: Arc<Mutex<Option<ClockSkew>>>,
 }
 
 impl Router {
@@ -96,13 +102,32 @@ impl Router {
         let mut key: MetadataValue<Ascii> =
             format!("Bearer {}", api_key.trim()).parse().map_err(|_| RouterError::KeyForm)?;
         key.set_sensitive(true);
-        Ok(Self { address: address.to_owned(), key, client: SessionsClient::new(channel) })
+        Ok(Self { address: address.to_owned(), key, client: SessionsClient::new(channel), clock: Arc::default() })
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("authorization", self.key.clone());
         request
+    }
+
+    /// How far this machine's clock is from the router's, by its last answer. Clones know the same.
+    #[must_use]
+    pub fn clock_skew(&self) -> Option<ClockSkew> {
+        *self.clock.lock()
+    }
+
+    async fn answer<T>(&self, asked: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, RouterError> {
+        let sent = SystemTime::now();
+        let answer = asked.await;
+        let metadata = match &answer {
+            Ok(response) => response.metadata(),
+            Err(status) => status.metadata(),
+        };
+        if let Some(clock) = ClockSkew::of(metadata, sent, SystemTime::now()) {
+            *self.clock.lock() = Some(clock);
+        }
+        answer.map(Response::into_inner).map_err(|status| self.error(&status))
     }
 
     fn error(&self, status: &Status) -> RouterError {
@@ -137,8 +162,7 @@ impl Router {
             epoch: wanted.epoch.value(),
             waited_ms: 0,
         };
-        let answer = self.client.clone().create_session(self.request(message)).await;
-        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+        self.answer(self.client.clone().create_session(self.request(message))).await
     }
 
     /// Why a session is where it is.
@@ -147,8 +171,7 @@ impl Router {
     /// [`RouterError`].
     pub async fn explain(&self, session: &str) -> Result<Explanation, RouterError> {
         let message = ExplainSessionRequest { session: session.to_owned() };
-        let answer = self.client.clone().explain_session(self.request(message)).await;
-        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+        self.answer(self.client.clone().explain_session(self.request(message))).await
     }
 
     /// Which way a live session's packets went, how well, and why that changed.
@@ -157,8 +180,7 @@ impl Router {
     /// [`RouterError::NotFound`] if it is not live, or another [`RouterError`].
     pub async fn path(&self, session: &str) -> Result<SessionPath, RouterError> {
         let message = ExplainPathRequest { session: session.to_owned() };
-        let answer = self.client.clone().explain_path(self.request(message)).await;
-        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+        self.answer(self.client.clone().explain_path(self.request(message))).await
     }
 
     /// Ends a session or gives its reservation back.
@@ -167,8 +189,7 @@ impl Router {
     /// [`RouterError`].
     pub async fn delete(&self, session: &str) -> Result<(), RouterError> {
         let message = DeleteSessionRequest { session: session.to_owned() };
-        let answer = self.client.clone().delete_session(self.request(message)).await;
-        answer.map(|_| ()).map_err(|status| self.error(&status))
+        self.answer(self.client.clone().delete_session(self.request(message))).await.map(drop)
     }
 
     /// The tenant's sessions, newest first.
@@ -176,8 +197,8 @@ impl Router {
     /// # Errors
     /// [`RouterError`].
     pub async fn list(&self, limit: u32) -> Result<Vec<SessionSummary>, RouterError> {
-        let answer = self.client.clone().list_sessions(self.request(ListSessionsRequest { limit })).await;
-        Ok(answer.map_err(|status| self.error(&status))?.into_inner().sessions)
+        let request = self.request(ListSessionsRequest { limit });
+        Ok(self.answer(self.client.clone().list_sessions(request)).await?.sessions)
     }
 }
 

@@ -48,14 +48,6 @@ impl Kind {
         }
     }
 
-    /// Whether it takes `--state`.
-    const fn keeps_state(self) -> bool {
-        match self {
-            Self::Relay => true,
-            Self::Router | Self::Worker => false,
-        }
-    }
-
     /// For people.
     #[must_use]
     pub const fn label(self) -> &'static str {
@@ -174,7 +166,7 @@ impl Process {
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let log = logs.join(format!("{}-{}.log", spec.region, spec.name));
         File::create(&log).with_context(|| log.display().to_string())?;
-        let spec = if spec.kind.keeps_state() { keeping_state(spec, dir)? } else { spec };
+        let spec = keeping_state(spec, dir)?;
         let binary = binaries.join(spec.kind.binary());
         let child = spawn(&spec, &binary, &log)?;
         Ok(Self { spec, binary, log, child, started: Instant::now(), end: None, stopped: false, restarts: 0 })

@@ -10,6 +10,7 @@ mod floods;
 mod hostile;
 mod interop;
 mod lossy;
+mod operations;
 mod outage;
 mod support;
 mod workers;

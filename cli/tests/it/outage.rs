@@ -1,6 +1,7 @@
 //! Calls while the control plane is away.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,10 +15,10 @@ use antiphon_media::{
     script::Script,
     verify::{Said, verify},
 };
-use antiphon_proto::v1::Codec;
+use antiphon_proto::v1::{Codec, FleetStatusRequest, RegionStatus};
 use tokio::{sync::watch, time::timeout};
 
-use crate::support::{Finished, PATIENCE, Shape, TestFleet, eventually, start, until};
+use crate::support::{Caller, Finished, PATIENCE, Shape, TestFleet, eventually, start, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_that_dies_while_its_router_is_away_comes_back_with_its_routes_and_its_call() {
@@ -51,6 +52,66 @@ async fn a_relay_that_dies_while_its_router_is_away_comes_back_with_its_routes_a
     timeout(PATIENCE, running).await.unwrap().unwrap().assert_complete();
     assert_eq!(relay(&mut fleet, "antiphon_relay_routes").await, Some(1.0));
     fleet.fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everybody_comes_back_from_disk_while_the_control_plane_is_away_and_nothing_is_reshuffled() {
+    let mut fleet = start(Shape { relays: 1, workers: 2, slots: 4 }).await;
+    let (session, call) = fleet.dial(Codec::Opus).await;
+    let caller = Pausing::new(9, call.sample_rate(), 3);
+    let (mut answers, speak) = (caller.answers.subscribe(), caller.may_go_on.clone());
+    let running = tokio::spawn(caller.run(call));
+    until(&mut answers, |complete| *complete == 1).await;
+    timeout(PATIENCE, kept(&mut fleet)).await.unwrap();
+    let before = numbers(&fleet).await;
+    assert_eq!(before.len(), 3, "two workers and a relay: {before:?}");
+
+    let router = fleet.fleet.process(Kind::Router, "north", 0).unwrap();
+    router.kill().unwrap();
+    router.ended(PATIENCE).await.unwrap();
+    // The worker without a call, and the relay that the call goes through.
+    let idle = (0..2).find(|index| worker_name(&mut fleet, *index) != session.worker).unwrap();
+    for (kind, index) in [(Kind::Worker, idle), (Kind::Relay, 0)] {
+        let killed = fleet.fleet.process(kind, "north", index).unwrap();
+        killed.kill().unwrap();
+        // Ready without a router: from disk.
+        killed.restart().await.unwrap();
+    }
+    speak.store(true, Ordering::Relaxed);
+    until(&mut answers, |complete| *complete == 2).await;
+
+    // The router starts from its own disk: nobody tells it anything but those who register.
+    fleet.fleet.process(Kind::Router, "north", 0).unwrap().restart().await.unwrap();
+    eventually("everybody has the number of before", async || numbers(&fleet).await == before).await;
+    timeout(PATIENCE, running).await.unwrap().unwrap().assert_complete();
+    eventually("both workers take calls again", async || placeable(&fleet).await == 2).await;
+    let (_, second) = fleet.dial(Codec::Opus).await;
+    let (caller, _) = Caller::new(10, second.sample_rate(), 1);
+    caller.run(second).await.assert_complete();
+    fleet.fleet.stop().await;
+}
+
+fn worker_name(fleet: &mut TestFleet, index: usize) -> String {
+    fleet.fleet.process(Kind::Worker, "north", index).unwrap().spec().name.clone()
+}
+
+/// What the router says of its region; nothing while it is away.
+async fn status(fleet: &TestFleet) -> Option<RegionStatus> {
+    let mut admin = fleet.fleet.admin(&fleet.fleet.context().routers[0]).ok()?;
+    let status = admin.fleet_status(FleetStatusRequest {}).await.ok()?.into_inner();
+    status.regions.into_iter().find(|region| region.local)
+}
+
+/// Number of every worker and relay.
+async fn numbers(fleet: &TestFleet) -> BTreeMap<String, u32> {
+    let Some(status) = status(fleet).await else { return BTreeMap::new() };
+    let workers = status.workers.into_iter().map(|worker| (worker.name, worker.number));
+    let relays = status.relays.into_iter().filter_map(|relay| Some((relay.name, relay.relay?.number)));
+    workers.chain(relays).collect()
+}
+
+async fn placeable(fleet: &TestFleet) -> usize {
+    status(fleet).await.map_or(0, |status| status.workers.iter().filter(|worker| worker.placeable).count())
 }
 
 /// Waits until what is in force is on disk.

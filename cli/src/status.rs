@@ -1,0 +1,275 @@
+//! `antiphon status`: the fleet as its routers see it.
+
+use std::{path::Path, process::ExitCode, time::SystemTime};
+
+use antiphon_client::ClockSkew;
+use antiphon_proto::v1::{FleetStatusRequest, FleetStatusResponse, Phase, RegionStatus, RelayStatus, WorkerStatus};
+use anyhow::ensure;
+use serde_json::{Value, json};
+
+use crate::present::out;
+use crate::{fleet::Context, keys::ask_all, present, sessions::Failed};
+
+type Answer = (FleetStatusResponse, Option<ClockSkew>);
+
+pub(crate) async fn run(dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let context = Context::load(dir)?;
+    ensure!(!context.routers.is_empty(), "the fleet has no router");
+    let (answers, failed) = ask_all(&context, async |mut admin| {
+        let sent = SystemTime::now();
+        let answer = admin.fleet_status(FleetStatusRequest {}).await?;
+        let clock = ClockSkew::of(answer.metadata(), sent, SystemTime::now());
+        Ok(answer.map(|status| (status, clock)))
+    })
+    .await;
+    if json {
+        out!("{}", serde_json::to_string_pretty(&as_json(&answers, &failed))?);
+    } else {
+        show(&answers);
+    }
+    for (region, reason) in failed.each() {
+        eprintln!("the router of {region} does not answer: {reason}");
+    }
+    for line in remarks(&answers) {
+        eprintln!("{line}");
+    }
+    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Each region as its own router sees it; those whose router is silent as the first one that answers does.
+fn regions(answers: &[(String, Answer)]) -> Vec<(&RegionStatus, Option<&Answer>)> {
+    let mut found: Vec<(&RegionStatus, Option<&Answer>)> = Vec::new();
+    for local in [true, false] {
+        for (_, answer) in answers {
+            for region in answer.0.regions.iter().filter(|region| region.local == local) {
+                if !found.iter().any(|(known, _)| name(known) == name(region)) {
+                    found.push((region, local.then_some(answer)));
+                }
+            }
+        }
+    }
+    found.sort_by_key(|(region, _)| name(region).to_owned());
+    found
+}
+
+fn name(region: &RegionStatus) -> &str {
+    region.digest.as_ref().map_or("", |digest| &digest.region)
+}
+
+fn show(answers: &[(String, Answer)]) {
+    let regions = regions(answers);
+    let rows = regions.iter().map(|(region, answer)| region_row(region, *answer));
+    present::print(&present::table(&REGIONS, &[4, 5, 6, 7], rows));
+    let relays =
+        regions.iter().flat_map(|(region, _)| region.relays.iter().map(|relay| relay_row(name(region), relay)));
+    out!();
+    present::print(&present::table(&RELAYS, &[2, 5], relays));
+    let workers =
+        regions.iter().flat_map(|(region, _)| region.workers.iter().map(|worker| worker_row(name(region), worker)));
+    out!();
+    present::print(&present::table(&WORKERS, &[2, 5], workers));
+}
+
+fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Active => "active",
+        Phase::Cordoned => "cordoned",
+        Phase::Draining => "draining",
+        Phase::Unspecified => "-",
+    }
+}
+
+/// `3 to 4`: what is loaded; `-`: nothing is known.
+fn span(generations: &[u32]) -> String {
+    match (generations.iter().min(), generations.iter().max()) {
+        (Some(low), Some(high)) if low == high => low.to_string(),
+        (Some(low), Some(high)) => format!("{low} to {high}"),
+        _ => "-".into(),
+    }
+}
+
+/// `+1.2 s`: ahead of the router that says so.
+fn clock(ahead_ms: i64) -> String {
+    format!("{:+.1} s", ahead_ms as f64 / 1000.0)
+}
+
+fn region_row(region: &RegionStatus, own: Option<&Answer>) -> Vec<String> {
+    let digest = region.digest.clone().unwrap_or_default();
+    let (slots, free) = digest.pools.iter().fold((0, 0), |(slots, free), pool| (slots + pool.slots, free + pool.free));
+    let workers: u32 = digest.pools.iter().map(|pool| pool.workers).sum();
+    let router = match own {
+        Some((status, _)) if status.store_age_ms > 0 => {
+            format!("store away for {}", crate::sessions::age_ms(status.store_age_ms))
+        }
+        Some(_) => "serves".into(),
+        None if region.digest_age_ms == u32::MAX => "never heard".into(),
+        None => format!("silent for {}", crate::sessions::age_ms(region.digest_age_ms)),
+    };
+    vec![
+        digest.region.clone(),
+        digest.cloud.clone(),
+        phase(digest.phase()).into(),
+        router,
+        digest.relays.len().to_string(),
+        workers.to_string(),
+        format!("{} of {slots}", slots.saturating_sub(free)),
+        if digest.minting_generation == 0 { "-".into() } else { digest.minting_generation.to_string() },
+        if digest.via_relays { "via relays" } else { "direct" }.into(),
+    ]
+}
+
+fn relay_row(region: &str, relay: &RelayStatus) -> Vec<String> {
+    let info = relay.relay.clone().unwrap_or_default();
+    vec![
+        region.into(),
+        relay.name.clone(),
+        info.number.to_string(),
+        phase(info.phase()).into(),
+        info.public_address,
+        relay.routes.to_string(),
+        span(&relay.loaded_generations),
+        clock(relay.clock_ahead_ms),
+    ]
+}
+
+fn worker_row(region: &str, worker: &WorkerStatus) -> Vec<String> {
+    let taken = worker.active + worker.reserved;
+    vec![
+        region.into(),
+        worker.name.clone(),
+        worker.number.to_string(),
+        worker.agent.clone(),
+        phase(worker.phase()).into(),
+        format!("{taken} of {}", worker.slots),
+        span(&worker.loaded_generations),
+        clock(worker.clock_ahead_ms),
+        if worker.why_not.is_empty() { "takes calls".into() } else { worker.why_not.clone() },
+    ]
+}
+
+/// What somebody should look into.
+fn remarks(answers: &[(String, Answer)]) -> Vec<String> {
+    let mut remarks = Vec::new();
+    for (region, (status, clock)) in answers {
+        if let Some(clock) = clock.filter(|clock| clock.is_notable()) {
+            remarks.push(format!("{clock} in {region}: set one of them right"));
+        }
+        for held_up in &status.rotation_held_up_by {
+            remarks.push(format!("the rotation of keys in {region} waits: {held_up}"));
+        }
+    }
+    for (region, _) in regions(answers) {
+        let relays = region.relays.iter().map(|relay| ("relay", &relay.name, relay.clock_ahead_ms));
+        let workers = region.workers.iter().map(|worker| ("worker", &worker.name, worker.clock_ahead_ms));
+        let notable = |ahead_ms: i64| u128::from(ahead_ms.unsigned_abs()) > ClockSkew::NOTABLE.as_millis();
+        for (kind, who, ahead_ms) in relays.chain(workers).filter(|(.., ahead_ms)| notable(*ahead_ms)) {
+            let (seconds, way) = (ahead_ms.abs() / 1000, if ahead_ms < 0 { "behind" } else { "ahead of" });
+            let region = name(region);
+            remarks.push(format!(
+                "the clock of {kind} {region}/{who} is {seconds} s {way} its router's: frames more than 30 s off are dropped"
+            ));
+        }
+    }
+    remarks
+}
+
+fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
+    let region = |(region, own): &(&RegionStatus, Option<&Answer>)| {
+        let digest = region.digest.clone().unwrap_or_default();
+        let relay = |relay: &RelayStatus| {
+            let info = relay.relay.clone().unwrap_or_default();
+            json!({
+                "name": relay.name, "number": info.number, "phase": phase(info.phase()),
+                "address": info.public_address, "routes": relay.routes, "clockAheadMs": relay.clock_ahead_ms,
+                "loadedGenerations": relay.loaded_generations,
+            })
+        };
+        let worker = |worker: &WorkerStatus| {
+            json!({
+                "name": worker.name, "number": worker.number, "agent": worker.agent, "phase": phase(worker.phase()),
+                "slots": worker.slots, "reserved": worker.reserved, "active": worker.active,
+                "placeable": worker.placeable, "whyNot": worker.why_not, "clockAheadMs": worker.clock_ahead_ms,
+                "loadedGenerations": worker.loaded_generations,
+            })
+        };
+        let pools: Vec<_> = digest
+            .pools
+            .iter()
+            .map(|pool| json!({"agent": pool.agent, "workers": pool.workers, "slots": pool.slots, "free": pool.free}))
+            .collect();
+        json!({
+            "region": digest.region, "number": digest.number, "cloud": digest.cloud, "phase": phase(digest.phase()),
+            "routerAnswers": own.is_some(), "pools": pools, "viaRelays": digest.via_relays,
+            "mintingGeneration": digest.minting_generation, "wantedGeneration": digest.wanted_generation,
+            "storeAgeMs": own.map(|(status, _)| status.store_age_ms),
+            "clockAheadOfRouterMs": own.and_then(|(_, clock)| clock.map(ClockSkew::ahead_ms)),
+            "rotationHeldUpBy": own.map(|(status, _)| &status.rotation_held_up_by),
+            "relays": region.relays.iter().map(relay).collect::<Vec<_>>(),
+            "workers": region.workers.iter().map(worker).collect::<Vec<_>>(),
+        })
+    };
+    let regions: Vec<_> = regions(answers).iter().map(region).collect();
+    json!({"regions": regions, "missing": failed.regions()})
+}
+
+const REGIONS: [&str; 9] = ["REGION", "CLOUD", "PHASE", "ROUTER", "RELAYS", "WORKERS", "CALLS", "KEYS", "TUNNEL"];
+const RELAYS: [&str; 8] = ["REGION", "RELAY", "NUMBER", "PHASE", "ADDRESS", "ROUTES", "KEYS", "CLOCK"];
+const WORKERS: [&str; 9] = ["REGION", "WORKER", "NUMBER", "AGENT", "PHASE", "CALLS", "KEYS", "CLOCK", ""];
+
+#[cfg(test)]
+mod tests {
+    use antiphon_proto::v1::{PoolDigest, RegionDigest, RelayInfo};
+
+    use super::*;
+
+    fn answer(region: &str, local: bool) -> Answer {
+        let pool = PoolDigest { agent: "shop/desk".into(), workers: 2, slots: 120, free: 100, ..PoolDigest::default() };
+        let digest = RegionDigest {
+            region: region.into(),
+            cloud: "nimbus".into(),
+            phase: Phase::Active.into(),
+            pools: vec![pool],
+            relays: vec![RelayInfo::default()],
+            minting_generation: 3,
+            ..RegionDigest::default()
+        };
+        let relay = RelayStatus { name: "relay-0".into(), clock_ahead_ms: -121_400, ..RelayStatus::default() };
+        let status = RegionStatus {
+            digest: Some(digest),
+            local,
+            digest_age_ms: if local { 0 } else { 65_000 },
+            relays: vec![relay],
+            ..RegionStatus::default()
+        };
+        (FleetStatusResponse { regions: vec![status], ..FleetStatusResponse::default() }, None)
+    }
+
+    #[test]
+    fn a_region_is_shown_as_its_own_router_sees_it() {
+        let answers = [("b".to_owned(), answer("a", false)), ("a".to_owned(), answer("a", true))];
+        let found = regions(&answers);
+        assert_eq!(found.len(), 1);
+        let row = region_row(found[0].0, found[0].1);
+        assert_eq!(row, ["a", "nimbus", "active", "serves", "1", "2", "20 of 120", "3", "direct"]);
+        let silent = regions(&answers[..1]);
+        assert_eq!(region_row(silent[0].0, silent[0].1)[3], "silent for 1m05s");
+        let json = as_json(&answers[..1], &Failed::default());
+        assert_eq!(
+            (&json["regions"][0]["routerAnswers"], &json["regions"][0]["storeAgeMs"]),
+            (&false.into(), &Value::Null)
+        );
+    }
+
+    #[test]
+    fn clocks_that_are_off_are_named() {
+        let mut answers = [("a".to_owned(), answer("a", true))];
+        let expected =
+            "the clock of relay a/relay-0 is 121 s behind its router's: frames more than 30 s off are dropped";
+        assert_eq!(remarks(&answers), [expected]);
+        answers[0].1.0.regions[0].relays[0].clock_ahead_ms = 29_999;
+        answers[0].1.0.rotation_held_up_by.push("relay-0: has not loaded generation 4".into());
+        assert_eq!(remarks(&answers), ["the rotation of keys in a waits: relay-0: has not loaded generation 4"]);
+        assert_eq!((clock(-121_400), clock(0)), ("-121.4 s".into(), "+0.0 s".into()));
+        assert_eq!((span(&[]), span(&[2]), span(&[2, 3, 4])), ("-".into(), "2".into(), "2 to 4".into()));
+    }
+}
