@@ -136,7 +136,8 @@ impl<'w> Fuzzer<'w> {
         Ok((Run::of(&said), news))
     }
 
-    /// Replaces what is kept by the fewest inputs that reach the same code, small ones first.
+    /// Replaces what is kept by the fewest inputs that take the same edges, small ones first. Inputs that people have
+    /// named stay.
     fn keep(&self, target: &str) -> Result<()> {
         let (kept, merged) = (self.kept.join(target), self.found.join(format!("{target}.merged")));
         if merged.is_dir() {
@@ -144,7 +145,8 @@ impl<'w> Fuzzer<'w> {
         }
         fs::create_dir_all(&merged)?;
         let mut command = self.command(target);
-        command.arg("-merge=1").arg(&merged).arg(self.found.join(target)).arg(&kept);
+        command.args(["-set_cover_merge=1", "-use_counters=0"]);
+        command.arg(&merged).arg(self.found.join(target)).arg(&kept);
         self.workspace.run(command.stdout(Stdio::null()).stderr(Stdio::null()))?;
         let mut inputs = Vec::new();
         for entry in fs::read_dir(&merged)? {
@@ -158,10 +160,9 @@ impl<'w> Fuzzer<'w> {
             room -= if fits { *length } else { 0 };
             fits
         });
-        let broken = broken(&kept)?;
         for entry in fs::read_dir(&kept)? {
             let path = entry?.path();
-            if !broken.contains(&path) {
+            if is_digest(&path) {
                 fs::remove_file(path)?;
             }
         }
@@ -183,6 +184,12 @@ fn broken(directory: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(files)
+}
+
+/// Whether libFuzzer has named the file: after the SHA-1 of what is in it.
+fn is_digest(file: &Path) -> bool {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    name.len() == 40 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// The triple that this machine builds for.
