@@ -153,6 +153,12 @@ impl Call {
         CallHandle(self.commands.0.clone())
     }
 
+    /// Which of the ticket's relays it begins with: the one that answered first.
+    #[must_use]
+    pub const fn relay(&self) -> usize {
+        self.path.active()
+    }
+
     /// PCM samples per second that the party hears and says.
     #[must_use]
     pub const fn sample_rate(&self) -> u32 {

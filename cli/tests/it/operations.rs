@@ -68,7 +68,8 @@ async fn secrets_are_rotated_and_a_path_explained_under_a_live_call() {
     assert_eq!((&path["worker"], &path["region"]), (&session.worker.clone().into(), &"north".into()), "{path}");
     let used = path["paths"].as_array().unwrap();
     let current: Vec<_> = used.iter().filter(|path| path["current"] == true).collect();
-    assert_eq!((current.len(), &current[0]["relay"]), (1, &session.relays[0].number.into()), "{path}");
+    let relay = session.relays[seen.borrow().relay].number;
+    assert_eq!((current.len(), &current[0]["relay"]), (1, &relay.into()), "{path}");
     assert!(current[0]["receivedPackets"].as_u64().unwrap() > 0, "{path}");
 
     assert_eq!(antiphon(&fleet, &["keys", "generations"]).await["regions"][0]["minting"], 1);

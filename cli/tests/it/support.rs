@@ -146,6 +146,7 @@ impl Caller {
     /// Runs the call to its end and compares what was heard.
     pub(crate) async fn run(mut self, call: Call) -> Finished {
         let rate = call.sample_rate();
+        self.seen.send_modify(|seen| seen.relay = call.relay());
         let (report, outcome) = call.run(&mut self).await;
         let heard = self.inner.into_outcome();
         let ended = heard.ended.iter().copied().map(Some).chain(std::iter::repeat(None));
