@@ -11,7 +11,7 @@ use prost::Message as _;
 use super::keys::{Entry, Generations, HolderValue, Identity};
 use crate::{
     records::{self, Records},
-    store::claims::Claims,
+    store::claims::{Claims, Kind},
 };
 
 /// A copy of all that is below the prefix.
@@ -23,6 +23,8 @@ pub(super) struct Mirror {
     pub(super) base: Records,
     pub(super) change: Option<v1::ApplyRequest>,
     pub(super) claims: Claims,
+    /// What the keys of names say. It is ahead of the claims if such a key was read alone.
+    names: BTreeMap<(Kind, String), u16>,
     /// Up to which of etcd's revisions it is complete.
     pub(super) complete: i64,
     /// etcd's revision of each key.
@@ -96,6 +98,11 @@ impl Mirror {
         records
     }
 
+    /// The number that a name has according to its own key.
+    pub(super) fn named(&self, kind: Kind, name: &str) -> Option<u16> {
+        self.names.get(&(kind, name.to_owned())).copied()
+    }
+
     /// Whether newcomers have to wait.
     pub(super) fn settling(&self) -> bool {
         self.identity.as_ref().is_none_or(|identity| identity.settling)
@@ -150,8 +157,10 @@ impl Mirror {
                 let holder: HolderValue = serde_json::from_slice(value).map_err(|e| text(&e))?;
                 self.claims.of_mut(kind).put(number, holder.into());
             }
-            // The numbers say the same; these keys keep two transactions from giving one name two of them.
-            Some(Entry::Name(..)) => {}
+            Some(Entry::Name(kind, name)) => {
+                let number = u16::try_from(decimal(value)?).map_err(|e| text(&e))?;
+                self.names.insert((kind, name.to_owned()), number);
+            }
             None => return Err("its key is not known to this release".into()),
         }
         Ok(())
@@ -171,8 +180,9 @@ impl Mirror {
             Some(Entry::Agent(name)) => drop(self.base.agents.remove(name)),
             Some(Entry::ApiKey(id)) => drop(self.base.keys.remove(id)),
             Some(Entry::Number(kind, number)) => self.claims.of_mut(kind).remove(number),
-            // Counters never go back, and a name has no value of its own.
-            Some(Entry::Revision | Entry::Generations | Entry::Name(..)) | None => {}
+            Some(Entry::Name(kind, name)) => drop(self.names.remove(&(kind, name.to_owned()))),
+            // Counters never go back.
+            Some(Entry::Revision | Entry::Generations) | None => {}
         }
     }
 

@@ -34,6 +34,9 @@ pub(super) fn claim(mirror: &Mirror, claim: &Claim) -> Result<Step<u16>, StoreEr
         refresh: Refresh::Keys,
         outcome: number,
     };
+    // Another router may have numbered it a moment ago: resting on that number as well makes it known here first.
+    let named = mirror.named(claim.kind, &claim.name).filter(|named| *named != number);
+    step.rests_on.extend(named.map(|named| Entry::Number(claim.kind, named).path()));
     let table = mirror.claims.of(claim.kind);
     if table.holder(number) == Some(&holder) {
         return Ok(step);
@@ -201,3 +204,113 @@ const WRITES: usize = 100;
 const CLAIMS: usize = 30;
 /// etcd takes requests of 1.5 MiB unless it is told otherwise (`--max-request-bytes`).
 pub(super) const LARGEST_CHANGE: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What etcd holds: paths, values and revisions.
+    fn mirror(keys: &[(&str, &str, i64)]) -> Mirror {
+        let mut mirror = Mirror::default();
+        for (path, value, modified) in keys {
+            mirror.put(path, value.as_bytes(), *modified);
+        }
+        mirror
+    }
+
+    const STORE: (&str, &str, i64) =
+        ("store", r#"{"format":1,"fleet":"00","region":"north","id":"1","settling":false}"#, 1);
+
+    fn asks(name: &str, held: Option<u16>) -> Claim {
+        Claim { held, ..Claim::of_relay(name, None) }
+    }
+
+    #[test]
+    fn a_name_numbered_elsewhere_a_moment_ago_gets_no_second_number() {
+        // The name's key was read again after a conflict; that of its number was not.
+        let behind = mirror(&[STORE, ("names/relays/r", "24", 7)]);
+        let step = claim(&behind, &asks("r", Some(25))).unwrap();
+        assert!(step.rests_on.contains(&"numbers/relays/00024".to_owned()), "{step:?}");
+        let mut known = behind;
+        known.put("numbers/relays/00024", br#"{"name":"r","incarnation":0}"#, 7);
+        let step = claim(&known, &asks("r", Some(25))).unwrap();
+        assert_eq!((step.outcome, step.writes.len()), (24, 0));
+    }
+
+    #[test]
+    fn who_really_holds_a_number_takes_it_from_an_unconfirmed_claim() {
+        let stale = mirror(&[
+            STORE,
+            ("names/relays/old", "5", 2),
+            ("numbers/relays/00005", r#"{"name":"old","incarnation":0,"unconfirmed":true}"#, 2),
+        ]);
+        let step = claim(&stale, &asks("new", Some(5))).unwrap();
+        assert_eq!(step.outcome, 5);
+        assert_eq!(step.writes["names/relays/old"], None);
+        assert_eq!(step.writes["names/relays/new"].as_deref(), Some(b"5".as_slice()));
+        assert!(step.rests_on.contains(&"names/relays/old".to_owned()));
+    }
+
+    #[test]
+    fn a_store_that_went_back_yields_and_one_made_anew_does_not() {
+        let there = mirror(&[
+            STORE,
+            ("names/relays/a", "1", 2),
+            ("numbers/relays/00001", r#"{"name":"a","incarnation":0}"#, 2),
+        ]);
+        let mut ours = Claims::default();
+        ours.of_mut(Kind::Relay).put(1, asks("b", None).holder());
+        ours.of_mut(Kind::Relay).put(2, asks("a", None).holder());
+        ours.of_mut(Kind::Relay).put(3, asks("c", None).holder());
+        let writes = |win| {
+            let steps = missing(&there, &ours, win);
+            steps.into_iter().flat_map(|step| step.writes).collect::<Writes>()
+        };
+        let went_back = writes(true);
+        assert_eq!(went_back["names/relays/a"].as_deref(), Some(b"2".as_slice()));
+        assert_eq!(went_back["names/relays/b"].as_deref(), Some(b"1".as_slice()));
+        assert_eq!(went_back.len(), 6);
+        let anew: Vec<_> = writes(false).into_keys().collect();
+        assert_eq!(anew, ["names/relays/c", "numbers/relays/00003"]);
+    }
+
+    #[test]
+    fn a_large_change_is_in_force_at_once_and_spread_in_parts() {
+        let agent = |i: usize| v1::AgentRecord {
+            behaviour: Some(v1::AgentBehaviour {
+                agent: format!("shop/a-{i}"),
+                engine: "echo".into(),
+                ..v1::AgentBehaviour::default()
+            }),
+            ..v1::AgentRecord::default()
+        };
+        let large = v1::ApplyRequest { agents: (0..250).map(agent).collect(), ..v1::ApplyRequest::default() };
+        let mut mirror = mirror(&[STORE]);
+        let step = change(&mirror, &large, 9).unwrap();
+        assert_eq!((step.outcome, step.writes.len()), (Change::Pending, 2));
+        let mut at = 10;
+        let mut done = |mirror: &mut Mirror, writes: &Writes| {
+            at += 1;
+            for (path, value) in writes {
+                match value {
+                    Some(value) => mirror.put(path, value, at),
+                    None => mirror.delete(path, at),
+                }
+            }
+        };
+        done(&mut mirror, &step.writes);
+        assert_eq!((mirror.records().agents.len(), mirror.records().revision, mirror.base.agents.len()), (250, 10, 0));
+        assert_eq!(change(&mirror, &large, 9).unwrap().outcome, Change::Blocked);
+        let mut parts = 0;
+        loop {
+            let step = spread(&mirror);
+            done(&mut mirror, &step.writes);
+            assert_eq!(mirror.records().agents.len(), 250);
+            parts += 1;
+            if step.outcome {
+                break;
+            }
+        }
+        assert_eq!((parts, mirror.base.agents.len(), mirror.change.is_none()), (3, 250, true));
+    }
+}
