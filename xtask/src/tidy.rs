@@ -2,6 +2,7 @@
 
 mod architecture;
 mod dependencies;
+mod metrics;
 mod modules;
 mod sources;
 
@@ -46,11 +47,15 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     violations.extend(tree.check(&sources));
     violations.extend(sources.iter().flat_map(sources::check));
     violations.extend(tree.roots.iter().filter_map(sources::check_root));
-    let architecture = Path::new("ARCHITECTURE.md");
-    match fs::read_to_string(workspace.root.join(architecture)) {
-        Ok(text) => violations.extend(architecture::check(architecture, &text, &tree.tests)),
-        Err(error) => violations.push(Violation::new(architecture, 0, format!("cannot be read: {error}"))),
-    }
+    let mut document = |name: &str, check: &dyn Fn(&Path, &str) -> Vec<Violation>| {
+        let file = Path::new(name);
+        violations.extend(match fs::read_to_string(workspace.root.join(file)) {
+            Ok(text) => check(file, &text),
+            Err(error) => vec![Violation::new(file, 0, format!("cannot be read: {error}"))],
+        });
+    };
+    document("ARCHITECTURE.md", &|file, text| architecture::check(file, text, &tree.tests));
+    document("docs/metrics.md", &|file, text| metrics::check(file, text, &sources));
     for violation in &violations {
         println!("{violation}");
     }

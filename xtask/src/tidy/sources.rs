@@ -56,16 +56,24 @@ pub(super) fn code(line: &str) -> String {
     code
 }
 
-/// Lines before the tests of the file.
+/// Lines before the tests of the file. Tests in a file of their own end it only where they are the last thing.
 fn production_lines(text: &str) -> usize {
     let lines: Vec<&str> = text.lines().collect();
-    let tests = lines.windows(2).position(|pair| {
-        pair[0].starts_with("#[cfg(test)]") && pair[1].trim_start_matches("pub(crate) ").starts_with("mod ")
+    let tests = lines.windows(2).enumerate().position(|(at, pair)| {
+        let module = pair[1].trim_start_matches("pub(crate) ");
+        let here = module.ends_with('{') || at + 2 == lines.len();
+        pair[0].starts_with("#[cfg(test)]") && module.starts_with("mod ") && here
     });
     tests.unwrap_or(lines.len())
 }
 
-fn is_test_file(file: &Path) -> bool {
+/// The part of the file before its tests.
+pub(super) fn production(text: &str) -> &str {
+    let lines = text.split_inclusive('\n').take(production_lines(text));
+    &text[..lines.map(str::len).sum()]
+}
+
+pub(super) fn is_test_file(file: &Path) -> bool {
     file.ends_with("tests.rs") || file.components().any(|component| component.as_os_str() == "tests")
 }
 
@@ -101,7 +109,7 @@ fn check_metrics(source: &Source) -> Vec<Violation> {
 }
 
 /// Calls whose first argument is a string: their lines and the strings.
-fn arguments<'a>(text: &'a str, call: &str) -> Vec<(usize, &'a str)> {
+pub(super) fn arguments<'a>(text: &'a str, call: &str) -> Vec<(usize, &'a str)> {
     let calls = text.match_indices(call).filter_map(|(at, _)| {
         let line = text[..at].matches('\n').count();
         let is_code = text.lines().nth(line).is_some_and(|line| code(line).contains(call));
@@ -116,7 +124,7 @@ fn literal(arguments: &str) -> Option<&str> {
     rest.split_once('"').map(|(literal, _)| literal)
 }
 
-fn is_metric_name(name: &str) -> bool {
+pub(super) fn is_metric_name(name: &str) -> bool {
     let word = |word: &str| {
         word.starts_with(|c: char| c.is_ascii_lowercase())
             && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
@@ -145,6 +153,7 @@ mod tests {
         let expected = "core/src/a.rs: 451 lines before the tests, more than 450: split it by what it knows";
         assert_eq!(found("core/src/a.rs", &long), [expected]);
         assert_eq!(found("core/src/a/tests.rs", &long), [""; 0]);
+        assert_eq!(found("core/src/a.rs", &format!("{production}#[cfg(test)]\nmod tests;\n")), [""; 0]);
     }
 
     #[test]
@@ -163,6 +172,8 @@ mod tests {
         assert_eq!(found("core/src/a.rs", "fn pause() {\n    sleep(D).await;\n}\n"), [""; 0]);
         assert_eq!(found("core/tests/it/a.rs", "fn pause() {\n    sleep(D).await;\n}\n").len(), 1);
         assert_eq!(found("core/tests/it/a.rs", "oversleep(D); // sleep(1)\nlet s = \"sleep(1)\";\n"), [""; 0]);
+        let declared = "#[cfg(test)]\nmod tests;\n\nfn pause() {\n    sleep(D).await;\n}\n";
+        assert_eq!(found("core/src/a.rs", declared), [""; 0], "the tests are in another file");
         let paused = format!("{test}// start_paused = true\n");
         assert_eq!(found("core/src/a.rs", &paused), [""; 0]);
     }
