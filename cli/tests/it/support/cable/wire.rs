@@ -191,7 +191,7 @@ mod tests {
     fn a_plain_wire_carries_everything_in_order_at_once() {
         let (arrived, counts) = arrivals(Faults::default(), 1);
         assert!(arrived.iter().all(|(at, n)| *at == *n * MS));
-        assert_eq!(counts, Counts { carried: 1_000, longest: 100, ..Counts::default() });
+        assert_eq!(counts, Counts { carried: 1_000, entered_bytes: 100_000, longest: 100, ..Counts::default() });
     }
 
     #[test]
@@ -224,7 +224,8 @@ mod tests {
         wire.send(start + 10 * MS, 1_233, 3);
         assert_eq!(wire.poll(start + 10 * MS), Some(2));
         assert_eq!(wire.poll(start + 10 * MS), None);
-        let expected = Counts { carried: 1, cut: 1, too_long: 1, longest: 1_232, ..Counts::default() };
+        let expected =
+            Counts { carried: 1, cut: 1, too_long: 1, longest: 1_232, entered_bytes: 2_565, ..Counts::default() };
         assert_eq!(wire.counts(), expected);
     }
 }
