@@ -12,8 +12,8 @@ use antiphon_media::{
     stream::{Receiver, Sender, StreamOrigin},
 };
 use antiphon_proto::v1::{
-    ClientMessage, EndCode, Goodbye, Heartbeat, PlayoutReport, ServerMessage, client_message::Message as ToWorker,
-    server_message::Message as FromWorker,
+    ClientMessage, EndCode, Goodbye, Heartbeat, PlayoutReport, Refused, RefusedCode, ServerMessage,
+    client_message::Message as ToWorker, server_message::Message as FromWorker,
 };
 use antiphon_quic::{ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow};
 use bytes::Bytes;
@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use crate::{
-    dial::{Dial, Opened},
+    dial::{Dial, DialError, Opened},
     party::{Event, Party, Step},
     path::PathSelector,
     playout::Playout,
@@ -64,6 +64,22 @@ pub enum CallError {
     /// The control stream broke.
     #[error("control stream: {0}")]
     Control(#[from] ControlError),
+    /// The worker refused the activation.
+    #[error("refused by worker {place}: {detail} ({code:?})")]
+    Refused {
+        /// `region/worker`.
+        place: String,
+        /// Why, as a closed set.
+        code: RefusedCode,
+        /// Why, for people.
+        detail: String,
+    },
+    /// The worker did not answer the activation in time.
+    #[error("worker {place} did not answer the activation within {ACTIVATION:?}")]
+    NoActivation {
+        /// `region/worker`.
+        place: String,
+    },
     /// The audio could not be encoded.
     #[error("audio: {0}")]
     Audio(#[from] antiphon_media::codec::EncodeError),
@@ -115,16 +131,18 @@ pub struct Call {
     /// The relays have all been tried since the last sign of life: a new local address is due at the next switch.
     rebind_after: usize,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    /// Until when the worker has to confirm the activation; none: it has.
+    unconfirmed: Option<Duration>,
     report: CallReport,
 }
 
 impl Call {
     pub(crate) fn new(dial: Dial, opened: Opened, started: Instant, handshake: Duration) -> Result<Self, String> {
         let origin = StreamOrigin { ssrc: rand::random(), sequence: rand::random(), timestamp: rand::random() };
-        let flow = opened.activated.audio_flow.into();
+        let flow = Flow::Audio.id().into();
         let sender = Sender::new(dial.format, EncoderSettings::default(), flow, origin).map_err(|e| e.to_string())?;
         let now = started.elapsed();
-        let report = CallReport { handshake, attempts: opened.attempts, activated: now, ..CallReport::default() };
+        let report = CallReport { handshake, attempts: opened.attempts, ..CallReport::default() };
         Ok(Self {
             receiver: Receiver::new(dial.format),
             sender,
@@ -137,6 +155,7 @@ impl Call {
             acks: 0,
             rebind_after: dial.relays.len(),
             commands: mpsc::channel(4),
+            unconfirmed: Some(now + ACTIVATION),
             report,
             dial,
             endpoint: opened.endpoint,
@@ -145,6 +164,27 @@ impl Call {
             writer: opened.writer,
             reader: opened.reader,
         })
+    }
+
+    /// Waits until the worker has confirmed the activation.
+    pub(crate) async fn confirmed(&mut self) -> Result<(), DialError> {
+        let answer = timeout(ACTIVATION, self.reader.read()).await;
+        let answer = answer.map_err(|_| DialError::NoActivation(ACTIVATION))??;
+        match answer.and_then(|message| message.message) {
+            Some(FromWorker::Activated(_)) => {
+                self.on_confirmed();
+                Ok(())
+            }
+            Some(FromWorker::Refused(refused)) => {
+                Err(DialError::Refused { code: refused.code(), detail: refused.detail })
+            }
+            _ => Err(DialError::NoActivation(ACTIVATION)),
+        }
+    }
+
+    fn on_confirmed(&mut self) {
+        self.unconfirmed = None;
+        self.report.activated = self.started.elapsed();
     }
 
     /// For steering the call while it runs.
@@ -194,7 +234,7 @@ impl Call {
             tokio::select! {
                 datagram = connection.read_datagram() => match datagram {
                     Ok(datagram) => self.on_datagram(&datagram),
-                    Err(reason) => return Err(self.lost(reason)),
+                    Err(reason) => return Err(self.refused().unwrap_or_else(|| self.lost(reason))),
                 },
                 due = steps.tick() => {
                     self.catch_up(due).await;
@@ -255,6 +295,9 @@ impl Call {
     async fn step(&mut self, party: &mut dyn Party, say: &mut [i16]) -> Result<Step, CallError> {
         let now = self.started.elapsed();
         self.watch_path(party, now).await?;
+        if self.unconfirmed.is_some_and(|until| until <= now) {
+            return Err(CallError::NoActivation { place: self.dial.place.clone() });
+        }
         say.fill(0);
         let heard = self.receiver.pull(Instant::now());
         let step = party.step(&heard, say);
@@ -338,10 +381,25 @@ impl Call {
                 party.on_event(&Event::Ended(code));
                 return Err(self.ended(code));
             }
+            Some(FromWorker::Activated(_)) if self.unconfirmed.is_some() => self.on_confirmed(),
+            Some(FromWorker::Refused(m)) if self.unconfirmed.is_some() => return Err(self.refusal(m)),
             // A newer worker may say more: what is not understood is not acted on.
             Some(FromWorker::Activated(_) | FromWorker::Refused(_)) | None => {}
         }
         Ok(())
+    }
+
+    /// The refusal that the connection was closed after, if it was.
+    fn refused(&mut self) -> Option<CallError> {
+        self.unconfirmed?;
+        match self.reader.read().now_or_never()? {
+            Ok(Some(ServerMessage { message: Some(FromWorker::Refused(refused)) })) => Some(self.refusal(refused)),
+            _ => None,
+        }
+    }
+
+    fn refusal(&self, refused: Refused) -> CallError {
+        CallError::Refused { place: self.dial.place.clone(), code: refused.code(), detail: refused.detail }
     }
 
     fn ended(&self, code: EndCode) -> CallError {
@@ -372,6 +430,8 @@ fn frame_ticks() -> Interval {
 }
 
 const FRAME: Duration = Duration::from_millis(20);
+/// From the handshake to the worker's confirmation.
+const ACTIVATION: Duration = Duration::from_secs(5);
 const GOODBYE: Duration = Duration::from_millis(500);
 /// Datagrams taken at one step at most, so that a flood cannot hold the playout clock up.
 const DATAGRAMS_PER_STEP: usize = 64;

@@ -11,8 +11,7 @@ use std::{
 use antiphon_core::id::{Epoch, SessionId};
 use antiphon_media::format::AudioFormat;
 use antiphon_proto::v1::{
-    Activate, Activated, ClientMessage, Codec, RefusedCode, ServerMessage, Session,
-    client_message::Message as ToWorker, server_message::Message as FromWorker,
+    Activate, ClientMessage, Codec, RefusedCode, ServerMessage, Session, client_message::Message as ToWorker,
 };
 use antiphon_quic::{
     AudioBudget, ClientKey, ControlError, ControlReader, ControlWriter, Side, activation_message, client_crypto,
@@ -25,7 +24,6 @@ use quinn::{
     crypto::rustls::QuicClientConfig,
 };
 use rustls_pki_types::CertificateDer;
-use tokio::time::timeout;
 
 use crate::{
     call::Call,
@@ -182,21 +180,33 @@ impl Dial {
         Self { qlog: Some(Arc::new(open)), ..self }
     }
 
-    /// Connects through the relay that answers first and activates the session.
+    /// Connects, activates the session and waits for the worker's confirmation.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn connect(self, key: &ClientKey) -> Result<Call, DialError> {
+        let mut call = self.begin(key).await?;
+        call.confirmed().await?;
+        Ok(call)
+    }
+
+    /// Connects through the relay that answers first, asks the worker to activate the session, and gives the call as
+    /// soon as its party may speak: one round trip after the beginning. [`Call::run`] ends with an error if the worker
+    /// does not confirm.
     ///
     /// Attempts begin in the ticket's order, 250 ms after each other or as soon as one fails (RFC 8305), each with a
     /// connection ID of its own. The first handshake wins; the others are given up.
     ///
     /// # Errors
     /// [`DialError`].
-    pub async fn connect(self, key: &ClientKey) -> Result<Call, DialError> {
+    pub async fn begin(self, key: &ClientKey) -> Result<Call, DialError> {
         let started = Instant::now();
         let (won, attempts) = self.race(started).await?;
         let handshake = started.elapsed();
-        let (activated, writer, reader) = self.activate(&won.connection, key).await?;
+        let (writer, reader) = self.activate(&won.connection, key).await?;
         let Won { endpoint, socket, connection, relay } = won;
         let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
-        let opened = Opened { endpoint, socket, connection, writer, reader, activated, relay, attempts };
+        let opened = Opened { endpoint, socket, connection, writer, reader, relay, attempts };
         Call::new(self, opened, started, handshake).map_err(DialError::SetUp)
     }
 
@@ -279,9 +289,9 @@ impl Dial {
         &self,
         connection: &Connection,
         key: &ClientKey,
-    ) -> Result<(Activated, ControlWriter<ClientMessage>, ControlReader<ServerMessage>), DialError> {
+    ) -> Result<(ControlWriter<ClientMessage>, ControlReader<ServerMessage>), DialError> {
         let (send, receive) = connection.open_bi().await.map_err(DialError::Handshake)?;
-        let (mut writer, mut reader) = (ControlWriter::new(send), ControlReader::new(receive));
+        let (mut writer, reader) = (ControlWriter::new(send), ControlReader::new(receive));
         let message = activation_message(connection, self.session, self.epoch);
         let message = message.map_err(|e| DialError::SetUp(e.to_string()))?;
         let activate = Activate {
@@ -291,15 +301,7 @@ impl Dial {
             signature: key.sign(&message).into(),
         };
         writer.write(&ClientMessage { message: Some(ToWorker::Activate(activate)) }).await?;
-        let answer = timeout(ACTIVATION, reader.read()).await.map_err(|_| DialError::NoActivation(ACTIVATION))??;
-        match answer.and_then(|message: ServerMessage| message.message) {
-            Some(FromWorker::Activated(activated)) => Ok((activated, writer, reader)),
-            Some(FromWorker::Refused(refused)) => {
-                let (code, detail) = (refused.code(), refused.detail);
-                Err(DialError::Refused { code, detail })
-            }
-            _ => Err(DialError::NoActivation(ACTIVATION)),
-        }
+        Ok((writer, reader))
     }
 
     fn no_answer(&self, tried: &[usize]) -> DialError {
@@ -340,9 +342,6 @@ pub(crate) struct Opened {
     pub(crate) connection: Connection,
     pub(crate) writer: ControlWriter<ClientMessage>,
     pub(crate) reader: ControlReader<ServerMessage>,
-    pub(crate) activated: Activated,
     pub(crate) relay: usize,
     pub(crate) attempts: u32,
 }
-
-const ACTIVATION: Duration = Duration::from_secs(5);

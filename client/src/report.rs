@@ -44,7 +44,7 @@ pub struct CallReport {
     pub handshake: Duration,
     /// Attempts that the handshake took.
     pub attempts: u32,
-    /// When the worker confirmed the activation.
+    /// When the worker confirmed the activation; zero if it did not.
     pub activated: Duration,
     /// When the first frame of any answer was played.
     pub first_audio: Option<Duration>,

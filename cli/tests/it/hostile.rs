@@ -6,7 +6,7 @@ use std::{
 };
 
 use antiphon_cli::fleet::{Kind, read_root};
-use antiphon_client::{ClientKey, DialError};
+use antiphon_client::{CallError, ClientKey, Dial, DialError};
 use antiphon_core::id::KeyGeneration;
 use antiphon_proto::{
     ticket,
@@ -57,6 +57,26 @@ async fn a_ticket_is_worth_nothing_in_other_hands_or_after_its_time() {
     crossed.ticket = one.ticket;
     let error = connect(&crossed, &key).await.unwrap_err();
     assert_eq!(refused_with(&error), RefusedCode::Malformed);
+    fleet.fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_speaks_before_the_confirmation_is_heard_or_told_why_not() {
+    let fleet = start(Shape { relays: 1, workers: 1, slots: 4 }).await;
+    let (session, key) = fleet.ticket(Codec::Opus).await;
+    let call = Dial::new(&session).unwrap().begin(&key).await.unwrap();
+    let (caller, _) = Caller::new(6, call.sample_rate(), 1);
+    let finished = caller.run(call).await;
+    finished.assert_complete();
+    assert!(finished.report.activated > finished.report.handshake, "{:?}", finished.report);
+
+    let (session, _) = fleet.ticket(Codec::Opus).await;
+    let thief = ClientKey::generate().unwrap();
+    let call = Dial::new(&session).unwrap().begin(&thief).await.unwrap();
+    let (caller, _) = Caller::new(6, call.sample_rate(), 1);
+    let finished = caller.run(call).await;
+    let refused = matches!(&finished.outcome, Err(CallError::Refused { code: RefusedCode::WrongClient, .. }));
+    assert!(refused, "{:?}", finished.outcome);
     fleet.fleet.stop().await;
 }
 
