@@ -21,7 +21,7 @@ mod verdict;
 use std::time::Duration;
 
 pub use snapshot::{AgentPolicy, FleetSnapshot, Freshness, Phase, PoolView, RegionView, SnapshotError, WorkerView};
-pub use verdict::{Candidate, RefusalReason, Verdict};
+pub use verdict::{Candidate, CeilingSetBy, RefusalReason, Verdict};
 
 use crate::{clock::Millis, geo::UnitVector, id::RegionNumber};
 use judge::{Judge, liking};
@@ -184,11 +184,11 @@ impl Refusal {
 
 impl Assessed {
     /// Distance outranks a lack of room: what is too far would not be used if it had some.
-    fn apply(&mut self, ceiling: Duration) {
+    fn apply(&mut self, (ceiling, set_by): (Duration, CeilingSetBy)) {
         if let Some(rtt) = self.rtt.filter(|rtt| *rtt > ceiling)
             && self.objection.is_none_or(Verdict::is_about_capacity)
         {
-            self.objection = Some(Verdict::TooFar { rtt, ceiling });
+            self.objection = Some(Verdict::TooFar { rtt, ceiling, set_by });
             self.cost = f64::INFINITY;
         }
     }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Assessed, Assessment, CAPACITY_RETRY, FleetSnapshot, INCUMBENT_MARGIN, LOAD_COST, Refusal, RefusalReason, Request,
-    Verdict, WORKER_CHOICES, insert_bounded, rtt_ceiling,
+    Assessed, Assessment, CAPACITY_RETRY, CeilingSetBy, FleetSnapshot, INCUMBENT_MARGIN, LOAD_COST, Refusal,
+    RefusalReason, Request, Verdict, WORKER_CHOICES, insert_bounded, rtt_ceiling,
     snapshot::{Agent, Served},
 };
 use crate::{clock::Millis, geo};
@@ -25,16 +25,25 @@ impl<'a> Judge<'a> {
         Self { snapshot, agent, request, now }
     }
 
-    /// Above which round trip a region is too far.
+    /// Above which round trip a region is too far, and what sets it.
     ///
     /// The agent's ceiling, relaxed by waiting; but the nearest region that could serve the caller is never too far
     /// unless it is beyond a hard ceiling: waiting brings no region nearer, only room in a near one.
-    pub(super) fn ceiling(&self, regions: &[Assessed]) -> Duration {
+    pub(super) fn ceiling(&self, regions: &[Assessed]) -> (Duration, CeilingSetBy) {
         let hard = self.hard_ceiling();
         let could_serve = |assessed: &&Assessed| assessed.objection.is_none_or(|v| v == Verdict::Full);
         let nearest = regions.iter().filter(could_serve).filter_map(|r| r.rtt).min();
+        let nearest = nearest.unwrap_or_default();
         let relaxed = rtt_ceiling(&self.agent.policy, self.request.waited);
-        relaxed.max(nearest.unwrap_or_default()).min(hard)
+        if relaxed.max(nearest) >= hard {
+            let of_request = self.request.max_rtt.is_some_and(|max| max <= hard);
+            return (hard, if of_request { CeilingSetBy::Request } else { CeilingSetBy::AgentMax });
+        }
+        match () {
+            () if nearest > relaxed => (nearest, CeilingSetBy::NearestRegion),
+            () if relaxed > self.agent.policy.rtt_ceiling => (relaxed, CeilingSetBy::Waiting),
+            () => (relaxed, CeilingSetBy::Agent),
+        }
     }
 
     fn hard_ceiling(&self) -> Duration {

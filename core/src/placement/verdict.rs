@@ -2,6 +2,21 @@
 
 use std::{fmt, time::Duration};
 
+/// What sets the ceiling on the round trip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CeilingSetBy {
+    /// The agent's preferred ceiling.
+    Agent,
+    /// The same, relaxed by the caller's waiting.
+    Waiting,
+    /// The nearest region that serves the caller: it is farther than the agent's ceiling and taken all the same.
+    NearestRegion,
+    /// The agent's hard ceiling.
+    AgentMax,
+    /// The request.
+    Request,
+}
+
 /// What was found about one region or worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -26,6 +41,8 @@ pub enum Verdict {
         rtt: Duration,
         /// The ceiling that held at the decision.
         ceiling: Duration,
+        /// What had set it.
+        set_by: CeilingSetBy,
     },
     /// It keeps what it has and gets nothing new.
     Cordoned,
@@ -77,6 +94,30 @@ impl Verdict {
         }
     }
 
+    /// What the region of a verdict with this label does or is, to go on from its name: "frankfurt is full".
+    #[must_use]
+    pub fn predicate(label: &str) -> &'static str {
+        match label {
+            "chosen" => "took it",
+            "eligible" => "is busier or liked less",
+            "not_served" => "does not run the agent",
+            "not_allowed" => "is not among those asked for",
+            "residency" => "is in none of the residency zones asked for",
+            "wrong_gpu_class" => "has other GPUs",
+            "too_far" => "is too far",
+            "cordoned" => "is cordoned",
+            "draining" => "is draining",
+            "stale" => "has not reported lately",
+            "disconnected" => "is disconnected",
+            "clock_behind" => "has a clock that is behind",
+            "no_workers" => "has no workers",
+            "full" => "is full",
+            "refused" => "refused",
+            "unreachable" => "did not answer",
+            _ => "was not chosen",
+        }
+    }
+
     /// Whether the objection may be gone in a moment.
     pub(super) const fn is_about_capacity(self) -> bool {
         match self {
@@ -109,8 +150,16 @@ impl fmt::Display for Verdict {
             Self::NotAllowed => f.write_str("not among the regions that the request names"),
             Self::Residency => f.write_str("in none of the residency zones that the request names"),
             Self::WrongGpuClass => f.write_str("its GPUs are not of the agent's class"),
-            Self::TooFar { rtt, ceiling } => {
-                write!(f, "round trip of {} ms is above the ceiling of {} ms", rtt.as_millis(), ceiling.as_millis())
+            Self::TooFar { rtt, ceiling, set_by } => {
+                let (rtt, ceiling) = (rtt.as_millis(), ceiling.as_millis());
+                write!(f, "round trip of {rtt} ms is above ")?;
+                match set_by {
+                    CeilingSetBy::Agent => write!(f, "the agent's ceiling of {ceiling} ms"),
+                    CeilingSetBy::Waiting => write!(f, "the agent's ceiling, {ceiling} ms after this wait"),
+                    CeilingSetBy::NearestRegion => write!(f, "that of the nearest region, {ceiling} ms away"),
+                    CeilingSetBy::AgentMax => write!(f, "the agent's highest ceiling of {ceiling} ms"),
+                    CeilingSetBy::Request => write!(f, "the {ceiling} ms that the request allows"),
+                }
             }
             Self::Cordoned => f.write_str("cordoned: gets nothing new"),
             Self::Draining => f.write_str("draining: is being emptied"),
@@ -184,5 +233,36 @@ impl fmt::Display for RefusalReason {
             Self::TooFar => "every region that matches is farther than the round-trip ceiling",
             Self::NoRegionMatches => "no region satisfies the constraints",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_label_has_a_predicate() {
+        let age = Duration::ZERO;
+        let too_far = Verdict::TooFar { rtt: age, ceiling: age, set_by: CeilingSetBy::Agent };
+        let all = [
+            Verdict::Chosen,
+            Verdict::Eligible { rank: 1 },
+            Verdict::NotServed,
+            Verdict::NotAllowed,
+            Verdict::Residency,
+            Verdict::WrongGpuClass,
+            too_far,
+            Verdict::Cordoned,
+            Verdict::Draining,
+            Verdict::Stale { age: None },
+            Verdict::Disconnected,
+            Verdict::ClockBehind { by: age },
+            Verdict::NoWorkers,
+            Verdict::Full,
+            Verdict::Refused,
+            Verdict::Unreachable,
+        ];
+        let unknown = Verdict::predicate("no label");
+        assert!(all.iter().all(|verdict| Verdict::predicate(verdict.label()) != unknown));
     }
 }

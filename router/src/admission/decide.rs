@@ -234,7 +234,7 @@ fn reason(session: &v1::Session, candidates: &[v1::Candidate], attempts: usize) 
     let kind = match nearer.min_by_key(|c| c.estimated_rtt_ms) {
         _ if rtt == 0 => "best region for a caller whose place is unknown".to_owned(),
         None => "nearest region".to_owned(),
-        Some(nearest) => format!("best region, {} is {}", nearest.region, nearest.verdict.replace('_', " ")),
+        Some(nearest) => format!("best region, {} {}", nearest.region, Verdict::predicate(&nearest.verdict)),
     };
     let distance = if rtt == 0 { String::new() } else { format!("about {rtt} ms away, ") };
     format!("{kind}: {distance}{free} free; {} took it at attempt {attempts}", session.worker)
