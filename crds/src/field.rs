@@ -50,6 +50,19 @@ impl FieldPath {
         &self.0
     }
 
+    /// Takes the field out of a resource; `false` if it is an item of a list, for the others would move up.
+    pub(crate) fn remove_from(&self, resource: &mut serde_json::Value) -> bool {
+        let Some((Step::Field(last), way)) = self.0.split_last() else { return false };
+        let parent = way.iter().try_fold(resource, |value, step| match step {
+            Step::Field(name) => value.get_mut(name),
+            Step::Item(index) => value.get_mut(index),
+        });
+        if let Some(fields) = parent.and_then(serde_json::Value::as_object_mut) {
+            fields.remove(last);
+        }
+        true
+    }
+
     fn then(&self, step: Step) -> Self {
         let mut steps = self.0.clone();
         steps.push(step);

@@ -1,8 +1,8 @@
 //! Resources read from YAML files, as `kubectl apply -f` would read them.
 //!
 //! A file may hold several documents. Fields of `metadata` are those of Kubernetes; `status` is ignored. Everything else
-//! that the API server would not take as written is an error that names file, line and field, and all errors are
-//! reported at once.
+//! that the API server would not take as written is an error that names file, line and field. All errors are reported at
+//! once, in the order of files and lines.
 
 mod node;
 
@@ -13,11 +13,12 @@ use std::{
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::Value;
+use serde_saphyr::{MessageFormatter as _, UserMessageFormatter};
 
 pub use crate::rules::Resource;
 use crate::{
     GROUP, VERSION, VoiceAgent, VoiceRegion,
-    field::{FieldError, FieldPath},
+    field::{FieldError, FieldPath, Step},
     rules,
     schema::{self, Checked},
 };
@@ -41,12 +42,15 @@ pub struct ManifestError {
 #[error("{}", self.lines())]
 pub struct ManifestErrors(pub Vec<ManifestError>);
 
-/// The resources of one YAML text and where they stand in it.
+/// One document of a YAML text: where it stands, what it is and what is wrong with it.
 #[derive(Clone, Debug)]
 struct Document {
     file: String,
     node: Node,
-    resource: Resource,
+    subject: String,
+    /// As far as it can be read: where there are errors, only for finding what else is wrong.
+    resource: Option<Resource>,
+    errors: Vec<FieldError>,
 }
 
 /// Reads files and directories (their `*.yaml`, `*.yml` and `*.json`, not deeper) and checks the fleet that they describe
@@ -56,6 +60,7 @@ pub fn read(paths: &[PathBuf]) -> Result<Vec<Resource>, ManifestErrors> {
     let mut errors = Vec::new();
     for path in paths {
         match load(path) {
+            Ok(texts) if texts.is_empty() => errors.push(empty_directory(path)),
             Ok(texts) => sources.extend(texts),
             Err(error) => errors.push(unreadable(path, &error)),
         }
@@ -74,28 +79,24 @@ pub fn parse(sources: &[(&str, &str)]) -> Result<Vec<Resource>, ManifestErrors> 
     let mut errors = Vec::new();
     for (file, text) in sources {
         match Node::documents(text) {
-            Ok(nodes) => {
-                for node in nodes {
-                    match document(file, node) {
-                        Ok(document) => documents.push(document),
-                        Err(found) => errors.extend(found),
-                    }
-                }
-            }
+            Ok(nodes) => documents.extend(nodes.into_iter().map(|node| document(file, node))),
             Err(error) => errors.push(not_yaml(file, &error)),
         }
     }
     // A resource that could not be read would make others look dangling.
-    if errors.is_empty() {
-        errors = check_together(&documents);
+    if errors.is_empty() && documents.iter().all(Document::is_known_to_others) {
+        check_together(&mut documents);
     }
     if errors.is_empty() && documents.is_empty() {
         errors.push(nothing_there(sources));
     }
+    errors.extend(documents.iter().flat_map(Document::located_errors));
     if !errors.is_empty() {
+        let place = |error: &ManifestError| (sources.iter().position(|(file, _)| *file == error.file), error.line);
+        errors.sort_by_key(place);
         return Err(ManifestErrors(errors));
     }
-    Ok(documents.into_iter().map(|document| document.resource).collect())
+    Ok(documents.into_iter().filter_map(|document| document.resource).collect())
 }
 
 fn load(path: &Path) -> io::Result<Vec<(String, String)>> {
@@ -116,7 +117,7 @@ fn load(path: &Path) -> io::Result<Vec<(String, String)>> {
 }
 
 /// Everything of one document that does not depend on others.
-fn document(file: &str, node: Node) -> Result<Document, Vec<ManifestError>> {
+fn document(file: &str, node: Node) -> Document {
     let value = node.to_json();
     let text = |name: &str| value[name].as_str();
     let known = (text("apiVersion"), text("kind"));
@@ -130,25 +131,40 @@ fn document(file: &str, node: Node) -> Result<Document, Vec<ManifestError>> {
         "" => String::new(),
         _ => format!("{kind} {name}").trim_end().to_owned(),
     };
-    let checked = match known {
+    let (resource, errors) = match known {
         (Some(version), Some("VoiceAgent")) if version == api_version => {
-            resource::<VoiceAgent>(&value).map(|agent| (agent.rules(), Resource::VoiceAgent(Box::new(agent))))
+            resource::<VoiceAgent>(&value, |agent| Resource::VoiceAgent(Box::new(agent)))
         }
         (Some(version), Some("VoiceRegion")) if version == api_version => {
-            resource::<VoiceRegion>(&value).map(|region| (region.rules(), Resource::VoiceRegion(Box::new(region))))
+            resource::<VoiceRegion>(&value, |region| Resource::VoiceRegion(Box::new(region)))
         }
-        _ => Err(vec![unknown_kind(&value, &api_version)]),
+        _ => (None, vec![unknown_kind(&value, &api_version)]),
     };
-    let errors = match checked {
-        Ok((errors, resource)) if errors.is_empty() => return Ok(Document { file: file.to_owned(), node, resource }),
-        Ok((errors, _)) | Err(errors) => errors,
-    };
-    let locate = |error| locate(file, &node, &subject, error);
-    Err(errors.into_iter().map(locate).collect())
+    Document { file: file.to_owned(), node, subject, resource, errors }
 }
 
-/// A document of known kind as a resource, if its schema admits it.
-fn resource<K>(value: &Value) -> Result<K, Vec<FieldError>>
+impl Document {
+    /// Whether what other resources are checked against can be relied on.
+    fn is_known_to_others(&self) -> bool {
+        let is_shared = |error: &FieldError| {
+            let path = error.path.to_string();
+            SHARED.iter().any(|shared| path.starts_with(shared))
+        };
+        self.resource.is_some() && !self.errors.iter().any(is_shared)
+    }
+
+    fn located_errors(&self) -> impl Iterator<Item = ManifestError> {
+        self.errors.iter().map(|error| ManifestError {
+            file: self.file.clone(),
+            line: self.node.line_of(&error.path),
+            subject: self.subject.clone(),
+            error: error.clone(),
+        })
+    }
+}
+
+/// A document of known kind as a resource, as far as it can be read, and everything that is wrong with it by itself.
+fn resource<K>(value: &Value, of: impl FnOnce(K) -> Resource) -> (Option<Resource>, Vec<FieldError>)
 where
     K: Checked + serde::de::DeserializeOwned,
 {
@@ -170,17 +186,39 @@ where
             "write the fields of the resource under spec",
         )),
     }
-    if !errors.is_empty() {
-        return Err(errors);
-    }
     let mut value = value.clone();
     if let Some(fields) = value.as_object_mut() {
         fields.remove("status");
     }
-    serde_json::from_value(value).map_err(|error| {
-        let hint = "compare it with `kubectl explain`";
-        vec![FieldError::without_value(root, format!("cannot be read: {error}"), hint)]
-    })
+    match serde_json::from_value(value.clone()) {
+        Ok(kind) => {
+            let resource = of(kind);
+            errors.extend(resource.rules());
+            (Some(resource), errors)
+        }
+        Err(error) if errors.is_empty() => {
+            let hint = "compare it with `kubectl explain`";
+            (None, vec![FieldError::without_value(root, format!("cannot be read: {error}"), hint)])
+        }
+        Err(_) => {
+            let resource = without_mistakes(value, &errors).map(of);
+            // What compares a field with one that was taken out compares it with a default.
+            let rests_on = |rule: &FieldError, wrong: &FieldError| match wrong.path.steps().last() {
+                Some(Step::Field(name)) => rule.path == wrong.path || rule.problem.contains(name.as_str()),
+                _ => false,
+            };
+            let mut more = resource.as_ref().map(Resource::rules).unwrap_or_default();
+            more.retain(|rule| !errors.iter().any(|wrong| rests_on(rule, wrong)));
+            errors.extend(more);
+            (resource, errors)
+        }
+    }
+}
+
+/// The rest of a resource, if that is one by itself: rules between its fields can be checked all the same.
+fn without_mistakes<K: serde::de::DeserializeOwned>(mut value: Value, errors: &[FieldError]) -> Option<K> {
+    let removed = errors.iter().all(|error| error.path.remove_from(&mut value));
+    serde_json::from_value(value).ok().filter(|_| removed)
 }
 
 fn check_metadata(metadata: Option<&Value>) -> Vec<FieldError> {
@@ -234,19 +272,15 @@ fn unknown_kind(value: &Value, api_version: &str) -> FieldError {
     FieldError::new(FieldPath::of("kind"), &value["kind"], "is not a kind of Antiphon's", hint)
 }
 
-fn check_together(documents: &[Document]) -> Vec<ManifestError> {
-    let resources: Vec<Resource> = documents.iter().map(|document| document.resource.clone()).collect();
-    let errors = rules::check_fleet(&resources);
-    let locate = |(index, error): (usize, FieldError)| {
-        let Document { file, node, resource } = &documents[index];
-        locate(file, node, &format!("{} {}", resource.kind(), resource.name()), error)
-    };
-    errors.into_iter().map(locate).collect()
-}
-
-fn locate(file: &str, node: &Node, subject: &str, error: FieldError) -> ManifestError {
-    let line = node.line_of(&error.path);
-    ManifestError { file: file.to_owned(), line, subject: subject.to_owned(), error }
+/// Adds what does not fit together. Every document is known to the others.
+fn check_together(documents: &mut [Document]) {
+    let resources: Vec<Resource> = documents.iter().filter_map(|document| document.resource.clone()).collect();
+    for (index, error) in rules::check_fleet(&resources) {
+        let errors = &mut documents[index].errors;
+        if !errors.iter().any(|known| known.path == error.path) {
+            errors.push(error);
+        }
+    }
 }
 
 fn about_file(file: &str, line: u64, problem: String, hint: &str) -> ManifestError {
@@ -266,20 +300,46 @@ fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
 fn not_yaml(file: &str, error: &serde_saphyr::Error) -> ManifestError {
     let error = error.without_snippet();
     let line = error.location().map_or(0, |location| location.line());
-    let text = error.to_string();
+    if let serde_saphyr::Error::DuplicateMappingKey { key, .. } = error {
+        let key = key.as_deref().unwrap_or("a field");
+        // Most often two resources without a line between them.
+        let hint = if TOP_FIELDS.contains(&key) {
+            "separate resources with a line of ---, or remove one of them"
+        } else {
+            "remove one of them"
+        };
+        return about_file(file, line, format!("{key} is there twice"), hint);
+    }
+    let text = UserMessageFormatter.format_message(error);
     let first = text.lines().next().unwrap_or_default();
     about_file(file, line, format!("is not valid YAML: {first}"), "")
 }
 
+fn empty_directory(path: &Path) -> ManifestError {
+    let entries = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
+    let mut inner: Vec<String> =
+        entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path().display().to_string()).collect();
+    inner.sort();
+    let hint = match inner.first() {
+        Some(first) => format!("directories in it are not searched: did you mean {first}?"),
+        None => "name files that hold a VoiceAgent and its VoiceRegions".to_owned(),
+    };
+    about_file(&path.display().to_string(), 0, "has no *.yaml, *.yml or *.json".to_owned(), &hint)
+}
+
 fn nothing_there(sources: &[(&str, &str)]) -> ManifestError {
     let files: Vec<&str> = sources.iter().map(|(file, _)| *file).collect();
-    let file = if files.is_empty() { "(no files)".to_owned() } else { files.join(", ") };
-    about_file(&file, 0, "no resources".to_owned(), "name files that hold a VoiceAgent and its VoiceRegions")
+    about_file(
+        &files.join(", "),
+        0,
+        "no resources".to_owned(),
+        "name files that hold a VoiceAgent and its VoiceRegions",
+    )
 }
 
 impl fmt::Display for ManifestError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.file)?;
+        f.write_str(if self.file.is_empty() { "(no files)" } else { &self.file })?;
         if self.line > 0 {
             write!(f, ":{}", self.line)?;
         }
@@ -298,6 +358,16 @@ impl ManifestErrors {
 }
 
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
+
+/// What other resources of a fleet are checked against, by the beginnings of paths.
+const SHARED: [&str; 6] = [
+    "metadata.name",
+    "spec.number",
+    "spec.residency",
+    "spec.gpuClasses",
+    "spec.placement.residency",
+    "spec.worker.gpuClass",
+];
 
 const TOP_FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
 

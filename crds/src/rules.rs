@@ -41,6 +41,14 @@ impl Resource {
         }
     }
 
+    /// The rules of the API server that are not the schema's.
+    pub(crate) fn rules(&self) -> Vec<FieldError> {
+        match self {
+            Self::VoiceAgent(agent) => agent.rules(),
+            Self::VoiceRegion(region) => region.rules(),
+        }
+    }
+
     /// Everything that is wrong with it by itself.
     pub fn validate(&self) -> Vec<FieldError> {
         match self {

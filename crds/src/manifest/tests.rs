@@ -66,7 +66,8 @@ fn errors_name_file_line_resource_field_and_remedy() {
     for (from, to, expected) in MISTAKES {
         let agent = AGENT.replacen(from, to, 1);
         assert_ne!(agent, AGENT, "{from}");
-        assert_eq!(errors(&fleet(&agent))[0], *expected);
+        let found = errors(&fleet(&agent));
+        assert!(found.iter().any(|error| error == expected), "{expected}: {found:#?}");
     }
 }
 
@@ -201,7 +202,64 @@ fn broken_yaml_is_an_error_with_its_line() {
     assert!(found[0].contains("is not valid YAML"), "{found:?}");
     let twice = AGENT.replace("    type: Echo\n", "    type: Echo\n    type: Echo\n");
     let found = errors(&twice);
-    assert!(found[0].starts_with("fleet.yaml:8: is not valid YAML"), "{found:?}");
+    assert_eq!(found, ["fleet.yaml:8: type is there twice: remove one of them"]);
+    let found = errors(&format!("{AGENT}{REGION}"));
+    let expected =
+        "fleet.yaml:12: apiVersion is there twice: separate resources with a line of ---, or remove one of them";
+    assert_eq!(found, [expected]);
+}
+
+#[test]
+fn mistakes_of_every_kind_are_reported_at_once_in_the_order_of_lines() {
+    let agent = "\
+apiVersion: antiphon.dev/v1alpha1
+kind: VoiceAgent
+metadata: {name: frontdesk}
+spec:
+  latency: {budget: 1ms, rttCeiling: fast}
+  engine: {type: Echo}
+  workload: Translation
+  regions:
+    - name: nowhere
+      maxReplicas: 1
+      minReplicas: 2
+      wieght: 7
+  sessions: {slotsPerWorker: 9999, perTenant: none}
+";
+    let found = errors(&fleet(agent));
+    let places: Vec<_> =
+        found.iter().map(|error| error.split(": ").take(3).collect::<Vec<_>>()[0..3].join(" ")).collect();
+    let at = |line: u32, field: &str| format!("fleet.yaml:{line} VoiceAgent default/frontdesk spec.{field}");
+    let expected = [
+        at(5, "latency.rttCeiling"),
+        at(5, "latency.budget"),
+        at(7, "workload"),
+        at(9, "regions[0].name"),
+        at(10, "regions[0].maxReplicas"),
+        at(12, "regions[0].wieght"),
+        at(13, "sessions.perTenant"),
+        at(13, "sessions.slotsPerWorker"),
+    ];
+    assert_eq!(places, expected, "{found:#?}");
+}
+
+#[test]
+fn a_field_is_not_compared_with_the_default_of_one_that_cannot_be_read() {
+    let agent = AGENT.replace("minReplicas: 2", "minReplicas: none").replace("maxReplicas: 3", "maxReplicas: 0");
+    let found = errors(&fleet(&agent));
+    assert_eq!(found.len(), 1, "{found:#?}");
+    let region = REGION.replace("frankfurt", "Frankfurt");
+    let found = errors(&format!("{AGENT}---\n{region}"));
+    assert_eq!(found.len(), 1, "nothing dangles: {found:#?}");
+}
+
+#[test]
+fn a_directory_without_manifests_is_named_with_what_is_in_it() {
+    let of = |name: &str| read(&[Path::new(env!("CARGO_MANIFEST_DIR")).join(name)]).unwrap_err().to_string();
+    let sources = of("src/manifest");
+    assert!(sources.contains("src/manifest: has no *.yaml, *.yml or *.json: name files"), "{sources}");
+    let outer = of("../examples");
+    assert!(outer.ends_with("../examples/three-clouds?") && outer.contains("are not searched"), "{outer}");
 }
 
 #[test]
