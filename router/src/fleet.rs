@@ -9,6 +9,7 @@ mod hello;
 mod keys;
 mod peers;
 mod relays;
+mod remembered;
 mod routes;
 mod status;
 mod tiers;
@@ -18,6 +19,7 @@ mod workers;
 use std::{collections::BTreeMap, sync::Arc};
 
 use antiphon_core::{
+    clock::Millis,
     id::{RegionNumber, RelayNumber, WorkerNumber},
     keys::FleetRoot,
     placement::{self, Candidate, FleetSnapshot, Freshness, RegionView, Verdict},
@@ -39,6 +41,7 @@ use keys::Keys;
 pub(crate) use keys::follow as follow_keys;
 use peers::Peer;
 use relays::Relay;
+pub(crate) use remembered::follow as remember;
 use workers::Worker;
 
 /// Shared by everything that the router serves.
@@ -64,6 +67,10 @@ struct State {
     records: Arc<Records>,
     workers: BTreeMap<WorkerNumber, Worker>,
     relays: BTreeMap<RelayNumber, Relay>,
+    /// Numbers whose relays are known to be gone, and since when; and what other routers of the region last said of that,
+    /// by address.
+    gone_relays: BTreeMap<RelayNumber, Millis>,
+    siblings_gone_relays: BTreeMap<String, Vec<u32>>,
     peers: BTreeMap<String, Peer>,
     /// Routes of the own workers, and those together with the peers'.
     own_routes: Arc<RouteMap>,
@@ -114,10 +121,11 @@ pub(crate) struct NoPlace {
 }
 
 impl Fleet {
+    /// A fleet as the store knows it.
     pub(crate) fn new(identity: Identity, root: FleetRoot, store: Arc<dyn Store>) -> Arc<Self> {
         let records = Arc::clone(&store.watch().borrow());
         let state = State { records, ..State::default() };
-        Arc::new(Self {
+        let fleet = Arc::new(Self {
             region: identity.peer().region.clone(),
             identity,
             store,
@@ -128,7 +136,9 @@ impl Fleet {
             root,
             state: Mutex::new(state),
             registering: tokio::sync::Mutex::default(),
-        })
+        });
+        fleet.recall();
+        fleet
     }
 
     /// Takes new records.
@@ -321,7 +331,7 @@ impl State {
                 detail: line.verdict.to_string(),
                 estimated_rtt_ms: line.rtt.map_or(0, millis),
                 free: line.free,
-                score: line.cost.unwrap_or(0.0),
+                score: line.cost,
             });
         }
         candidates

@@ -137,6 +137,7 @@ pub fn start(
     tasks.service("records", follow_records(Arc::clone(&fleet), readiness, tasks.clone()));
     tasks.service("peers", peering::watch_all(Arc::clone(&fleet), tasks.clone()));
     tasks.service("keys", fleet::follow_keys(Arc::clone(&fleet), tasks.clone()));
+    tasks.service("memory", fleet::remember(Arc::clone(&fleet), tasks.clone()));
     tasks.service("gauges", gauge(fleet, metrics, noted, tasks.clone()));
     Ok(())
 }

@@ -24,6 +24,8 @@ mod peering;
 mod placement;
 #[path = "it/process.rs"]
 mod process;
+#[path = "it/restart.rs"]
+mod restart;
 #[path = "it/siblings.rs"]
 mod siblings;
 #[path = "it/tiers.rs"]

@@ -21,8 +21,11 @@ impl Clock {
     }
 
     pub(crate) fn now(&self) -> Millis {
-        Millis::default().after(self.0.elapsed())
+        Self::STARTED.after(self.0.elapsed())
     }
+
+    /// When the process started. Not zero: what happened before has a time, too.
+    pub(crate) const STARTED: Millis = Millis(10 * 365 * 86_400_000);
 }
 
 /// Milliseconds since the Unix epoch.

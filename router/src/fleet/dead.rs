@@ -13,6 +13,9 @@ pub(super) struct Dead {
     last: u64,
 }
 
+/// Who, when, and whether it was of the own region.
+pub(super) type Death<'a> = (&'a v1::DeadServer, Millis, bool);
+
 #[derive(Debug)]
 struct Entry {
     serial: u64,
@@ -35,6 +38,11 @@ impl Dead {
         self.last += 1;
         self.entries.push_back(Entry { serial: self.last, at: now, own, server });
         true
+    }
+
+    /// All that are not forgotten, oldest first.
+    pub(super) fn all(&self) -> impl Iterator<Item = Death<'_>> {
+        self.entries.iter().map(|e| (&e.server, e.at, e.own))
     }
 
     /// It lives after all: who said otherwise was wrong.

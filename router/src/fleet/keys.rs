@@ -15,7 +15,7 @@ use antiphon_runtime::Tasks;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{
-    Fleet, State,
+    Clock, Fleet, State,
     peers::{DIGEST_LEASE, Peer},
 };
 
@@ -29,7 +29,7 @@ pub(super) struct Keys {
     /// What the region says of itself.
     pub(super) said: RegionKeys,
     pub(super) held_up_by: Vec<HeldUp>,
-    /// Generation that something may be under way with, and until when.
+    /// Generation that something may be under way with, and since when nothing new is made with it.
     under_way: Option<(u32, Millis)>,
     /// Made when it is first needed.
     signer: Option<(KeyGeneration, Arc<Signer>)>,
@@ -65,20 +65,31 @@ impl Keys {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MemberKeys {
     pub(super) loaded: Vec<u32>,
-    /// `None`: it may use any.
+    /// Of what is there; 0: nothing is. `None`: it may use any.
     pub(super) oldest: Option<u32>,
+    /// What it uses for what is new; 0: it does not say.
+    pub(super) minting: u32,
 }
 
 impl MemberKeys {
     /// Of one that registers: it says itself what it has loaded.
     pub(super) const fn unreported(oldest: Option<u32>) -> Self {
-        Self { loaded: Vec::new(), oldest }
+        Self { loaded: Vec::new(), oldest, minting: 0 }
     }
 
-    pub(super) fn reported(loaded: &[u32], oldest: u32) -> Self {
+    pub(super) fn reported(loaded: &[u32], oldest: u32, minting: u32) -> Self {
         // Nobody holds more at a time; a longer list is nonsense and proves nothing.
         let sane = loaded.len() <= MAX_REPORTED;
-        Self { loaded: if sane { loaded.to_vec() } else { Vec::new() }, oldest: Some(oldest) }
+        Self { loaded: if sane { loaded.to_vec() } else { Vec::new() }, oldest: Some(oldest), minting }
+    }
+
+    /// The oldest that it uses or may yet use.
+    fn in_use(&self) -> Option<u32> {
+        match (self.oldest, self.minting) {
+            (oldest, 0) => oldest,
+            (Some(0) | None, minting) => self.oldest.map(|_| minting),
+            (Some(oldest), minting) => Some(oldest.min(minting)),
+        }
     }
 }
 
@@ -116,9 +127,12 @@ impl Fleet {
         let planned_before = state.keys.said.wanted > 0;
         if planned_before && minting > before {
             // Tickets are out that were signed with the former key, and not every worker has heard of the new one.
-            state.keys.under_way = Some((before, now.after(UNDER_WAY)));
+            state.keys.under_way = Some((before, now));
         }
-        state.keys.under_way = state.keys.under_way.filter(|(_, until)| now < *until);
+        // Who says what it mints with is waited for by that.
+        let said = state.workers.values().all(|w| w.keys.minting > 0);
+        let longest = if said { TICKET_LIFE } else { UNDER_WAY };
+        state.keys.under_way = state.keys.under_way.filter(|(_, since)| now.since(*since) < longest);
         let snapshot = self.keys_snapshot(state, wanted, minting, now);
         Some((generation::plan(&snapshot), minting))
     }
@@ -127,21 +141,21 @@ impl Fleet {
         let workers = state.workers.values().map(|w| (w.hello.name.as_str(), &w.keys));
         let relays = state.relays.values().map(|r| (r.hello.name.as_str(), &r.keys));
         let member =
-            |(name, keys): (&'a str, &'a MemberKeys)| Member { name, loaded: &keys.loaded, oldest: keys.oldest };
+            |(name, keys): (&'a str, &'a MemberKeys)| Member { name, loaded: &keys.loaded, oldest: keys.in_use() };
         let others = state.records.regions.values().filter(|r| r.name != self.region);
         let others = others.map(|record| {
             let peer = state.peers.get(&record.name);
             Other {
                 name: &record.name,
                 keys: peer.map(|p| p.keys(now)).unwrap_or_default(),
-                heard: peer.and_then(Peer::heard).is_some_and(|at| now.since(at) <= DIGEST_LEASE),
+                heard: peer.and_then(Peer::speaking).is_some_and(|at| now.since(at) <= DIGEST_LEASE),
             }
         });
         Snapshot {
             wanted,
             minting,
             under_way: state.keys.under_way.map_or(minting, |(generation, _)| generation),
-            settled: now.since(Millis::default()) >= SETTLING,
+            settled: now.since(Clock::STARTED) >= SETTLING,
             members: workers.chain(relays).map(member).collect(),
             others: others.collect(),
         }
@@ -215,7 +229,9 @@ fn generation(value: u32) -> KeyGeneration {
 const TICK: Duration = Duration::from_millis(500);
 /// Longer than relays and workers wait between two tries to register.
 pub(super) const SETTLING: Duration = Duration::from_secs(10);
-/// A ticket's life, and as long again as a directive may take.
+/// Tickets that were signed with the former key are good for so long.
+pub(super) const TICKET_LIFE: Duration = Duration::from_secs(30);
+/// A ticket's life, and as long again as a directive may take to a worker that does not say that it has it.
 pub(super) const UNDER_WAY: Duration = Duration::from_secs(40);
 /// Generations that anybody may say to have loaded.
 const MAX_REPORTED: usize = 16;
@@ -242,6 +258,8 @@ mod tests {
         worker: Standing<WorkerNumber>,
         /// Of the worker's live sessions; 0: none.
         oldest: u32,
+        /// What the worker says it mints with; 0: nothing.
+        says: u32,
     }
 
     impl Region {
@@ -263,8 +281,13 @@ mod tests {
                 agents: vec![v1::AgentRecord { behaviour: Some(behaviour), ..Default::default() }],
                 ..Default::default()
             };
-            let this =
-                Self { name, fleet, worker: Standing { number: WorkerNumber::new(0).unwrap(), stream: 0 }, oldest: 1 };
+            let this = Self {
+                name,
+                fleet,
+                worker: Standing { number: WorkerNumber::new(0).unwrap(), stream: 0 },
+                oldest: 1,
+                says: 0,
+            };
             this.apply(change).await;
             let hello = WorkerHello {
                 name: "w-1".into(),
@@ -306,6 +329,7 @@ mod tests {
                 slots: 1,
                 loaded_generations: self.given().0,
                 oldest_generation: self.oldest,
+                minting_generation: self.says,
                 ..Default::default()
             };
             assert!(self.fleet.worker_reported(self.worker, &report));
@@ -369,6 +393,50 @@ mod tests {
         round(&regions).await;
         assert_eq!(regions.each_ref().map(|r| r.given()), [(vec![2], 2), (vec![2], 2)]);
         assert!(regions[0].held_up_by().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_says_what_it_mints_with_is_waited_for_by_its_word_and_not_by_the_clock() {
+        let mut regions = [Region::new("here").await, Region::new("there").await];
+        advance(SETTLING).await;
+        for region in &mut regions {
+            (region.oldest, region.says) = (0, 1);
+            region.wants(2).await;
+        }
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(Region::given), [(vec![1, 2], 2), (vec![1, 2], 2)]);
+        // Told long ago, and not heard by one of them.
+        regions[0].says = 2;
+        advance(2 * UNDER_WAY).await;
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(Region::given), [(vec![1, 2], 2), (vec![1, 2], 2)]);
+        assert_eq!(regions[1].held_up_by(), ["w-1: still uses generation 1"]);
+        assert_eq!(regions[0].held_up_by(), ["there: still uses generation 1"]);
+        regions[1].says = 2;
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(Region::given), [(vec![2], 2), (vec![2], 2)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tickets_of_the_former_key_are_waited_for_as_long_as_they_live() {
+        let mut regions = [Region::new("here").await, Region::new("there").await];
+        advance(SETTLING).await;
+        for region in &mut regions {
+            (region.oldest, region.says) = (0, 2);
+            region.wants(2).await;
+        }
+        round(&regions).await;
+        round(&regions).await;
+        advance(TICKET_LIFE - Duration::from_millis(1)).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(Region::given), [(vec![1, 2], 2), (vec![1, 2], 2)]);
+        advance(Duration::from_millis(1)).await;
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions.each_ref().map(Region::given), [(vec![2], 2), (vec![2], 2)]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -17,7 +17,13 @@ use antiphon_core::{
 };
 use antiphon_proto::v1;
 
-use super::{Fleet, State, clock, keys, routes, routes::RouteMap};
+use super::{
+    Fleet, State, clock, keys,
+    relays::RELAY_PATIENCE,
+    remembered::{KnownRouter, NamedRelay, RecallError, Times},
+    routes,
+    routes::RouteMap,
+};
 use crate::records::{self, Region};
 
 /// One other region.
@@ -39,8 +45,10 @@ struct Router {
     clock_ahead_ms: i64,
     keys: RegionKeys,
     routes: RouteMap,
-    /// Its stream is broken.
+    /// Its stream is broken, or there was none yet.
     silent: bool,
+    /// All that is here was heard before this process started.
+    recalled: bool,
 }
 
 impl Router {
@@ -63,6 +71,11 @@ impl Peer {
     /// When the region was last heard.
     pub(super) fn heard(&self) -> Option<Millis> {
         self.routers.values().filter_map(|r| r.heard).max()
+    }
+
+    /// When the region was last heard by this process.
+    pub(super) fn speaking(&self) -> Option<Millis> {
+        self.routers.values().filter(|r| !r.recalled).filter_map(|r| r.heard).max()
     }
 
     /// How far the clock is ahead that is furthest from ours.
@@ -89,18 +102,22 @@ impl Peer {
     /// Its relays; nobody new should use one that is not named any more.
     pub(super) fn relays(&self, now: Millis) -> impl Iterator<Item = v1::RelayInfo> {
         let named = self.digest(now).map(Arc::clone);
-        self.relays.values().map(move |(relay, _)| {
+        let heard = self.heard().unwrap_or_default();
+        self.relays.values().map(move |(relay, last_named)| {
             let current = named.iter().flat_map(|d| &d.relays).any(|r| r.number == relay.number);
             let phase = if current { relay.phase } else { v1::Phase::Cordoned.into() };
-            v1::RelayInfo { phase, ..relay.clone() }
+            // While the region is silent nothing is known of its relays, and nothing is held against them.
+            let missing = relay.missing || (!current && heard.since(*last_named) > RELAY_PATIENCE);
+            v1::RelayInfo { phase, missing, ..relay.clone() }
         })
     }
 
-    fn name_relays(&mut self, relays: &[v1::RelayInfo], now: Millis) -> bool {
+    fn name_relays(&mut self, digest: &v1::RegionDigest, now: Millis) -> bool {
         let known = |peer: &Self| -> Vec<v1::RelayInfo> { peer.relays.values().map(|(r, _)| r.clone()).collect() };
         let before = known(self);
-        self.relays.retain(|_, (_, named)| now.since(*named) <= RELAY_MEMORY);
-        for relay in relays.iter().take(MAX_RELAYS) {
+        let gone = |number: &u32| digest.gone_relays.contains(number);
+        self.relays.retain(|number, (_, named)| now.since(*named) <= RELAY_MEMORY && !gone(number));
+        for relay in digest.relays.iter().take(MAX_RELAYS) {
             self.relays.insert(relay.number, (relay.clone(), now));
         }
         before != known(self)
@@ -144,6 +161,61 @@ impl Peer {
         }
     }
 
+    /// What to keep of it.
+    pub(super) fn known(&self, times: Times) -> (Vec<KnownRouter>, Vec<NamedRelay>) {
+        let routers = self.routers.iter().map(|(address, router)| KnownRouter {
+            address: address.clone(),
+            digest: router.digest.as_deref().cloned(),
+            heard: router.heard.map(|at| times.unix_of(at)),
+            clock_ahead_ms: router.clock_ahead_ms,
+            wanted: router.keys.wanted,
+            minting: router.keys.minting,
+            oldest: router.keys.oldest,
+            loaded: router.keys.loaded.clone(),
+            routes: router.routes.iter().map(routes::route).collect(),
+        });
+        let relays = self
+            .relays
+            .values()
+            .map(|(relay, named)| NamedRelay { relay: Some(relay.clone()), named: times.unix_of(*named) });
+        (routers.collect(), relays.collect())
+    }
+
+    /// What was kept of it: said by routers that are silent until they speak.
+    pub(super) fn recalled(routers: &[KnownRouter], relays: &[NamedRelay], times: Times) -> Result<Self, RecallError> {
+        let mut peer = Self::default();
+        for known in routers {
+            let mut routes = RouteMap::new();
+            for v1::Route { server_id, tunnel_address } in &known.routes {
+                if tunnel_address.parse::<std::net::SocketAddr>().is_err() {
+                    return Err(RecallError::Route(tunnel_address.clone()));
+                }
+                routes::insert(&mut routes, *server_id, tunnel_address.as_str().into());
+            }
+            let router = Router {
+                digest: known.digest.clone().map(Arc::new),
+                heard: known.heard.map(|at| times.at(at)),
+                clock_ahead_ms: known.clock_ahead_ms,
+                keys: RegionKeys {
+                    wanted: known.wanted,
+                    minting: known.minting,
+                    loaded: known.loaded.clone(),
+                    oldest: known.oldest,
+                },
+                routes,
+                silent: true,
+                recalled: true,
+            };
+            peer.routers.insert(known.address.clone(), router);
+        }
+        for known in relays {
+            let relay = known.relay.clone().ok_or(RecallError::Nameless)?;
+            peer.relays.insert(relay.number, (relay, times.at(known.named)));
+        }
+        peer.unite();
+        Ok(peer)
+    }
+
     /// The region as the planner sees it: what its routers say, and what our records say while they are silent.
     pub(crate) fn view(record: &Region, peer: Option<&Self>, now: Millis) -> RegionView {
         let digest = peer.and_then(|p| p.digest(now));
@@ -160,9 +232,11 @@ impl Peer {
             location: record.location,
             phase: digest.map_or(record.phase, |d| records::phase(d.phase)),
             residency: record.residency.clone(),
-            freshness: peer
-                .and_then(Self::heard)
-                .map_or(Freshness::Never, |at| Freshness::Reported { at, lease: DIGEST_LEASE }),
+            freshness: match peer.and_then(Self::speaking) {
+                Some(at) => Freshness::Reported { at, lease: DIGEST_LEASE },
+                None if peer.and_then(Self::heard).is_some() => Freshness::Disconnected,
+                None => Freshness::Never,
+            },
             pools: digest.map_or_else(Vec::new, |d| d.pools.iter().map(pool).collect()),
         }
     }
@@ -182,6 +256,9 @@ impl Fleet {
             let dead = update.routes.map(|r| r.dead).unwrap_or_default();
             drop(state);
             self.sibling_reported(&dead);
+            if let Some(digest) = update.digest.filter(|d| d.gone_relays.len() <= MAX_RELAYS) {
+                self.sibling_lost_relays(address, &digest.gone_relays);
+            }
             return;
         }
         let wrong = |d: &v1::RegionDigest| d.region != region || d.number != u32::from(number.value());
@@ -192,7 +269,7 @@ impl Fleet {
         let peer = state.peers.entry(region.to_owned()).or_default();
         let mut relays_changed = false;
         let router = peer.routers.entry(address.to_owned()).or_default();
-        (router.heard, router.silent) = (Some(now), false);
+        (router.heard, router.silent, router.recalled) = (Some(now), false, false);
         if let Some(digest) = update.digest {
             router.keys.heard(keys::said(&digest));
             if digest.unix_ms > 0 {
@@ -202,7 +279,7 @@ impl Fleet {
             }
             let digest = Arc::new(digest);
             router.digest = Some(Arc::clone(&digest));
-            relays_changed = peer.name_relays(&digest.relays, now);
+            relays_changed = peer.name_relays(&digest, now);
         }
         let mut routes_changed = false;
         if let Some(update) = update.routes {

@@ -23,6 +23,8 @@ use crate::records;
 pub(crate) struct Relay {
     pub(crate) hello: RelayHello,
     pub(crate) stream: Option<u64>,
+    /// When its stream broke, if it did.
+    pub(super) lost: Millis,
     pub(crate) phase: Phase,
     pub(crate) heard: Millis,
     pub(super) keys: MemberKeys,
@@ -48,6 +50,7 @@ impl Relay {
             public_address: self.hello.public_address.clone(),
             tunnel_address: self.hello.tunnel_address.clone(),
             phase: records::proto_phase(self.phase(now)).into(),
+            missing: self.stream.is_none() && now.since(self.lost) > RELAY_PATIENCE,
         }
     }
 }
@@ -66,11 +69,16 @@ impl Fleet {
         let mut state = self.state.lock();
         let stream = state.next_stream();
         tracing::info!(relay = hello.name, %number, "relay registered");
+        let now = self.clock.now();
+        // A name has one number.
+        state.relays.retain(|other, relay| *other == number || relay.hello.name != hello.name);
+        state.gone_relays.remove(&number);
         let relay = Relay {
             hello,
             stream: Some(stream),
+            lost: now,
             phase: Phase::Active,
-            heard: self.clock.now(),
+            heard: now,
             keys: MemberKeys::unreported(Some(0)),
             clock_ahead_ms: 0,
             routes: 0,
@@ -90,7 +98,7 @@ impl Fleet {
         };
         let before = relay.phase(now);
         (relay.phase, relay.heard) = (records::phase(report.phase), now);
-        relay.keys = MemberKeys::reported(&report.loaded_generations, 0);
+        relay.keys = MemberKeys::reported(&report.loaded_generations, 0, 0);
         relay.routes = report.routes;
         let clock_ahead_ms = clock::ahead_ms(report.unix_ms, clock::unix_ms());
         clock::tell("relay", &relay.hello.name, relay.clock_ahead_ms, clock_ahead_ms);
@@ -105,9 +113,10 @@ impl Fleet {
 
     /// The relay's stream is broken: clients are sent elsewhere, workers still accept its frames.
     pub(crate) fn relay_disconnected(&self, standing: Standing<RelayNumber>) {
+        let now = self.clock.now();
         let mut state = self.state.lock();
         if let Some(relay) = state.relay_of(standing) {
-            relay.stream = None;
+            (relay.stream, relay.lost) = (None, now);
             tracing::warn!(relay = relay.hello.name, "relay disconnected");
             drop(state);
             self.topology.send_modify(|n| *n += 1);
@@ -119,15 +128,49 @@ impl Fleet {
         let gone = {
             let mut state = self.state.lock();
             match state.relay_of(standing) {
-                Some(_) => state.relays.remove(&standing.number),
+                Some(_) => self.remove_relay(&mut state, standing.number),
                 None => None,
             }
         };
         if let Some(relay) = gone {
             tracing::info!(relay = relay.hello.name, "relay deregistered");
             self.store.release_relay(&relay.hello.name).await;
-            self.topology.send_modify(|n| *n += 1);
         }
+    }
+
+    /// Somebody who must know says that a relay is gone. `false`: none of this name is known.
+    pub(crate) async fn relay_gone(&self, name: &str) -> bool {
+        let known = {
+            let mut state = self.state.lock();
+            let number = state.relays.iter().find(|(_, relay)| relay.hello.name == name).map(|(number, _)| *number);
+            number.and_then(|number| self.remove_relay(&mut state, number)).is_some()
+        };
+        if known {
+            self.store.release_relay(name).await;
+        }
+        known
+    }
+
+    /// Another router of this region knows that relays are gone. Said again and again: what was said before is no news,
+    /// as somebody else may have the number by now.
+    pub(super) fn sibling_lost_relays(&self, address: &str, gone: &[u32]) {
+        let mut state = self.state.lock();
+        let before = state.siblings_gone_relays.insert(address.to_owned(), gone.to_vec()).unwrap_or_default();
+        let news = gone.iter().filter(|number| !before.contains(number));
+        for number in news.filter_map(|number| relay_number(*number)) {
+            if state.relays.get(&number).is_some_and(|relay| relay.stream.is_none()) {
+                self.remove_relay(&mut state, number);
+            }
+        }
+    }
+
+    fn remove_relay(&self, state: &mut State, number: RelayNumber) -> Option<Relay> {
+        let relay = state.relays.remove(&number)?;
+        let now = self.clock.now();
+        state.gone_relays.retain(|_, at| now.since(*at) <= GONE_MEMORY);
+        state.gone_relays.insert(number, now);
+        self.topology.send_modify(|n| *n += 1);
+        Some(relay)
     }
 
     /// Number and tunnel address of every relay whose frames workers accept.
@@ -138,11 +181,9 @@ impl Fleet {
         let own = state.relays.iter();
         let own = own.map(|(number, relay)| (*number, relay.hello.tunnel_address.clone()));
         let peers = state.peers.values().filter(|_| !behind);
-        let of_peers = peers.flat_map(|p| p.relays(now)).filter_map(|relay| {
-            let number = u16::try_from(relay.number).ok();
-            let number = number.and_then(|n| RelayNumber::new(n).ok())?;
-            Some((number, relay.tunnel_address))
-        });
+        let of_peers = peers
+            .flat_map(|p| p.relays(now))
+            .filter_map(|relay| Some((relay_number(relay.number)?, relay.tunnel_address)));
         let mut ends: Vec<_> = own.chain(of_peers).collect();
         ends.sort();
         ends
@@ -150,7 +191,7 @@ impl Fleet {
 
     /// Relays for a caller in the order to try them: active ones first, near ones first, the worker's region first
     /// among equals. At most [`RELAYS_OFFERED`]; after the first two from regions not named yet, as far as there are
-    /// any, and the worker's own region is among them.
+    /// any, and the worker's own region is among them. Missing ones only if there is no other at all.
     pub(crate) fn relays_for(&self, caller: Option<Location>, worker_region: &str) -> Vec<v1::RelayAddress> {
         let now = self.clock.now();
         let state = self.state.lock();
@@ -165,6 +206,7 @@ impl Fleet {
                     .zip(place)
                     .map(|(caller, place)| geo::estimated_rtt(caller.unit_vector().distance_km(place.unit_vector())));
                 Known {
+                    missing: info.missing,
                     inactive: info.phase != i32::from(v1::Phase::Active),
                     rtt,
                     elsewhere: region != worker_region,
@@ -174,14 +216,22 @@ impl Fleet {
                 }
             })
             .collect();
+        if known.iter().any(|k| !k.missing) {
+            known.retain(|k| !k.missing);
+        }
         known.sort();
         choose(known, worker_region)
     }
 }
 
+pub(super) fn relay_number(number: u32) -> Option<RelayNumber> {
+    RelayNumber::new(u16::try_from(number).ok()?).ok()
+}
+
 /// Compared field by field, in this order.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Known {
+    missing: bool,
     inactive: bool,
     /// `None` sorts first: without the caller's location all are alike.
     rtt: Option<Duration>,
@@ -227,12 +277,21 @@ impl State {
         let relay = self.relays.get_mut(&standing.number)?;
         (relay.stream == Some(standing.stream)).then_some(relay)
     }
+
+    pub(super) fn gone_relays(&self, now: Millis) -> Vec<u32> {
+        let lately = self.gone_relays.iter().filter(|(_, at)| now.since(**at) <= GONE_MEMORY);
+        lately.map(|(number, _)| number.value().into()).collect()
+    }
 }
 
 /// Relays in one answer.
 pub(crate) const RELAYS_OFFERED: usize = 4;
 /// How long a relay's report holds for new callers.
 const RELAY_LEASE: Duration = Duration::from_secs(3);
+/// A relay that is out of touch for longer is offered to nobody; it may still carry those who are on it.
+pub(super) const RELAY_PATIENCE: Duration = Duration::from_secs(60);
+/// How long others are told that a relay is gone.
+pub(super) const GONE_MEMORY: Duration = Duration::from_secs(600);
 
 #[cfg(test)]
 mod tests {
@@ -240,6 +299,7 @@ mod tests {
 
     fn known(number: u32, region: &str, rtt_ms: u64, inactive: bool) -> Known {
         Known {
+            missing: false,
             inactive,
             rtt: Some(Duration::from_millis(rtt_ms)),
             elsewhere: region != "osaka",

@@ -84,7 +84,7 @@ pub(crate) fn merge(routes: &mut RouteMap, update: &v1::RouteUpdate, region: u16
     skipped
 }
 
-fn route((server_id, address): (&u64, &Arc<str>)) -> v1::Route {
+pub(super) fn route((server_id, address): (&u64, &Arc<str>)) -> v1::Route {
     v1::Route { server_id: *server_id, tunnel_address: address.to_string() }
 }
 

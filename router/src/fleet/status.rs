@@ -47,6 +47,7 @@ impl Fleet {
             oldest_generation: state.keys.said.oldest,
             wanted_generation: state.keys.said.wanted,
             via_relays: record.via_relays,
+            gone_relays: state.gone_relays(now),
             ..v1::RegionDigest::default()
         })
     }

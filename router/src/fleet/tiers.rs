@@ -11,7 +11,7 @@ use antiphon_core::{
 };
 use antiphon_proto::v1;
 
-use super::{Fleet, State};
+use super::{Fleet, State, relays::relay_number};
 
 /// Region number → its relays, for regions that are reached through these only.
 pub(crate) type RegionMap = BTreeMap<u16, Vec<u32>>;
@@ -48,7 +48,7 @@ impl Fleet {
         let foreign: Vec<v1::RelayInfo> = peers.flatten().collect();
         drop(state);
         let neighbour = |info: v1::RelayInfo| {
-            let number = RelayNumber::new(u16::try_from(info.number).ok()?).ok()?;
+            let number = relay_number(info.number)?;
             let keys = generations.iter().map(|generation| {
                 let keys = self.root.relay_secret(number, *generation).hop_keys(relay);
                 v1::HopKeys {
@@ -85,7 +85,6 @@ pub(crate) fn tell_regions(update: &mut v1::RouteUpdate, old: &RegionMap, new: &
 
 /// A region speaks for relays with its own numbers only.
 fn of_region(relay: &v1::RelayInfo, region: u16) -> bool {
-    let number = u16::try_from(relay.number).ok().and_then(|n| RelayNumber::new(n).ok());
-    number.map(RelayNumber::region) == RegionNumber::new(region).ok()
+    relay_number(relay.number).map(RelayNumber::region) == RegionNumber::new(region).ok()
         && relay.tunnel_address.parse::<std::net::SocketAddr>().is_ok()
 }

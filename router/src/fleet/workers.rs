@@ -211,7 +211,8 @@ impl Fleet {
             clock_ahead_ms,
         });
         worker.taken = report.reserved.saturating_add(report.active);
-        worker.keys = MemberKeys::reported(&report.loaded_generations, report.oldest_generation);
+        worker.keys =
+            MemberKeys::reported(&report.loaded_generations, report.oldest_generation, report.minting_generation);
         let slots = worker.slots();
         if state.slots_in_view(standing.number) == slots {
             state.refresh_worker(standing.number);

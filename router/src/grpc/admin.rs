@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use antiphon_proto::v1::{
     ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, ListKeysResponse,
-    ReportWorkerGoneRequest, ReportWorkerGoneResponse, admin_server::Admin,
+    ReportRelayGoneRequest, ReportRelayGoneResponse, ReportWorkerGoneRequest, ReportWorkerGoneResponse,
+    admin_server::Admin,
 };
 use antiphon_runtime::pki::Role;
 use tonic::{Request, Response, Status};
@@ -71,5 +72,16 @@ impl Admin for Service {
         let known = self.0.fleet.worker_gone(&name, incarnation).await;
         tracing::info!(by = operator.name, worker = name, known, "worker reported gone");
         Ok(Response::new(ReportWorkerGoneResponse { known }))
+    }
+
+    async fn report_relay_gone(
+        &self,
+        request: Request<ReportRelayGoneRequest>,
+    ) -> Result<Response<ReportRelayGoneResponse>, Status> {
+        let operator = auth::peer(&request, Role::Operator, None)?;
+        let name = request.into_inner().name;
+        let known = self.0.fleet.relay_gone(&name).await;
+        tracing::info!(by = operator.name, relay = name, known, "relay reported gone");
+        Ok(Response::new(ReportRelayGoneResponse { known }))
     }
 }

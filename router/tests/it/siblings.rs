@@ -2,7 +2,7 @@
 
 use antiphon_proto::v1;
 
-use crate::world::{Region, Relay, VIRGINIA, World, create, eventually, with_key};
+use crate::world::{Region, Relay, VIRGINIA, World, create, eventually, point, with_key};
 
 async fn digest_of(world: &World, region: &Region, of: &str) -> v1::RegionDigest {
     let status = world.status(region).await;
@@ -45,6 +45,75 @@ async fn each_router_of_a_region_places_and_ends_what_another_one_placed() {
     assert!(world.operator(&one).report_worker_gone(gone).await.unwrap().into_inner().known);
     relay.follow("its death", |r| r.dead.contains_key(&number.to_u64())).await;
     assert!(relay.routes.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_reported_gone_leaves_tickets_and_rotations_of_every_router() {
+    let world = World::new();
+    let [one, two] = world.siblings("frankfurt").await;
+    let peer = world.router("virginia").await;
+    let mut change = world.agent(&["frankfurt", "virginia"]);
+    let mut record = one.record(1, crate::world::FRANKFURT);
+    record.router_addresses = vec![one.internal.to_string(), two.internal.to_string()];
+    change.regions = vec![record, peer.record(2, VIRGINIA)];
+    for region in [&one, &peer] {
+        world.apply(region, change.clone()).await.unwrap();
+    }
+    let worker = world.worker(&one, "w-1", 10).await;
+    worker.register(&world, &two).await.unwrap();
+    let _there = world.worker(&peer, "w-1", 10).await;
+    let dies = (Relay::register(&world, &one, "r-1").await, Relay::register(&world, &two, "r-1").await);
+    let lives = (Relay::register(&world, &one, "r-2").await, Relay::register(&world, &two, "r-2").await);
+    let (dead, alive) = (dies.0.welcome.relay_number, lives.0.welcome.relay_number);
+    assert_eq!((dies.1.welcome.relay_number, lives.1.welcome.relay_number), (dead, alive));
+    let offered = async |region: &Region| -> Vec<u32> {
+        let request = v1::CreateSessionRequest { location: Some(point(VIRGINIA)), ..create() };
+        let session = region.sessions().create_session(with_key(&world.key, request)).await.unwrap().into_inner();
+        let mut relays: Vec<u32> = session.relays.iter().map(|r| r.number).collect();
+        relays.sort_unstable();
+        relays
+    };
+    let mut both = vec![dead, alive];
+    both.sort_unstable();
+    for region in [&one, &two, &peer] {
+        eventually("both relays are offered", async || offered(region).await == both).await;
+    }
+    // It dies without a word and keeps a rotation from going on.
+    drop(dies);
+    for region in [&one, &peer] {
+        let change = v1::ApplyRequest { key_generation: 2, ..v1::ApplyRequest::default() };
+        world.apply(region, change).await.unwrap();
+    }
+    let waits_for = async |region: &Region, name: &str| {
+        let lines = world.status(region).await.rotation_held_up_by;
+        lines.iter().any(|line| line.starts_with(name))
+    };
+    for region in [&one, &two] {
+        eventually("the rotation waits for it", async || waits_for(region, "r-1: ").await).await;
+    }
+    let report = async |name: &str| {
+        let request = v1::ReportRelayGoneRequest { name: name.into() };
+        world.operator(&one).report_relay_gone(request).await.unwrap().into_inner().known
+    };
+    assert!(!report("r-9").await);
+    assert!(report("r-1").await);
+    assert!(!report("r-1").await);
+    for region in [&one, &two] {
+        eventually("nobody waits for it", async || !waits_for(region, "r-1: ").await).await;
+    }
+    for region in [&one, &two, &peer] {
+        eventually("it is not offered", async || offered(region).await == [alive]).await;
+    }
+    // Its workers forget it, the others keep their number, and a namesake is welcome.
+    eventually("its keys are gone", async || {
+        let relays = worker.shared.keys.lock().relays.iter().map(|r| r.number).collect::<Vec<_>>();
+        relays == [alive]
+    })
+    .await;
+    let _again = (Relay::register(&world, &one, "r-1").await, Relay::register(&world, &two, "r-1").await);
+    for region in [&one, &two, &peer] {
+        eventually("both are offered again", async || offered(region).await.len() == 2).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
