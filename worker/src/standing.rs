@@ -228,6 +228,7 @@ impl Standing {
             unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX),
             loaded_generations: loaded.map(KeyGeneration::value).collect(),
             oldest_generation: oldest.map_or(0, KeyGeneration::value),
+            minting_generation: inner.keys.as_ref().map_or(0, |keys| keys.minting().number.value()),
         }
     }
 }
