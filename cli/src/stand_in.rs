@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use antiphon_proto::v1::{
     ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, ListKeysResponse,
-    RegionDigest, RegionStatus, ReportWorkerGoneRequest, ReportWorkerGoneResponse,
+    RegionDigest, RegionStatus, ReportRelayGoneRequest, ReportRelayGoneResponse, ReportWorkerGoneRequest,
+    ReportWorkerGoneResponse,
     admin_server::{Admin, AdminServer},
 };
 use antiphon_runtime::{
@@ -79,6 +80,13 @@ impl Admin for Told {
         &self,
         _: Request<ReportWorkerGoneRequest>,
     ) -> Result<Response<ReportWorkerGoneResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn report_relay_gone(
+        &self,
+        _: Request<ReportRelayGoneRequest>,
+    ) -> Result<Response<ReportRelayGoneResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
 }
