@@ -11,6 +11,7 @@ mod peers;
 mod relays;
 mod remembered;
 mod routes;
+mod standing;
 mod status;
 mod tiers;
 mod welcome;
@@ -32,8 +33,9 @@ use tokio::sync::watch;
 pub(crate) use clock::{Clock, Furthest, unix_ms};
 pub(crate) use hello::{RelayHello, WorkerHello};
 pub(crate) use routes::{RouteMap, delta, full};
+pub(crate) use standing::Standing;
 pub(crate) use tiers::{RegionMap, tell_regions};
-pub(crate) use workers::{Claim, Standing};
+pub(crate) use workers::Claim;
 
 use crate::{create::Create, records::Records, store::Store};
 use dead::Dead;

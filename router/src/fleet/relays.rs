@@ -14,7 +14,7 @@ use super::{
     Fleet, State, clock,
     hello::RelayHello,
     keys::MemberKeys,
-    workers::{RegisterError, Standing},
+    standing::{RegisterError, Standing},
 };
 use crate::records;
 
