@@ -44,11 +44,16 @@ impl Place {
     }
 
     async fn start(&mut self, world: &World) -> Process {
+        self.start_with(world, &[]).await
+    }
+
+    async fn start_with(&mut self, world: &World, more: &[&str]) -> Process {
         let [public, internal, admin] = self.ports.map(|port| port.to_string());
         let mut child = Command::new(env!("CARGO_BIN_EXE_antiphon-router"))
             .env_clear()
             .args(["--region", self.name, "--public", &public, "--internal", &internal, "--admin", &admin])
             .args(["--log-json", "--newcomers-wait", "0"])
+            .args(more)
             .args([Path::new("--state"), &self.dir.path().join("state"), Path::new("--identity"), self.dir.path()])
             .args([Path::new("--root"), &self.dir.path().join("root.hex")])
             .stderr(Stdio::piped())
@@ -74,6 +79,16 @@ impl Place {
             Found::Snapshot(snapshot) => Some(snapshot.known),
             Found::Nothing | Found::Unusable => None,
         }
+    }
+
+    /// Waits until all of this is on disk.
+    async fn keeps(&self, world: &World, pieces: &[&[u8]]) {
+        let owner = Owner::of(&world.identity("router-1", Role::Router, self.name));
+        eventually("it is on disk", async || {
+            let kept = self.kept(&owner).unwrap_or_default();
+            pieces.iter().all(|piece| kept.windows(piece.len()).any(|bytes| bytes == *piece))
+        })
+        .await;
     }
 }
 
@@ -147,14 +162,7 @@ async fn a_router_that_starts_with_everybody_gone_still_knows_them_and_changes_n
     })
     .await;
     let offered = relays(&ask(&world, &frankfurt.region, FRANKFURT).await.unwrap());
-    let owner = Owner::of(&world.identity("router-1", Role::Router, "frankfurt"));
-    let pieces = [their_id.to_le_bytes().to_vec(), b"w-1".to_vec(), b"r-1".to_vec()];
-    eventually("it is on disk", async || {
-        let kept = here.kept(&owner).unwrap_or_default();
-        let has = |piece: &Vec<u8>| kept.windows(piece.len()).any(|bytes| bytes == piece);
-        pieces.iter().all(has)
-    })
-    .await;
+    here.keeps(&world, &[&their_id.to_le_bytes(), b"w-1", b"r-1"]).await;
 
     // Everybody goes at once, without a word.
     let (asked_here, asked_there) = (ours.asked(), theirs.asked());
@@ -212,4 +220,61 @@ async fn a_router_that_starts_with_everybody_gone_still_knows_them_and_changes_n
     relay.routes.remove(&new_id);
     assert_eq!(relay.routes, table);
     assert!(relay.dead.is_empty() && !relay.removals_intended);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_that_starts_without_its_etcd_goes_on_from_what_it_knew() {
+    let world = World::new();
+    let mut here = Place::new(&world, "frankfurt");
+    let (frankfurt, virginia) = (here.start(&world).await, world.router("virginia").await);
+    apply(&world, &frankfurt.region, &virginia).await;
+    let ours = world.worker(&frankfurt.region, "w-1", 10).await;
+    let theirs = world.worker(&virginia, "w-1", 10).await;
+    let their_id = id(&theirs);
+    let mut relay = Relay::register(&world, &frankfurt.region, "r-1").await;
+    relay.follow("both routes", |r| r.routes.len() == 2).await;
+    let (table, number) = (relay.routes.clone(), relay.welcome.relay_number);
+    here.keeps(&world, &[&their_id.to_le_bytes(), b"w-1", b"r-1"]).await;
+    frankfurt.kill().await;
+    drop((relay, virginia));
+    ours.disconnect();
+
+    // Nothing listens there.
+    let frankfurt = here.start_with(&world, &["--etcd", "http://127.0.0.1:1"]).await;
+    let relay = Relay::register_as(&world, &frankfurt.region, "r-1", Some(number)).await;
+    assert_eq!((relay.version, relay.routes, relay.welcome.relay_number), (1, table, number));
+    let status = world.status(&frankfurt.region).await;
+    assert!(status.store_age_ms > 0);
+    let other = status.regions.iter().find(|r| !r.local).unwrap();
+    assert!(other.digest_age_ms < 600_000, "{}", other.digest_age_ms);
+    back(&world, &ours, &frankfurt.region).await;
+    eventually("it is placed again", async || {
+        ask(&world, &frankfurt.region, VIRGINIA).await.is_ok_and(|s| s.worker == "w-1" && s.region == "frankfurt")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_memory_that_cannot_be_read_is_named_and_the_rest_of_the_snapshot_used() {
+    let world = World::new();
+    let mut here = Place::new(&world, "frankfurt");
+    let frankfurt = here.start(&world).await;
+    let mut change = world.agent(&["frankfurt"]);
+    change.regions = vec![frankfurt.region.record(1, FRANKFURT)];
+    world.apply(&frankfurt.region, change).await.unwrap();
+    let _worker = world.worker(&frankfurt.region, "w-1", 10).await;
+    here.keeps(&world, &[b"w-1"]).await;
+    frankfurt.kill().await;
+    let owner = Owner::of(&world.identity("router-1", Role::Router, "frankfurt"));
+    let dir = SnapshotDir::open(&here.dir.path().join("state"), owner).unwrap();
+    let Found::Snapshot(mut snapshot) = dir.load() else {
+        panic!("no snapshot");
+    };
+    snapshot.known.truncate(snapshot.known.len() - 1);
+    dir.store(&snapshot).unwrap();
+    drop(dir);
+    let mut frankfurt = here.start(&world).await;
+    frankfurt.says("what was known of routes, relays and regions is not used: it is damaged").await;
+    let status = world.status(&frankfurt.region).await;
+    assert_eq!((status.regions.len(), status.regions[0].workers.len()), (1, 0));
 }

@@ -548,6 +548,13 @@ impl Worker {
         self.shared.sessions.lock().insert(request.session.clone(), request);
     }
 
+    /// The sessions that it holds.
+    pub(crate) fn sessions(&self) -> Vec<String> {
+        let sessions = self.shared.sessions.lock();
+        let text = |id: &Bytes| antiphon_core::id::SessionId::from_bytes(id.as_ref().try_into().unwrap()).to_string();
+        sessions.keys().map(text).collect()
+    }
+
     pub(crate) fn held(&self) -> usize {
         self.shared.sessions.lock().len()
     }
@@ -688,6 +695,11 @@ pub(crate) struct Relay {
 
 impl Relay {
     pub(crate) async fn register(world: &World, region: &Region, name: &str) -> Self {
+        Self::register_as(world, region, name, None).await
+    }
+
+    /// One that says which number it holds.
+    pub(crate) async fn register_as(world: &World, region: &Region, name: &str, relay_number: Option<u32>) -> Self {
         let channel = world.channel(region, name, Role::Relay, &region.name);
         let (messages, stream) = mpsc::channel(16);
         let hello = v1::RelayHello {
@@ -695,7 +707,7 @@ impl Relay {
             region: region.name.clone(),
             public_address: "127.0.0.1:5000".into(),
             tunnel_address: "127.0.0.1:5001".into(),
-            relay_number: None,
+            relay_number,
         };
         let hello = v1::relay_message::Message::Hello(hello);
         let hello = v1::RelayMessage { message: Some(hello) };
