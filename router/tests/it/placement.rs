@@ -52,6 +52,18 @@ async fn a_session_over_grpc_from_ticket_to_release() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_requests_for_a_hundred_slots_give_exactly_a_hundred_tickets() {
+    // What a worker grants too late is given back and lost to this run. On a machine so busy that this happens, it is
+    // done again: one run in which everybody answered in time has to be exact, and no run may promise too much.
+    for _ in 0..5 {
+        if a_thousand_requests_at_once().await {
+            return;
+        }
+    }
+    panic!("workers answered too late in every run");
+}
+
+/// Whether everybody answered in time; then everything was as it has to be.
+async fn a_thousand_requests_at_once() -> bool {
     let world = World::new();
     let region = world.region("frankfurt").await;
     let mut workers = Vec::new();
@@ -66,9 +78,16 @@ async fn a_thousand_requests_for_a_hundred_slots_give_exactly_a_hundred_tickets(
     let answers = soon("a thousand answers", join_all(requests)).await;
     let tickets: BTreeSet<String> =
         answers.iter().filter_map(|a| Some(a.as_ref().ok()?.get_ref().session.clone())).collect();
+    let held: Vec<String> = workers.iter().flat_map(|w| w.sessions()).collect();
+    assert!(held.len() <= 100, "more than there are slots: {}", held.len());
+    assert!(tickets.iter().all(|ticket| held.contains(ticket)), "a ticket for what nobody holds");
+    let (_, metrics) = region.admin_get("/metrics").await;
+    let late = "antiphon_router_attempts_total{outcome=\"unreachable\"} ";
+    if metrics.lines().filter_map(|line| line.strip_prefix(late)).any(|count| count != "0") {
+        return false;
+    }
     let why = answers.iter().find_map(|a| a.as_ref().err());
-    assert_eq!(tickets.len(), 100, "{why:?}");
-    assert_eq!(workers.iter().map(|w| w.held()).sum::<usize>(), 100);
+    assert_eq!((tickets.len(), held.len()), (100, 100), "{why:?}");
     let refused: Vec<_> = answers.iter().filter_map(|a| a.as_ref().err()).collect();
     assert_eq!(refused.len(), 900);
     for status in refused {
@@ -79,11 +98,10 @@ async fn a_thousand_requests_for_a_hundred_slots_give_exactly_a_hundred_tickets(
         // The region and each of its workers.
         assert_eq!(refusal.candidates.len(), 11);
         for candidate in &refusal.candidates {
-            // A machine that is out of breath may let a worker answer too late.
-            let known = ["full", "refused", "unreachable"];
-            assert!(known.contains(&candidate.verdict.as_str()), "{candidate:?}");
+            assert!(["full", "refused"].contains(&candidate.verdict.as_str()), "{candidate:?}");
         }
     }
+    true
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
