@@ -2,14 +2,17 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use antiphon_crds::{InvalidTimeSpan, TimeSpan};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::present::from_environment;
 
 /// Realtime voice sessions: run a fleet, make calls, look inside.
 #[derive(Debug, Parser)]
 #[command(name = "antiphon", version, propagate_version = true, arg_required_else_help = true)]
 pub struct Cli {
-    /// Directory of the fleet: keys, identities, logs.
-    #[arg(long, env = "ANTIPHON_DIR", global = true, value_name = "DIR")]
+    /// Directory of the fleet: keys, identities, logs; $ANTIPHON_DIR or ~/.antiphon unless given.
+    #[arg(long, global = true, value_name = "DIR")]
     pub dir: Option<PathBuf>,
     /// Print JSON for machines instead of text.
     #[arg(long, global = true)]
@@ -54,8 +57,8 @@ pub struct UpArgs {
     /// Manifests: YAML files with VoiceRegion and VoiceAgent resources, or directories of them.
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// How long live calls may go on after Ctrl-C.
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    /// How long live calls may go on after Ctrl-C; holds here instead of the agents' drain.deadline.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time)]
     pub stop_deadline: Duration,
 }
 
@@ -64,11 +67,11 @@ pub struct UpArgs {
 pub enum CodecArg {
     /// Opus.
     Opus,
-    /// Linear PCM, 16 kHz.
-    #[value(name = "l16-16k")]
+    /// Linear PCM, 16 kHz; in manifests: L16At16k.
+    #[value(name = "l16-16k", alias = "L16At16k")]
     L1616k,
-    /// Linear PCM, 24 kHz.
-    #[value(name = "l16-24k")]
+    /// Linear PCM, 24 kHz; in manifests: L16At24k.
+    #[value(name = "l16-24k", alias = "L16At24k")]
     L1624k,
 }
 
@@ -93,17 +96,33 @@ pub struct CallArgs {
     #[arg(long, value_name = "LAT,LON", value_parser = location, allow_hyphen_values = true)]
     pub from: Option<(f64, f64)>,
     /// Audio codec.
-    #[arg(long, value_enum, default_value_t = CodecArg::Opus)]
+    #[arg(long, value_enum, ignore_case = true, default_value_t = CodecArg::Opus)]
     pub codec: CodecArg,
     /// Only in these regions.
     #[arg(long, value_name = "REGION")]
     pub region: Vec<String>,
-    /// API key; the fleet's own unless given.
-    #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
+    /// Who asks.
+    #[command(flatten)]
+    pub key: ApiKeyArg,
     /// Longest wait for an answer to begin and end.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
     pub patience: Duration,
+}
+
+/// Who asks.
+#[derive(Debug, Default, Args)]
+pub struct ApiKeyArg {
+    /// API key; $ANTIPHON_API_KEY or the fleet's own unless given.
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<String>,
+}
+
+impl ApiKeyArg {
+    /// The key that was given, on the command line or in the environment.
+    pub(crate) fn given(&self) -> Option<String> {
+        let set = || from_environment("ANTIPHON_API_KEY")?.into_string().ok();
+        self.api_key.clone().or_else(set)
+    }
 }
 
 /// `antiphon sessions`.
@@ -112,9 +131,9 @@ pub struct SessionsArgs {
     /// At most this many, newest first.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub limit: u32,
-    /// API key; the fleet's own unless given.
-    #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
+    /// Who asks.
+    #[command(flatten)]
+    pub key: ApiKeyArg,
 }
 
 /// `antiphon explain`.
@@ -125,9 +144,9 @@ pub struct ExplainArgs {
     /// Which relays and addresses a live session's packets used, how well, and why that changed.
     #[arg(long)]
     pub path: bool,
-    /// API key; the fleet's own unless given.
-    #[arg(long, env = "ANTIPHON_API_KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
+    /// Who asks.
+    #[command(flatten)]
+    pub key: ApiKeyArg,
 }
 
 /// `antiphon keys`.
@@ -142,6 +161,7 @@ pub struct KeysArgs {
 #[derive(Debug, Subcommand)]
 pub enum KeysCommand {
     /// Make a key and print it: this is the only time that it is shown.
+    #[command(after_help = CREATE_EXAMPLES)]
     Create {
         /// Whose it is; quotas are per tenant.
         #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
@@ -151,8 +171,10 @@ pub enum KeysCommand {
         agent: Vec<String>,
     },
     /// List keys by their public part.
+    #[command(after_help = LIST_EXAMPLES)]
     List,
     /// Revoke a key.
+    #[command(after_help = REVOKE_EXAMPLES)]
     Revoke {
         /// Public part, as `keys list` prints it.
         id: String,
@@ -177,7 +199,7 @@ pub struct RotateArgs {
     #[arg(long, value_enum, default_value_t = RotateUntil::Minted)]
     pub until: RotateUntil,
     /// Longest wait.
-    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = time)]
     pub patience: Duration,
 }
 
@@ -199,7 +221,7 @@ pub struct DemoArgs {
     /// Turns of each caller.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub turns: u32,
-    /// Keep recordings, logs and a report in this directory.
+    /// Keep recordings, logs and report.json in this directory.
     #[arg(long, value_name = "DIR")]
     pub keep: Option<PathBuf>,
 }
@@ -216,8 +238,10 @@ pub struct CidArgs {
 #[derive(Debug, Subcommand)]
 pub enum CidCommand {
     /// Make a connection ID and print it.
+    #[command(after_help = ENCODE_EXAMPLES)]
     Encode(CidEncodeArgs),
     /// Take a connection ID apart.
+    #[command(after_help = DECODE_EXAMPLES)]
     Decode(CidDecodeArgs),
 }
 
@@ -272,6 +296,11 @@ pub struct CidKeyArgs {
     pub generation: u32,
 }
 
+/// As in manifests.
+fn time(text: &str) -> Result<Duration, InvalidTimeSpan> {
+    Ok(text.parse::<TimeSpan>()?.duration())
+}
+
 fn location(text: &str) -> Result<(f64, f64), String> {
     let parse = || {
         let (latitude, longitude) = text.split_once(',')?;
@@ -283,6 +312,25 @@ fn location(text: &str) -> Result<(f64, f64), String> {
     Ok((latitude, longitude))
 }
 
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  antiphon keys create --tenant acme                 for all agents
+  antiphon keys create --tenant acme --agent shop/frontdesk --agent 'billing/*'";
+const LIST_EXAMPLES: &str = "\
+Examples:
+  antiphon keys list
+  antiphon keys list --json | jq -r '.[] | select(.tenant == \"acme\") | .id'";
+const REVOKE_EXAMPLES: &str = "\
+Examples:
+  antiphon keys revoke 0123456789ab                  calls that are live go on; new ones are refused";
+const ENCODE_EXAMPLES: &str = "\
+Examples:
+  antiphon cid encode c4605e 4504cc4f --key 8f95f09245765f80256934e50c66207f
+  antiphon cid encode 31441a 9c69c275                plain text";
+const DECODE_EXAMPLES: &str = "\
+Examples:
+  antiphon cid decode --fleet 90…                    a connection ID of the fleet, as packet captures show it
+  antiphon cid decode 07893540d654162a --server-id-len 3 --key 8f95f09245765f80256934e50c66207f";
 const ROTATE_EXAMPLES: &str = "\
 Examples:
   antiphon keys rotate                               until everything new uses the next generation
@@ -303,7 +351,14 @@ Examples:
   antiphon call shop/frontdesk --wav hello.wav --wav bye.wav --codec l16-24k
   antiphon call frontdesk --from 52.5,13.4           from Berlin: the nearest region answers
   antiphon call frontdesk --qlog call.sqlog          open it with qvis.quictools.info
-  antiphon call frontdesk --json | jq .turns";
+  antiphon call frontdesk --json | jq .turns
+
+Columns of the answers:
+  ANSWERED AFTER  from the end of the turn to the first sound of the answer
+  RECEIPT         what the agent says it heard so far: a number over all turns, read back from the recording
+  PROCESS         which worker process answered: another one has another number
+  LIKENESS        of the answer's words to the caller's, 1 for the same sound
+  LONGEST PAUSE   longest silence within the answer, the speaker's own pauses included";
 const STATUS_EXAMPLES: &str = "\
 Examples:
   antiphon status
@@ -311,7 +366,7 @@ Examples:
 const SESSIONS_EXAMPLES: &str = "\
 Examples:
   antiphon sessions
-  antiphon sessions --json | jq -r '.[] | select(.turns == 0) | .session'";
+  antiphon sessions --json | jq -r '.sessions[] | select(.turns == 0) | .session'";
 const EXPLAIN_EXAMPLES: &str = "\
 Examples:
   antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8        why it is where it is, and why nowhere else
@@ -325,7 +380,7 @@ Examples:
 const DEMO_EXAMPLES: &str = "\
 Examples:
   antiphon demo
-  antiphon demo --calls 20 --turns 2 --keep report   recordings, logs and a report";
+  antiphon demo --calls 20 --turns 2 --keep kept     recordings, logs and report.json";
 const CID_EXAMPLES: &str = "\
 Examples:
   antiphon cid decode --fleet 90…                    a connection ID of the fleet, as packet captures show it

@@ -1,39 +1,44 @@
 //! `antiphon call`: one call, paced in real time, then its timeline.
 
+mod failure;
+mod timeline;
+
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use antiphon_client::ClockSkew;
 use antiphon_core::id::SessionId;
 use antiphon_media::{
     engine::opening_code,
     resample,
     script::{Script, ScriptTurn},
     speech::Utterance,
-    verify, wav,
+    wav,
 };
 use antiphon_proto::v1::Codec;
 use antiphon_runtime::shutdown;
 use anyhow::{Context as _, ensure};
-use serde_json::{Value, json};
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::present::out;
 use crate::{
+    Interrupted,
     args::{CallArgs, CodecArg},
     caller::{self, Called, Stage, Wanted},
     fleet::Context,
-    present::{self, Progress, duration},
+    present::{self, Progress},
+    status, words,
 };
+use timeline::Timeline;
 
 pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let context = Context::load(dir)?;
     let router = context.nearest(args.from).context("the fleet has no router")?;
-    let client = context.client(router, args.api_key.as_deref())?;
+    let client = context.client(router, args.key.given().as_deref())?;
     let agent = if args.agent.contains('/') { args.agent.clone() } else { format!("default/{}", args.agent) };
     let (codec, rate) = match args.codec {
         CodecArg::Opus => (Codec::Opus, 16_000),
@@ -59,29 +64,59 @@ pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Resu
     let progress = Progress::new(json);
     let called = with_progress(&client, &wanted, &progress).await;
     progress.clear();
-    let Some(called) = called? else { return Ok(ExitCode::from(INTERRUPTED)) };
-    if let Some(save) = &args.save {
+    let (called, interrupted) = match called {
+        Ok(called) => called,
+        Err(error) => {
+            let code = if error.is::<Interrupted>() { ExitCode::from(Interrupted::CODE) } else { ExitCode::FAILURE };
+            failure::show(error, &wanted, &context, json).await?;
+            return Ok(code);
+        }
+    };
+    let saved = args.save.as_deref();
+    if let Some(save) = saved {
         let bytes = wav::write(&called.heard.recording, called.rate);
         fs::write(save, bytes).with_context(|| save.display().to_string())?;
     }
-    let found = called.verify(&wanted.turns);
-    if json {
-        out!("{}", serde_json::to_string_pretty(&as_json(&called, &found, args.save.as_deref()))?);
-    } else {
-        print_timeline(&called, &found, args.save.as_deref());
-    }
-    let answered = called.broken.is_none() && called.heard.unanswered == 0;
-    if let Some(broken) = &called.broken {
-        present::error(&anyhow::anyhow!("{broken}"));
-    }
-    Ok(if answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    show(&called, &wanted, interrupted, saved, &context, json).await
 }
 
+async fn show(
+    called: &Called,
+    wanted: &Wanted,
+    interrupted: bool,
+    saved: Option<&Path>,
+    context: &Context,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let error = match &called.broken {
+        _ if interrupted => Some(Interrupted.to_string()),
+        broken => broken.as_ref().map(words::broken),
+    };
+    // What was not waited for says nothing about the agent.
+    let awaited = if error.is_some() { called.answered() } else { wanted.turns.len() };
+    let found = called.verify(&wanted.turns[..awaited.min(wanted.turns.len())]);
+    let has_moved = !called.report.switches.is_empty();
+    let relays = if has_moved { status::relay_names(context).await } else { BTreeMap::new() };
+    let (turns, text) = (wanted.turns.len(), error.as_deref());
+    let timeline = Timeline { called, found: &found, turns, error: text, saved, relays: &relays };
+    if json {
+        out!("{}", serde_json::to_string_pretty(&timeline.as_json())?);
+    } else {
+        timeline.print();
+    }
+    if let Some(error) = error {
+        present::error(&anyhow::anyhow!(error));
+        return Ok(if interrupted { ExitCode::from(Interrupted::CODE) } else { ExitCode::FAILURE });
+    }
+    Ok(if called.heard.unanswered == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The call and whether a signal ended it.
 async fn with_progress(
     client: &antiphon_client::Router,
     wanted: &Wanted,
     progress: &Progress,
-) -> anyhow::Result<Option<Called>> {
+) -> anyhow::Result<(Called, bool)> {
     let stage = Stage::default();
     let mut signal = std::pin::pin!(shutdown::signal()?);
     let (steer, mut steered) = oneshot::channel();
@@ -91,17 +126,17 @@ async fn with_progress(
     let started = tokio::time::Instant::now();
     loop {
         tokio::select! {
-            called = &mut call => return Ok(Some(called?)),
+            called = &mut call => return Ok((called?, false)),
             () = &mut signal => match steered.try_recv() {
                 // The caller hangs up; what was heard so far is saved and shown.
                 Ok(handle) => {
                     handle.hang_up();
-                    return Ok(Some(call.await?));
+                    return Ok((call.await?, true));
                 }
                 // Nothing is heard yet: the reservation, if there is one, is given back.
                 Err(_) => {
                     let _ = timeout(GIVE_BACK, client.delete(&wanted.session.to_string())).await;
-                    return Ok(None);
+                    return Err(Interrupted.into());
                 }
             },
             _ = ticks.tick() => {
@@ -131,7 +166,11 @@ fn turn(file: &Path, rate: u32) -> anyhow::Result<ScriptTurn> {
     let pcm = resample::convert(&read.pcm, read.rate, rate)?;
     ensure!(!antiphon_media::levels::is_silent(&pcm), "nothing is said in it: it is silent");
     let longest = LONGEST_TURN.as_secs() * u64::from(rate);
-    ensure!(pcm.len() as u64 <= longest, "longer than {LONGEST_TURN:?}: cut it into several files, one per turn");
+    ensure!(
+        pcm.len() as u64 <= longest,
+        "longer than {} s: cut it into several files, one per turn",
+        LONGEST_TURN.as_secs()
+    );
     let code = opening_code(&pcm, rate);
     Ok(ScriptTurn { code, pcm })
 }
@@ -146,96 +185,5 @@ fn writable(flag: &str, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print_timeline(called: &Called, found: &verify::Report, saved: Option<&Path>) {
-    let (session, report) = (&called.session, &called.report);
-    out!("session      {}", session.session);
-    out!("placed       {}/{}: {}", session.region, session.worker, session.reason);
-    out!("ticket       {}", duration(called.ticket));
-    if let Some(clock) = called.clock.filter(|clock| clock.is_notable()) {
-        out!("clock        {clock}: set one of them right");
-    }
-    out!("handshake    {} (attempt {})", duration(report.handshake), report.attempts);
-    out!("active       {}", duration(report.activated));
-    if let Some(first) = report.first_audio {
-        out!("first audio  {} (the caller's own turn included)", duration(first));
-    }
-    out!("lasted       {}", duration(report.ended));
-    out!();
-    let rows = found.turns.iter().map(|turn| {
-        let receipt = turn.receipt.map_or("none".into(), |r| format!("{:08x} by {:04x}", r.chain, r.nonce));
-        let delay = turn.response_delay.map_or("-".into(), duration);
-        let problems: Vec<_> = turn.problems.iter().map(ToString::to_string).collect();
-        let verdict = if problems.is_empty() { "own words".into() } else { problems.join("; ") };
-        let similarity = format!("{:.2}", turn.similarity);
-        vec![turn.turn.to_string(), delay, receipt, similarity, duration(turn.longest_silence), verdict]
-    });
-    let header = ["TURN", "ANSWERED AFTER", "RECEIPT", "LIKENESS", "LONGEST PAUSE", "ANSWER"];
-    present::print(&present::table(&header, &[0, 1, 3, 4], rows));
-    out!();
-    let jitter = report.received.jitter;
-    out!(
-        "network      loss {:.2} %, concealed {} frames, jitter {}, buffer {}, round trip {}",
-        called.loss() * 100.0,
-        jitter.concealed,
-        duration(jitter.jitter),
-        duration(jitter.delay),
-        duration(report.rtt)
-    );
-    for switch in &report.switches {
-        let gap = switch.gap.map_or("nothing heard since".into(), |gap| format!("quiet for {}", duration(gap)));
-        let relay = |index: usize| session.relays.get(index).map_or(0, |relay| relay.number);
-        let (from, to) = (relay(switch.switch.from), relay(switch.switch.to));
-        out!("relay        {from} -> {to} at {}: {:?}, {gap}", duration(switch.at), switch.switch.reason);
-    }
-    if let Some(saved) = saved {
-        out!("saved        {}", saved.display());
-    }
-}
-
-fn as_json(called: &Called, found: &verify::Report, saved: Option<&Path>) -> Value {
-    let (session, report) = (&called.session, &called.report);
-    let ms = |d: Duration| d.as_secs_f64() * 1000.0;
-    let turns: Vec<_> = found
-        .turns
-        .iter()
-        .map(|turn| {
-            json!({
-                "turn": turn.turn,
-                "responseDelayMs": turn.response_delay.map(ms),
-                "chain": turn.receipt.map(|r| format!("{:08x}", r.chain)),
-                "process": turn.receipt.map(|r| format!("{:04x}", r.nonce)),
-                "epoch": turn.receipt.map(|r| r.epoch),
-                "similarity": turn.similarity,
-                "longestSilenceMs": ms(turn.longest_silence),
-                "problems": turn.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    let jitter = report.received.jitter;
-    json!({
-        "session": session.session,
-        "region": session.region,
-        "worker": session.worker,
-        "reason": session.reason,
-        "ticketMs": ms(called.ticket),
-        "clockAheadOfRouterMs": called.clock.map(ClockSkew::ahead_ms),
-        "handshakeMs": ms(report.handshake),
-        "attempts": report.attempts,
-        "activatedMs": ms(report.activated),
-        "firstAudioMs": report.first_audio.map(ms),
-        "lastedMs": ms(report.ended),
-        "turns": turns,
-        "loss": called.loss(),
-        "concealedFrames": jitter.concealed,
-        "jitterMs": ms(jitter.jitter),
-        "rttMs": ms(report.rtt),
-        "relaySwitches": report.switches.len(),
-        "error": called.broken.as_ref().map(ToString::to_string),
-        "saved": saved.map(|path| path.display().to_string()),
-    })
-}
-
-/// As shells report a command that Ctrl-C ended.
-const INTERRUPTED: u8 = 130;
 const GIVE_BACK: Duration = Duration::from_secs(2);
 const LONGEST_TURN: Duration = Duration::from_secs(55);

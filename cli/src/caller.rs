@@ -20,6 +20,8 @@ use antiphon_media::{script::ScriptTurn, verify};
 use antiphon_proto::v1::{Codec, Session};
 use tokio::sync::oneshot;
 
+use crate::words;
+
 /// What a caller wants.
 #[derive(Debug, Clone)]
 pub(crate) struct Wanted {
@@ -42,7 +44,7 @@ pub(crate) enum CallFailure {
     Router(#[from] RouterError),
     #[error(transparent)]
     Ticket(#[from] antiphon_client::TicketError),
-    #[error("session {session}: {error}")]
+    #[error("session {session}: {}", words::refused(error))]
     Dial { session: String, error: DialError },
     #[error("{0}")]
     Key(String),
@@ -59,6 +61,8 @@ pub(crate) struct Called {
     pub(crate) report: CallReport,
     pub(crate) heard: ScriptedOutcome,
     pub(crate) broken: Option<CallError>,
+    /// Turns that were begun.
+    pub(crate) begun: usize,
     pub(crate) rate: u32,
 }
 
@@ -115,8 +119,9 @@ pub(crate) async fn call(
     let turns = wanted.turns.iter().map(|turn| turn.pcm.clone()).collect();
     let mut caller = Watched { caller: ScriptedCaller::new(turns, rate, wanted.patience), stage };
     let (report, outcome) = call.run(&mut caller).await;
+    let begun = caller.caller.progress().0;
     let (heard, broken) = (caller.caller.into_outcome(), outcome.err());
-    Ok(Called { session, ticket, clock, report, heard, broken, rate })
+    Ok(Called { session, ticket, clock, report, heard, broken, begun, rate })
 }
 
 /// One attempt's qlog. That the first one's can be written is known; a call goes on without the others.
@@ -170,6 +175,12 @@ impl Called {
             .map(|(turn, ended)| verify::Said { pcm: &turn.pcm, code: turn.code, ended })
             .collect();
         verify::verify(&said, &self.heard.recording, self.rate)
+    }
+
+    /// Turns whose answers were waited for to the end.
+    pub(crate) fn answered(&self) -> usize {
+        let settled = self.heard.answers + self.heard.unanswered;
+        if settled < self.begun { self.begun - 1 } else { self.begun }
     }
 
     /// Downlink packets that never came, as a share of those that should have.

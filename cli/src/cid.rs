@@ -53,7 +53,7 @@ fn key(args: &CidKeyArgs, dir: &Path) -> anyhow::Result<Option<[u8; 16]>> {
         let root = read_root(dir).context("--fleet")?;
         return Ok(Some(root.cid_key(KeyGeneration::new(args.generation)?)));
     }
-    let Some(text) = &args.key else {
+    let Some(text) = args.key.as_deref().filter(|key| !key.is_empty()) else {
         return Ok(None);
     };
     let octets = octets("--key", text)?;

@@ -26,6 +26,7 @@ use tokio::{sync::oneshot, time::timeout};
 
 use crate::present::out;
 use crate::{
+    Interrupted,
     args::DemoArgs,
     caller::{self, Stage, Wanted},
     fleet::{Fleet, Kind, Options},
@@ -41,26 +42,29 @@ pub(crate) async fn run(args: &DemoArgs, json: bool) -> anyhow::Result<ExitCode>
     let work = Work::new(args.keep.as_deref())?;
     let mut fleet = tokio::select! {
         fleet = start(&work.dir, &progress) => fleet?,
-        () = &mut signal => bail!("interrupted"),
+        () = &mut signal => return Err(Interrupted.into()),
     };
     let demo = Demo { args, work: &work, progress: &progress, began };
     let outcome = tokio::select! {
         outcome = demo.play(&mut fleet) => outcome,
-        () = &mut signal => Err(anyhow::anyhow!("interrupted")),
+        () = &mut signal => Err(Interrupted.into()),
     };
     progress.say("stopping the fleet");
     fleet.stop().await;
     progress.clear();
     let outcome = outcome?;
+    let report = serde_json::to_string_pretty(&show::as_json(&outcome))?;
+    let path = work.dir.join("report.json");
+    std::fs::write(&path, format!("{report}\n")).with_context(|| path.display().to_string())?;
     if json {
-        out!("{}", serde_json::to_string_pretty(&show::as_json(&outcome))?);
+        out!("{report}");
     } else {
         show::print(&outcome);
     }
     if outcome.passed() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("recordings and logs are in {}", work.keep().display());
+    eprintln!("recordings, logs and report.json are in {}", work.keep().display());
     Ok(ExitCode::FAILURE)
 }
 
@@ -275,7 +279,7 @@ impl Demo<'_> {
                     let talking = stages.iter().filter(|s| s.value() <= self.args.turns as usize).count();
                     self.progress.say(format!("callers before their last turn: {talking}  {:.0} s", self.began.elapsed().as_secs_f64()));
                 }
-                () = tokio::time::sleep_until(deadline) => bail!("calls still run {limit:?} after the last incident"),
+                () = tokio::time::sleep_until(deadline) => bail!("calls still run {} s after the last incident", limit.as_secs()),
             }
         }
     }

@@ -2,11 +2,12 @@
 
 mod path;
 
-use std::{path::Path, process::ExitCode, time::SystemTime};
+use std::{collections::BTreeMap, path::Path, process::ExitCode, time::SystemTime};
 
 use antiphon_core::id::SessionId;
 use antiphon_proto::v1::{Candidate, Explanation};
 use anyhow::{anyhow, bail};
+use comfy_table::Table;
 use serde::Serialize;
 
 use crate::present::out;
@@ -15,18 +16,21 @@ use crate::{
     fleet::Context,
     present,
     sessions::{Failed, PATIENCE, age, in_turn, routers},
+    status,
 };
 
 pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let session = args.session.trim().parse::<SessionId>();
     let session = session.map_err(|error| anyhow!("{error}, as `antiphon sessions` lists them"))?.to_string();
-    let routers = routers(&Context::load(dir)?, args.api_key.as_deref())?;
+    let context = Context::load(dir)?;
+    let routers = routers(&context, args.key.given().as_deref())?;
     if args.path {
         let asked = in_turn(routers, PATIENCE, async |router| router.path(&session).await).await?;
         let Some(found) = asked.answer else {
             bail!("{}", not_live(&session, &asked.silent));
         };
-        path::show(&found, json)?;
+        let relays = if json { BTreeMap::new() } else { status::relay_names(&context).await };
+        path::show(&found, &relays, json)?;
         return Ok(ExitCode::SUCCESS);
     }
     let asked = in_turn(routers, PATIENCE, async |router| router.explain(&session).await).await?;
@@ -38,7 +42,7 @@ pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::R
     } else {
         print!("{}", headline(&explanation, SystemTime::now()));
         out!();
-        present::print(&present::table(&HEADER, &RIGHT, explanation.candidates.iter().map(row)));
+        present::print(&candidates(&explanation.candidates));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -77,6 +81,11 @@ fn headline(explanation: &Explanation, now: SystemTime) -> String {
     )
 }
 
+/// What was found about each region and worker.
+pub(crate) fn candidates(candidates: &[Candidate]) -> Table {
+    present::table(&HEADER, &RIGHT, candidates.iter().map(row))
+}
+
 fn row(candidate: &Candidate) -> Vec<String> {
     let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
     vec![
@@ -85,7 +94,7 @@ fn row(candidate: &Candidate) -> Vec<String> {
         candidate.verdict.clone(),
         if candidate.estimated_rtt_ms == 0 { "-".into() } else { format!("{} ms", candidate.estimated_rtt_ms) },
         candidate.free.to_string(),
-        if candidate.score == 0.0 { "-".into() } else { format!("{:.1}", candidate.score) },
+        candidate.score.map_or("-".into(), |score| format!("{score:.1}")),
         or_dash(&candidate.detail),
     ]
 }
@@ -104,9 +113,10 @@ struct Explained<'a> {
     candidates: Vec<Weighed<'a>>,
 }
 
+/// One candidate, in the form of the HTTP API.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Weighed<'a> {
+pub(crate) struct Weighed<'a> {
     region: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
     worker: &'a str,
@@ -119,17 +129,22 @@ struct Weighed<'a> {
     score: Option<f64>,
 }
 
-impl<'a> Explained<'a> {
-    fn of(explanation: &'a Explanation) -> Self {
-        let weighed = |candidate: &'a Candidate| Weighed {
+impl<'a> Weighed<'a> {
+    pub(crate) fn of(candidate: &'a Candidate) -> Self {
+        Self {
             region: &candidate.region,
             worker: &candidate.worker,
             verdict: &candidate.verdict,
             detail: &candidate.detail,
             estimated_rtt_ms: Some(candidate.estimated_rtt_ms).filter(|ms| *ms > 0),
             free: candidate.free,
-            score: Some(candidate.score).filter(|score| *score != 0.0),
-        };
+            score: candidate.score,
+        }
+    }
+}
+
+impl<'a> Explained<'a> {
+    fn of(explanation: &'a Explanation) -> Self {
         Self {
             session: &explanation.session,
             agent: &explanation.agent,
@@ -138,7 +153,7 @@ impl<'a> Explained<'a> {
             reason: &explanation.reason,
             decided_at: explanation.decided_at.map(|at| at.to_string()),
             attempts: explanation.attempts,
-            candidates: explanation.candidates.iter().map(weighed).collect(),
+            candidates: explanation.candidates.iter().map(Weighed::of).collect(),
         }
     }
 }
@@ -151,6 +166,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::args::ApiKeyArg;
 
     fn explanation() -> Explanation {
         let candidate = |region: &str, verdict: &str| Candidate {
@@ -166,7 +182,7 @@ mod tests {
             reason: "nearest".into(),
             decided_at: Some((SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)).into()),
             candidates: vec![
-                Candidate { estimated_rtt_ms: 23, free: 60, score: 23.45, ..candidate("frankfurt", "chosen") },
+                Candidate { estimated_rtt_ms: 23, free: 60, score: Some(23.45), ..candidate("frankfurt", "chosen") },
                 Candidate { worker: "desk-0".into(), detail: "took it".into(), ..candidate("frankfurt", "chosen") },
             ],
             attempts: 2,
@@ -194,6 +210,8 @@ attempts  2
         let rows: Vec<_> = explanation().candidates.iter().map(row).collect();
         assert_eq!(rows[0], ["frankfurt", "-", "chosen", "23 ms", "60", "23.4", "-"]);
         assert_eq!(rows[1], ["frankfurt", "desk-0", "chosen", "-", "0", "-", "took it"]);
+        let best = Candidate { score: Some(0.0), ..Candidate::default() };
+        assert_eq!((&*row(&best)[5], Weighed::of(&best).score), ("0.0", Some(0.0)), "nothing is better");
         let json = serde_json::to_value(Explained::of(&explanation())).unwrap();
         assert_eq!(json["decidedAt"], "2027-01-15T08:00:00Z");
         let region = serde_json::json!({
@@ -221,7 +239,7 @@ attempts  2
     #[tokio::test]
     async fn a_malformed_session_id_is_refused_before_a_fleet_is_looked_for() {
         for bad in ["", "abc", "8zzzzzzzzzzzzzzzzzzzzzzzzz", "0000000000000000000000000u"] {
-            let args = ExplainArgs { session: bad.into(), path: false, api_key: None };
+            let args = ExplainArgs { session: bad.into(), path: false, key: ApiKeyArg::default() };
             let error = run(&args, Path::new("/nonexistent"), false).await.unwrap_err().to_string();
             assert!(error.contains("is not a session id: expected 26 characters"), "{error}");
         }

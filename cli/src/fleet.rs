@@ -29,8 +29,9 @@ use tokio::time::timeout;
 use tonic::transport::Channel;
 
 pub use address::Subnet;
-pub(crate) use context::new_key;
 pub use context::{Context, RouterContext};
+pub(crate) use context::{ca_path, key_path, new_key};
+pub(crate) use process::ADMIN;
 pub use process::{Kind, Process, ProcessSpec};
 pub(crate) use records::key_record;
 
@@ -369,7 +370,7 @@ fn layout(
         routers,
         ca_pem: identities.ca_pem().to_owned(),
         operator_identity,
-        api_key_file: context::key_path(&options.dir),
+        api_key_file: key_path(&options.dir),
     };
     Ok((specs, context))
 }

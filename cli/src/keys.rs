@@ -59,14 +59,19 @@ async fn create(
         change_stored(dir, |keys| keys.retain(|stored| stored.id != record.id))?;
         bail!("no key was made, as no router took it ({failed})");
     }
-    if json {
+    let shown = if json {
         let made = json!({
             "key": key.text(), "id": record.id, "tenant": record.tenant, "agents": record.agents,
             "missing": failed.regions(),
         });
-        out!("{}", serde_json::to_string_pretty(&made)?);
+        present::try_line(&serde_json::to_string_pretty(&made)?)
     } else {
-        out!("{}", key.text());
+        present::try_line(key.text())
+    };
+    if let Err(error) = shown {
+        return Err(unseen(context, dir, &record.id, error).await);
+    }
+    if !json {
         eprintln!("shown once, store it now: for {}, tenant {tenant}", allowed(&record.agents));
     }
     if failed.is_empty() {
@@ -78,6 +83,18 @@ async fn create(
         record.id
     ));
     Ok(ExitCode::FAILURE)
+}
+
+/// Revokes a key that could not be printed: nobody could ever use it.
+async fn unseen(context: &Context, dir: &Path, id: &str, error: io::Error) -> anyhow::Error {
+    let removed = ApplyRequest { removed_keys: vec![id.to_owned()], ..ApplyRequest::default() };
+    let failed = apply(context, &removed).await;
+    let forgotten = change_stored(dir, |keys| keys.retain(|stored| stored.id != id));
+    let error = anyhow::Error::new(error);
+    if failed.is_empty() && forgotten.is_ok() {
+        return error.context("the new key could not be printed and was revoked");
+    }
+    error.context(format!("the new key could not be printed: revoke it with `antiphon keys revoke {id}`"))
 }
 
 async fn list(context: &Context, json: bool) -> anyhow::Result<ExitCode> {

@@ -16,10 +16,11 @@ mod sessions;
 mod stand_in;
 mod status;
 mod up;
+mod words;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 pub use args::Cli;
 use args::Command;
@@ -40,13 +41,30 @@ pub fn main(cli: Cli) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             present::error(&error);
-            ExitCode::FAILURE
+            if error.is::<Interrupted>() { ExitCode::from(Interrupted::CODE) } else { ExitCode::FAILURE }
         }
     }
 }
 
+/// A signal ended the command before it was done.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub(crate) struct Interrupted;
+
+impl Interrupted {
+    /// As shells report a command that Ctrl-C ended.
+    pub(crate) const CODE: u8 = 130;
+}
+
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    let dir = cli.dir.map_or_else(default_dir, Ok)?;
+    if let Command::Demo(_) = cli.command {
+        ensure!(
+            cli.dir.is_none(),
+            "demo makes a fleet of its own: name a directory to keep it in with --keep, not --dir"
+        );
+    }
+    let dir = cli.dir.or_else(|| present::from_environment("ANTIPHON_DIR").map(PathBuf::from));
+    let dir = dir.map_or_else(default_dir, Ok)?;
     let json = cli.json;
     match cli.command {
         Command::Up(args) => up::run(&args, dir, json).await,

@@ -2,7 +2,8 @@
 
 use std::{
     borrow::Cow,
-    io::{IsTerminal as _, Write as _},
+    ffi::OsString,
+    io::{IsTerminal, Write as _},
     time::Duration,
 };
 
@@ -11,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 /// An error with its causes, without a backtrace.
 pub(crate) fn error(error: &anyhow::Error) {
-    let red = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let red = is_capable(&std::io::stderr()) && from_environment("NO_COLOR").is_none();
     let label = if red { "\x1b[1;31merror\x1b[0m" } else { "error" };
     // A cause that its context repeats says nothing new.
     let mut text = error.to_string();
@@ -21,6 +22,16 @@ pub(crate) fn error(error: &anyhow::Error) {
         }
     }
     eprintln!("{label}: {text}");
+}
+
+/// A terminal that can do more than show lines.
+fn is_capable(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// A variable of the environment; an empty one counts as unset.
+pub(crate) fn from_environment(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
 /// A table whose columns line up, without lines. Columns named in `right` are numbers.
@@ -57,10 +68,25 @@ pub(crate) use out;
 
 /// Prints a line. A reader that has seen enough (`| head`) is no error: the command ends quietly.
 pub(crate) fn line(text: &str) {
-    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
-        let code = if error.kind() == std::io::ErrorKind::BrokenPipe { 0 } else { 1 };
-        std::process::exit(code);
+    if let Err(error) = try_line(text) {
+        let enough = error.kind() == std::io::ErrorKind::BrokenPipe;
+        if !enough {
+            self::error(&anyhow::Error::new(error).context("standard output cannot be written"));
+        }
+        std::process::exit(if enough { 0 } else { 1 });
     }
+}
+
+/// As [`line()`], for what must not get lost.
+pub(crate) fn try_line(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "{text}")?;
+    out.flush()
+}
+
+/// `1 worker`, `2 workers`.
+pub(crate) fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// A spinner on a terminal; lines elsewhere.
@@ -72,14 +98,18 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn new(quiet: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = (terminal && !quiet).then(|| {
+        let bar = (!quiet && is_capable(&std::io::stderr())).then(|| {
             let style = ProgressStyle::with_template("{spinner} {wide_msg}");
             let bar = ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
         });
         Self { bar, quiet }
+    }
+
+    /// Without a spinner: only what happened is said, wherever it goes.
+    pub(crate) const fn only_notes() -> Self {
+        Self { bar: None, quiet: false }
     }
 
     /// What is going on now. Not kept.
@@ -118,4 +148,14 @@ pub(crate) fn duration(d: Duration) -> String {
 pub(crate) fn quantile(sorted: &[Duration], quantile: f64) -> Duration {
     let last = sorted.len().saturating_sub(1) as f64;
     sorted.get((last * quantile).round() as usize).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_a_thing_has_no_s() {
+        assert_eq!([0, 1, 2].map(|n| count(n, "worker")), ["0 workers", "1 worker", "2 workers"]);
+    }
 }

@@ -8,39 +8,47 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use antiphon_client::{Router, RouterError};
+use antiphon_client::{Listing, Router, RouterError};
 use antiphon_proto::{ticket::codec_label, v1::SessionSummary};
-use anyhow::{bail, ensure};
+use anyhow::{anyhow, bail, ensure};
 use serde::Serialize;
+use serde_json::json;
 use tokio::time::timeout;
 
 use crate::present::out;
-use crate::{args::SessionsArgs, fleet::Context, present};
+use crate::{args::SessionsArgs, fleet::Context, present, status};
 
 pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
-    let routers = routers(&Context::load(dir)?, args.api_key.as_deref())?;
+    let context = Context::load(dir)?;
+    let routers = routers(&context, args.key.given().as_deref())?;
     let asked_of = routers.clone();
     let asked = in_turn(routers, PATIENCE, async |router| router.list(args.limit).await).await?;
-    let Some(sessions) = asked.answer else {
+    let Some(Listing { sessions, mut missing }) = asked.answer else {
         bail!("no router answers ({}): is the fleet running?", asked.silent);
     };
-    if !asked.silent.is_empty() {
-        eprintln!("not every router answers ({}): calls of its region may be missing", asked.silent);
-    }
+    missing.extend(asked.silent.regions().into_iter().map(str::to_owned));
+    missing.sort();
+    missing.dedup();
     let clock = asked_of.iter().find_map(|(_, router)| router.clock_skew());
     if let Some(clock) = clock.filter(|clock| clock.is_notable()) {
         eprintln!("{clock}: set one of them right; ages are by the router's");
     }
     if json {
-        let sessions: Vec<_> = sessions.iter().map(Listed::of).collect();
-        out!("{}", serde_json::to_string_pretty(&sessions)?);
+        let listing = json!({"sessions": sessions.iter().map(Listed::of).collect::<Vec<_>>(), "missing": missing});
+        out!("{}", serde_json::to_string_pretty(&listing)?);
     } else if sessions.is_empty() {
         eprintln!("no sessions");
     } else {
+        let relays = status::relay_names(&context).await;
         let now = clock.map_or_else(SystemTime::now, |clock| clock.router_time(SystemTime::now()));
-        present::print(&present::table(&HEADER, &RIGHT, sessions.iter().map(|session| row(session, now))));
+        present::print(&present::table(&HEADER, &RIGHT, sessions.iter().map(|session| row(session, &relays, now))));
     }
-    Ok(ExitCode::SUCCESS)
+    if missing.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let silent = if asked.silent.is_empty() { String::new() } else { format!(" ({})", asked.silent) };
+    present::error(&anyhow!("calls of {} are missing: no answer from there{silent}", missing.join(", ")));
+    Ok(ExitCode::FAILURE)
 }
 
 /// Clients of all routers, each with its region's name.
@@ -150,7 +158,7 @@ impl<'a> Listed<'a> {
     }
 }
 
-fn row(session: &SessionSummary, now: SystemTime) -> Vec<String> {
+fn row(session: &SessionSummary, relays: &BTreeMap<u32, String>, now: SystemTime) -> Vec<String> {
     let since = session.since.and_then(|since| SystemTime::try_from(since).ok());
     // Clocks differ: a session of the near future has just begun.
     let lasted = since.map(|since| now.duration_since(since).unwrap_or_default());
@@ -163,7 +171,11 @@ fn row(session: &SessionSummary, now: SystemTime) -> Vec<String> {
         session.epoch.to_string(),
         lasted.map_or("-".into(), age),
         session.turns.to_string(),
-        if session.relay == 0 { "-".into() } else { session.relay.to_string() },
+        match relays.get(&session.relay) {
+            _ if session.relay == 0 => "-".into(),
+            Some(name) => name.clone(),
+            None => session.relay.to_string(),
+        },
         codec_label(session.codec()).unwrap_or("-").into(),
     ]
 }
@@ -188,7 +200,7 @@ pub(crate) fn age_ms(ms: u32) -> String {
 /// Longest wait for one router; it waits for other regions itself.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 const HEADER: [&str; 10] = ["SESSION", "AGENT", "REGION", "WORKER", "STATE", "EPOCH", "AGE", "TURNS", "RELAY", "CODEC"];
-const RIGHT: [usize; 4] = [5, 6, 7, 8];
+const RIGHT: [usize; 3] = [5, 6, 7];
 
 #[cfg(test)]
 mod tests {
@@ -258,14 +270,16 @@ mod tests {
             tenant: "acme".into(),
         };
         let cells = ["00000000000000000000000001", "shop/desk", "frankfurt", "desk-0", "active", "1"];
-        assert_eq!(row(&session, now), [&cells[..], &["3m05s", "4", "65", "l16-24k"]].concat());
+        let relays = BTreeMap::from([(65, "frankfurt/relay-0".to_owned())]);
+        assert_eq!(row(&session, &BTreeMap::new(), now)[8], "65", "nobody said how it is called");
+        assert_eq!(row(&session, &relays, now), [&cells[..], &["3m05s", "4", "frankfurt/relay-0", "l16-24k"]].concat());
         let json = serde_json::to_value(Listed::of(&session)).unwrap();
         assert_eq!(json["since"], "2027-01-15T07:56:55Z");
         assert_eq!((&json["relay"], &json["codec"]), (&65.into(), &"l16-24k".into()));
 
         let fresh = SessionSummary { relay: 0, since: Some((now + Duration::from_secs(1)).into()), ..session };
-        assert_eq!(row(&fresh, now)[6..9], ["0s", "4", "-"], "another clock may be ahead");
+        assert_eq!(row(&fresh, &relays, now)[6..9], ["0s", "4", "-"], "another clock may be ahead");
         let unborn = SessionSummary { since: None, ..fresh };
-        assert_eq!(row(&unborn, now)[6], "-");
+        assert_eq!(row(&unborn, &relays, now)[6], "-");
     }
 }

@@ -1,9 +1,16 @@
 //! `antiphon status`: the fleet as its routers see it.
 
-use std::{path::Path, process::ExitCode, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    process::ExitCode,
+    time::SystemTime,
+};
 
 use antiphon_client::ClockSkew;
-use antiphon_proto::v1::{FleetStatusRequest, FleetStatusResponse, Phase, RegionStatus, RelayStatus, WorkerStatus};
+use antiphon_proto::v1::{
+    FleetStatusRequest, FleetStatusResponse, Phase, PoolDigest, RegionStatus, RelayStatus, WorkerStatus,
+};
 use anyhow::ensure;
 use serde_json::{Value, json};
 
@@ -68,6 +75,43 @@ fn show(answers: &[(String, Answer)]) {
         regions.iter().flat_map(|(region, _)| region.workers.iter().map(|worker| worker_row(name(region), worker)));
     out!();
     present::print(&present::table(&WORKERS, &[2, 5], workers));
+    out!();
+    let agents = pools(&regions).into_iter().map(|(agent, pools)| agent_row(agent, &pools));
+    present::print(&present::table(&AGENTS, &[2, 3], agents));
+}
+
+/// Numbers of relays and `region/name` of each, as far as their routers answer.
+pub(crate) async fn relay_names(context: &Context) -> BTreeMap<u32, String> {
+    let mut names = BTreeMap::new();
+    for (_, status) in ask_all(context, async |mut admin| admin.fleet_status(FleetStatusRequest {}).await).await.0 {
+        for region in status.regions.iter().filter(|region| region.local) {
+            let name = |relay: &RelayStatus| {
+                let number = relay.relay.as_ref()?.number;
+                Some((number, format!("{}/{}", name(region), relay.name)))
+            };
+            names.extend(region.relays.iter().filter_map(name));
+        }
+    }
+    names
+}
+
+/// Agents that have workers, as far as routers answer.
+pub(crate) async fn agents(context: &Context) -> Vec<String> {
+    let answers = ask_all(context, async |mut admin| admin.fleet_status(FleetStatusRequest {}).await).await.0;
+    let digests = answers.iter().flat_map(|(_, status)| &status.regions).filter_map(|region| region.digest.as_ref());
+    let agents: BTreeSet<_> = digests.flat_map(|digest| &digest.pools).map(|pool| pool.agent.clone()).collect();
+    agents.into_iter().collect()
+}
+
+/// The workers of each agent, by region.
+fn pools<'a>(regions: &[(&'a RegionStatus, Option<&Answer>)]) -> BTreeMap<&'a str, Vec<(&'a str, &'a PoolDigest)>> {
+    let mut pools: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+    for (region, _) in regions {
+        for pool in region.digest.iter().flat_map(|digest| &digest.pools) {
+            pools.entry(&pool.agent).or_default().push((name(region), pool));
+        }
+    }
+    pools
 }
 
 fn phase(phase: Phase) -> &'static str {
@@ -147,6 +191,15 @@ fn worker_row(region: &str, worker: &WorkerStatus) -> Vec<String> {
     ]
 }
 
+fn agent_row(agent: &str, pools: &[(&str, &PoolDigest)]) -> Vec<String> {
+    let sum = |of: fn(&PoolDigest) -> u32| pools.iter().map(|(_, pool)| of(pool)).sum::<u32>();
+    let mut regions: Vec<_> = pools.iter().map(|(region, _)| *region).collect();
+    regions.dedup();
+    let slots = sum(|pool| pool.slots);
+    let taken = slots.saturating_sub(sum(|pool| pool.free));
+    vec![agent.into(), regions.join(", "), sum(|pool| pool.workers).to_string(), format!("{taken} of {slots}")]
+}
+
 /// What somebody should look into.
 fn remarks(answers: &[(String, Answer)]) -> Vec<String> {
     let mut remarks = Vec::new();
@@ -208,17 +261,28 @@ fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
             "workers": region.workers.iter().map(worker).collect::<Vec<_>>(),
         })
     };
-    let regions: Vec<_> = regions(answers).iter().map(region).collect();
-    json!({"regions": regions, "missing": failed.regions()})
+    let known = regions(answers);
+    let agents = pools(&known).into_iter().map(|(agent, pools)| {
+        let sum = |of: fn(&PoolDigest) -> u32| pools.iter().map(|(_, pool)| of(pool)).sum::<u32>();
+        let regions: BTreeSet<_> = pools.iter().map(|(region, _)| *region).collect();
+        json!({
+            "agent": agent, "regions": regions, "workers": sum(|pool| pool.workers), "slots": sum(|pool| pool.slots),
+            "free": sum(|pool| pool.free),
+        })
+    });
+    let agents: Vec<_> = agents.collect();
+    let regions: Vec<_> = known.iter().map(region).collect();
+    json!({"regions": regions, "agents": agents, "missing": failed.regions()})
 }
 
 const REGIONS: [&str; 9] = ["REGION", "CLOUD", "PHASE", "ROUTER", "RELAYS", "WORKERS", "CALLS", "KEYS", "TUNNEL"];
 const RELAYS: [&str; 8] = ["REGION", "RELAY", "NUMBER", "PHASE", "ADDRESS", "ROUTES", "KEYS", "CLOCK"];
-const WORKERS: [&str; 9] = ["REGION", "WORKER", "NUMBER", "AGENT", "PHASE", "CALLS", "KEYS", "CLOCK", ""];
+const WORKERS: [&str; 9] = ["REGION", "WORKER", "NUMBER", "AGENT", "PHASE", "CALLS", "KEYS", "CLOCK", "STATE"];
+const AGENTS: [&str; 4] = ["AGENT", "REGIONS", "WORKERS", "CALLS"];
 
 #[cfg(test)]
 mod tests {
-    use antiphon_proto::v1::{PoolDigest, RegionDigest, RelayInfo};
+    use antiphon_proto::v1::{RegionDigest, RelayInfo};
 
     use super::*;
 
@@ -251,6 +315,8 @@ mod tests {
         assert_eq!(found.len(), 1);
         let row = region_row(found[0].0, found[0].1);
         assert_eq!(row, ["a", "nimbus", "active", "serves", "1", "2", "20 of 120", "3", "direct"]);
+        let agents: Vec<_> = pools(&found).into_iter().map(|(agent, pools)| agent_row(agent, &pools)).collect();
+        assert_eq!(agents, [["shop/desk", "a", "2", "20 of 120"]]);
         let silent = regions(&answers[..1]);
         assert_eq!(region_row(silent[0].0, silent[0].1)[3], "silent for 1m05s");
         let json = as_json(&answers[..1], &Failed::default());

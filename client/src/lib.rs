@@ -30,5 +30,5 @@ pub use dial::{Dial, DialError, TicketError};
 pub use party::{Event, Party, Step};
 pub use path::{PathSelector, Switch, SwitchReason};
 pub use report::{CallReport, Rebind, RelaySwitch, TurnTiming};
-pub use router::{Router, RouterError, SessionRequest};
+pub use router::{Listing, Router, RouterError, SessionRequest};
 pub use scripted::{ScriptedCaller, ScriptedOutcome};

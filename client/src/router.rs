@@ -81,6 +81,23 @@ pub struct SessionRequest {
     pub epoch: Epoch,
 }
 
+/// Live sessions of one tenant.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Listing {
+    /// Newest first.
+    pub sessions: Vec<SessionSummary>,
+    /// Workers and regions that did not answer in time: their sessions are not listed.
+    pub missing: Vec<String>,
+}
+
+impl Listing {
+    /// Whether everybody answered and nobody has a session.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.sessions.is_empty() && self.missing.is_empty()
+    }
+}
+
 /// One router's public API over gRPC. Clones share the connection.
 #[derive(Debug, Clone)]
 pub struct Router {
@@ -192,13 +209,19 @@ impl Router {
         self.answer(self.client.clone().delete_session(self.request(message))).await.map(drop)
     }
 
-    /// The tenant's sessions, newest first.
+    /// The tenant's sessions.
     ///
     /// # Errors
     /// [`RouterError`].
-    pub async fn list(&self, limit: u32) -> Result<Vec<SessionSummary>, RouterError> {
+    pub async fn list(&self, limit: u32) -> Result<Listing, RouterError> {
         let request = self.request(ListSessionsRequest { limit });
-        Ok(self.answer(self.client.clone().list_sessions(request)).await?.sessions)
+        let listing = async {
+            let answer = self.client.clone().list_sessions(request).await?;
+            let missing = answer.metadata().get("antiphon-missing").and_then(|names| names.to_str().ok());
+            let missing = missing.into_iter().flat_map(|names| names.split(',')).map(str::to_owned).collect();
+            Ok(answer.map(|answer| Listing { sessions: answer.sessions, missing }))
+        };
+        self.answer(listing).await
     }
 }
 

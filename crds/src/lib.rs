@@ -27,6 +27,7 @@ pub use region::{
     VoiceRegionStatus,
 };
 pub use rules::Resource;
+pub use schema::nearest;
 pub use time_span::{InvalidTimeSpan, TimeSpan};
 
 /// API group of every resource.

@@ -205,7 +205,7 @@ pub(crate) fn unknown_field<'a>(
 }
 
 /// The candidate that `text` is most likely a slip of.
-pub(crate) fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     // The distance's cost grows with the product of the lengths, and the text is somebody else's.
     if text.len() > LONGEST_SLIP {
         return None;

@@ -16,7 +16,7 @@ use std::{
 };
 
 use antiphon_core::{id::SessionId, placement::Verdict};
-use antiphon_proto::v1;
+use antiphon_proto::{ticket::codec_label, v1};
 use antiphon_runtime::Tasks;
 use parking_lot::Mutex;
 use tokio::{
@@ -149,7 +149,9 @@ impl Admission {
         if let Some(agent) = self.fleet.records().agents.get(&create.agent)
             && !agent.codecs.contains(&create.codec)
         {
-            let problem = format!("agent {} does not speak {}", create.agent, create.codec_label());
+            let spoken: Vec<_> = agent.codecs.iter().filter_map(|codec| codec_label(*codec)).collect();
+            let (agent, asked) = (&create.agent, create.codec_label());
+            let problem = format!("agent {agent} does not speak {asked}, only {}", spoken.join(" and "));
             return Err(FieldError::new("codec", problem).into());
         }
         let permit = Arc::clone(&self.placements).try_acquire_owned();

@@ -100,10 +100,15 @@ impl Create {
 
 fn client_key(bytes: &[u8]) -> Result<[u8; 32], FieldError> {
     let found = bytes.len();
-    bytes.try_into().map_err(|_| {
+    let key: [u8; 32] = bytes.try_into().map_err(|_| {
         let problem = format!("has {found} bytes: expected an Ed25519 public key of 32 bytes");
         FieldError::new("clientKey", problem)
-    })
+    })?;
+    // A buffer that nobody filled. Other weak keys harm only who chose them.
+    if key == [0; 32] {
+        return Err(FieldError::new("clientKey", "is all zeros: expected an Ed25519 public key"));
+    }
+    Ok(key)
 }
 
 pub(crate) fn session_bytes(bytes: &[u8]) -> Result<SessionId, FieldError> {
@@ -159,12 +164,14 @@ mod tests {
     #[test]
     fn impossible_values_name_their_field() {
         type Change = fn(&mut v1::CreateSessionRequest);
-        let table: [(&str, Change); 8] = [
+        let table: [(&str, Change); 10] = [
             ("agent", |r| r.agent = "desk".into()),
-            ("clientKey", |r| r.client_key = vec![0; 31].into()),
+            ("clientKey", |r| r.client_key = vec![7; 31].into()),
+            ("clientKey", |r| r.client_key = vec![0; 32].into()),
             ("session", |r| r.session = vec![0; 15].into()),
             ("codec", |r| r.codec = 99),
-            ("location", |r| r.location = Some(v1::Location { latitude: f64::NAN, longitude: 0.0 })),
+            ("location.latitude", |r| r.location = Some(v1::Location { latitude: f64::NAN, longitude: 0.0 })),
+            ("location.longitude", |r| r.location = Some(v1::Location { latitude: 0.0, longitude: 181.0 })),
             ("constraints.maxRttMs", |r| {
                 r.constraints = Some(v1::Constraints { max_rtt_ms: 50, ..v1::Constraints::default() })
             }),

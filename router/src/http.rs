@@ -95,7 +95,7 @@ async fn list(
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Answer<axum::Json<Listing>> {
     let Query(query) = query.map_err(|e| FieldError::new("", e.body_text()))?;
-    let limit = limit(query.limit)?;
+    let limit = limit(query.limit()?)?;
     let listing = admission.list(&caller.tenant, limit).await;
     Ok(axum::Json(listing.into()))
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use antiphon_core::{
     generation,
-    geo::Location,
+    geo::{GeoError, Location},
     id::RegionNumber,
     placement::{AgentPolicy, Phase, RELAX_OVER},
 };
@@ -242,7 +242,13 @@ pub(crate) const fn proto_phase(phase: Phase) -> v1::Phase {
 /// Checks a point; `None` stays `None`.
 pub(crate) fn location(location: Option<&v1::Location>) -> Result<Option<Location>, FieldError> {
     let checked = location.map(|l| Location::new(l.latitude, l.longitude));
-    checked.transpose().map_err(|e| FieldError::new("location", e.to_string()))
+    checked.transpose().map_err(|error| {
+        let path = match error {
+            GeoError::Latitude(_) => "location.latitude",
+            GeoError::Longitude(_) => "location.longitude",
+        };
+        FieldError::new(path, error.to_string())
+    })
 }
 
 pub(crate) fn region(record: &v1::RegionRecord) -> Result<Region, FieldError> {

@@ -6,7 +6,10 @@ use serde_json::{Value, json};
 
 use super::outcome::{Outcome, Placed};
 use crate::present::out;
-use crate::present::{self, duration, quantile};
+use crate::{
+    present::{self, duration, quantile},
+    words,
+};
 
 pub(super) fn print(outcome: &Outcome) {
     out!();
@@ -150,7 +153,7 @@ pub(super) fn as_json(outcome: &Outcome) -> Value {
                 "similarity": call.map(|call| call.similarity),
                 "switches": call.map(|call| call.report.switches.iter().map(|s| json!({
                     "atMs": ms(s.at), "from": s.switch.from, "to": s.switch.to,
-                    "reason": format!("{:?}", s.switch.reason), "gapMs": s.gap.map(ms),
+                    "reason": words::switch_label(s.switch.reason), "gapMs": s.gap.map(ms),
                 })).collect::<Vec<_>>()),
                 "lateSteps": call.map(|call| call.report.late_steps),
                 "answers": verdict.answers,

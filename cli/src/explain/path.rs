@@ -1,6 +1,6 @@
 //! `antiphon explain --path`: which way a live session's packets went, how well, and why that changed.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use antiphon_proto::v1::{PathEvent, PathUse, SessionPath};
 use serde::Serialize;
@@ -8,19 +8,20 @@ use serde::Serialize;
 use crate::present::out;
 use crate::{present, sessions::age};
 
-pub(super) fn show(path: &SessionPath, json: bool) -> anyhow::Result<()> {
+/// `relays`: numbers of relays and their names, as far as known.
+pub(super) fn show(path: &SessionPath, relays: &BTreeMap<u32, String>, json: bool) -> anyhow::Result<()> {
     if json {
         out!("{}", serde_json::to_string_pretty(&Walked::of(path))?);
         return Ok(());
     }
     print!("{}", headline(path));
     out!();
-    present::print(&present::table(&PATHS, &PATHS_RIGHT, path.paths.iter().map(way)));
+    present::print(&present::table(&PATHS, &PATHS_RIGHT, path.paths.iter().map(|used| way(used, relays))));
     out!();
     if path.events.is_empty() {
         out!("nothing has happened to it");
     } else {
-        present::print(&present::table(&EVENTS, &[0, 2], path.events.iter().map(event)));
+        present::print(&present::table(&EVENTS, &[0], path.events.iter().map(|happened| event(happened, relays))));
     }
     Ok(())
 }
@@ -46,10 +47,19 @@ fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".into() } else { text.into() }
 }
 
-fn way(path: &PathUse) -> Vec<String> {
+/// `north/relay-0 (65)`: texts of events name numbers.
+fn named(relay: u32, relays: &BTreeMap<u32, String>) -> String {
+    match relays.get(&relay) {
+        _ if relay == 0 => "-".into(),
+        Some(name) => format!("{name} ({relay})"),
+        None => relay.to_string(),
+    }
+}
+
+fn way(path: &PathUse, relays: &BTreeMap<u32, String>) -> Vec<String> {
     let us = Duration::from_micros(path.rtt_us.into());
     vec![
-        path.relay.to_string(),
+        named(path.relay, relays),
         or_dash(&path.client_address),
         or_dash(&path.next_hop),
         at(path.since_ms),
@@ -61,8 +71,8 @@ fn way(path: &PathUse) -> Vec<String> {
     ]
 }
 
-fn event(event: &PathEvent) -> Vec<String> {
-    let relay = if event.relay == 0 { "-".into() } else { event.relay.to_string() };
+fn event(event: &PathEvent, relays: &BTreeMap<u32, String>) -> Vec<String> {
+    let relay = named(event.relay, relays);
     vec![at(event.at_ms), event.kind.replace('_', " "), relay, or_dash(&event.detail)]
 }
 
@@ -136,7 +146,7 @@ impl<'a> Walked<'a> {
 }
 
 const PATHS: [&str; 9] = ["RELAY", "CALLER AT", "ANSWERS GO TO", "SINCE", "STATE", "IN", "OUT", "LOST", "ROUND TRIP"];
-const PATHS_RIGHT: [usize; 6] = [0, 3, 5, 6, 7, 8];
+const PATHS_RIGHT: [usize; 5] = [3, 5, 6, 7, 8];
 const EVENTS: [&str; 4] = ["AT", "WHAT", "RELAY", "DETAIL"];
 
 #[cfg(test)]
@@ -190,12 +200,14 @@ audio     990 packets of the caller's came, 10 were lost (1.00 %), 7 frames made
     #[test]
     fn rows_and_json_say_the_same() {
         let path = path();
-        let ways: Vec<_> = path.paths.iter().map(way).collect();
+        let ways: Vec<_> =
+            path.paths.iter().map(|used| way(used, &BTreeMap::from([(66, "frankfurt/relay-1".into())]))).collect();
         let cells = ["65", "192.0.2.7:40000", "127.77.1.2:4434", "+0.000 s", "left", "410", "390", "12", "23 ms"];
         assert_eq!(ways[0], cells);
+        assert_eq!(ways[1][0], "frankfurt/relay-1 (66)");
         assert_eq!((&*ways[1][3], &*ways[1][4], &*ways[1][8]), ("+8.204 s", "in use", "-"));
         let detail = "the caller came through relay 66 instead of 65";
-        assert_eq!(event(&path.events[0]), ["+8.204 s", "relay changed", "66", detail]);
+        assert_eq!(event(&path.events[0], &BTreeMap::new()), ["+8.204 s", "relay changed", "66", detail]);
         let json = serde_json::to_value(Walked::of(&path)).unwrap();
         assert_eq!((&json["paths"][0]["rttUs"], &json["paths"][1]["current"]), (&23_400.into(), &true.into()));
         assert!(json["paths"][1].get("rttUs").is_none());

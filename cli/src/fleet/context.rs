@@ -65,6 +65,8 @@ impl Context {
     }
 
     pub(super) fn save(&self, dir: &Path) -> anyhow::Result<()> {
+        let ca = ca_path(dir);
+        fs::write(&ca, &self.ca_pem).with_context(|| ca.display().to_string())?;
         let path = dir.join(FILE);
         fs::write(&path, serde_json::to_string_pretty(self)?).with_context(|| path.display().to_string())
     }
@@ -110,7 +112,12 @@ impl Context {
     }
 }
 
-pub(super) fn key_path(dir: &Path) -> PathBuf {
+/// The trust anchor as a file of its own, for other programs.
+pub(crate) fn ca_path(dir: &Path) -> PathBuf {
+    dir.join("ca.pem")
+}
+
+pub(crate) fn key_path(dir: &Path) -> PathBuf {
     dir.join("api-key")
 }
 

@@ -26,7 +26,10 @@ const RELAY_PUBLIC: u16 = 4433;
 const RELAY_TUNNEL: u16 = 4434;
 const WORKER_TUNNEL: u16 = 4500;
 const WORKER_CONTROL: u16 = 4480;
-pub(super) const ADMIN: u16 = 7445;
+/// Port of `/metrics`, `/readyz` and `/livez`, the same for every process.
+pub(crate) const ADMIN: u16 = 7445;
+/// Lines of an error with its causes.
+const MOST_CAUSES: usize = 12;
 
 /// Which program. In the order to start them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -184,6 +187,12 @@ impl Process {
         self.child.id()
     }
 
+    /// Where it serves `/metrics`, `/readyz` and `/livez`: `IP:PORT`.
+    #[must_use]
+    pub fn admin(&self) -> String {
+        format!("{}:{ADMIN}", self.spec.ip)
+    }
+
     /// Where it writes.
     #[must_use]
     pub fn log(&self) -> &Path {
@@ -213,7 +222,7 @@ impl Process {
             if let Some(status) = self.child.try_wait()? {
                 bail!("{} ended ({status}); {}", self.spec.title(), self.log_tail());
             }
-            match http_get(&format!("{}:{ADMIN}", self.spec.ip), path).await {
+            match http_get(&self.admin(), path).await {
                 Ok((200, _)) => return Ok(()),
                 Ok((_, body)) => last = body.trim().to_owned(),
                 // Not listening yet.
@@ -229,16 +238,14 @@ impl Process {
     /// # Errors
     /// It does not answer.
     pub async fn metrics(&self) -> anyhow::Result<String> {
-        let (status, body) = http_get(&format!("{}:{ADMIN}", self.spec.ip), "/metrics").await?;
+        let (status, body) = http_get(&self.admin(), "/metrics").await?;
         ensure!(status == 200, "{}: /metrics says {status}", self.spec.title());
         Ok(body)
     }
 
     fn log_tail(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<_> = text.lines().rev().take(3).collect();
-        let tail: Vec<_> = lines.into_iter().rev().collect();
-        format!("see {}\n  {}", self.log.display(), tail.join("\n  "))
+        format!("see {}\n  {}", self.log.display(), tail(&text).join("\n  "))
     }
 
     /// Sends SIGTERM: the planned stop. Returns at once.
@@ -350,12 +357,22 @@ fn spawn(spec: &ProcessSpec, binary: &Path, log: &Path) -> anyhow::Result<Child>
         .args(&spec.args)
         .env(PARENT_VARIABLE, std::process::id().to_string())
         .env("NO_COLOR", "1")
+        // An error's causes say what is wrong; where in the program it arose does not. Panics still show theirs.
+        .env("RUST_LIB_BACKTRACE", "0")
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("starting {}", binary.display()))
+}
+
+/// The last lines of a log: the error that a process ended with and its causes, if it did.
+fn tail(log: &str) -> Vec<&str> {
+    let lines: Vec<_> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = lines.len().saturating_sub(MOST_CAUSES);
+    let error = lines[last..].iter().rposition(|line| line.starts_with("Error: "));
+    lines[error.map_or(lines.len().saturating_sub(3), |at| last + at)..].to_vec()
 }
 
 /// The directory with the other programs: beside this one.
@@ -390,4 +407,18 @@ async fn http_get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
     let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("not an HTTP answer")?;
     Ok((status, body.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_ends_with_the_error_and_its_causes() {
+        let log =
+            "INFO one\nINFO two\nINFO three\nError: no identity\n\nCaused by:\n    0: reading\n    1: not there\n";
+        assert_eq!(tail(log), ["Error: no identity", "Caused by:", "    0: reading", "    1: not there"]);
+        assert_eq!(tail("a\nb\nc\nd\n"), ["b", "c", "d"]);
+        assert_eq!(tail(""), [""; 0]);
+    }
 }

@@ -115,8 +115,15 @@ impl CreateBody {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ListQuery {
-    #[serde(default)]
-    pub(super) limit: u32,
+    limit: Option<String>,
+}
+
+impl ListQuery {
+    /// 0 if absent.
+    pub(super) fn limit(&self) -> Result<u32, FieldError> {
+        let Some(text) = &self.limit else { return Ok(0) };
+        text.parse().map_err(|_| FieldError::new("limit", "is not a whole number: leave it out or write 1 to 10000"))
+    }
 }
 
 /// Answer of `POST /v1/sessions`.
@@ -197,7 +204,7 @@ impl From<v1::Candidate> for Candidate {
             detail: c.detail,
             estimated_rtt_ms: (c.estimated_rtt_ms > 0).then_some(c.estimated_rtt_ms),
             free: c.free,
-            score: (c.score != 0.0).then_some(c.score),
+            score: c.score,
         }
     }
 }

@@ -34,11 +34,12 @@ async fn bad_json_is_refused_with_its_place_and_a_way_out() {
         (with(|b| b["agent"] = json!("desk")), "agent", "namespace/name"),
         (with(|b| b["clientKey"] = json!("AAA=")), "clientKey", "base64url"),
         (with(|b| b["clientKey"] = json!("AAAA")), "clientKey", "32 bytes"),
+        (with(|b| b["clientKey"] = json!(BASE64.encode([0; 32]))), "clientKey", "all zeros"),
         (with(|b| b["codec"] = json!("mp3")), "codec", "l16-16k"),
         (with(|b| b["epoch"] = json!(0)), "epoch", "starts at 1"),
         (with(|b| b["epoch"] = json!(-1)), "epoch", "invalid value"),
         (with(|b| b["session"] = json!("abc")), "session", "26 characters"),
-        (with(|b| b["location"] = json!({"latitude": 91, "longitude": 0})), "location", "-90..=90"),
+        (with(|b| b["location"] = json!({"latitude": 91, "longitude": 0})), "location.latitude", "-90..=90"),
         (with(|b| b["location"] = json!({"latitude": 1})), "location", "missing field"),
         (
             with(|b| b["location"] = json!({"latitude": 1, "longitude": 1, "altitude": 1})),
@@ -63,6 +64,10 @@ async fn bad_json_is_refused_with_its_place_and_a_way_out() {
         assert_eq!(answer.body["path"], path, "{text}: {answer:?}");
         let found = answer.body["detail"].as_str().unwrap();
         assert!(found.contains(detail), "{text}: {found:?} has no {detail:?}");
+    }
+    for limit in ["x", "-1", "10001"] {
+        let answer = region.ask(&world.key, "GET", &format!("/v1/sessions?limit={limit}"), None).await;
+        assert_eq!((answer.status, &answer.body["path"]), (400, &json!("limit")), "{answer:?}");
     }
 }
 
