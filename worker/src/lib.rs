@@ -11,6 +11,7 @@ mod conversation;
 mod gate;
 mod keys;
 mod metrics;
+mod outgoing;
 mod paths;
 mod qlog;
 mod quota;

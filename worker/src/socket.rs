@@ -12,7 +12,7 @@ use std::{
     net::{SocketAddr, SocketAddrV6},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -31,6 +31,7 @@ use tokio::{io::Interest, sync::mpsc};
 use crate::{
     gate::{Admitted, Gate, GateDrop},
     metrics::{Drop, ShardMetrics},
+    outgoing::Outgoing,
     paths::Paths,
     quota::{Allowance, Quota},
     relays::{Opened, RelayTable},
@@ -68,8 +69,15 @@ pub(crate) struct TunnelSocket {
     notices: mpsc::Sender<RelayNotice>,
     metrics: ShardMetrics,
     started: Instant,
-    /// Frames on their way out; kept for its memory.
-    frames: Mutex<Vec<u8>>,
+    tx: Mutex<Sending>,
+}
+
+/// Frames on their way out.
+#[derive(Default)]
+struct Sending {
+    outgoing: Outgoing,
+    /// Of the endpoint's task. Woken by the first frame, it runs after all who run already, and sends what they left.
+    sender: Option<Waker>,
 }
 
 /// Frames that came in one batch and wait to be handed on.
@@ -132,8 +140,8 @@ impl TunnelSocket {
         let (limits, skew) = (Limits::new(), ClockSkew::default());
         let rx = Mutex::new(Received { buffers, pending: VecDeque::new(), limits, skew });
         let io = tokio::net::UdpSocket::from_std(socket)?;
-        let (started, frames) = (Instant::now(), Mutex::default());
-        Ok(Self { io, state, rx, gate, relays, paths, notices, metrics, started, frames })
+        let (started, tx) = (Instant::now(), Mutex::default());
+        Ok(Self { io, state, rx, gate, relays, paths, notices, metrics, started, tx })
     }
 
     /// Reads one batch off the system and keeps what may go on to QUIC.
@@ -223,6 +231,37 @@ impl TunnelSocket {
         Some((path, EcnCodepoint::from_bits(header.ecn.bits())))
     }
 
+    /// Sends what waits; `WouldBlock` if the system does not take all of it.
+    fn flush(&self, outgoing: &mut Outgoing) -> io::Result<()> {
+        let longest = self.state.max_gso_segments();
+        let mut send = |train: &Transmit<'_>| {
+            let sent = self.io.try_io(Interest::WRITABLE, || self.state.send((&self.io).into(), train));
+            match sent {
+                // Whatever else it has against these frames, the next are others.
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                    self.metrics.dropped(Drop::System);
+                    Ok(())
+                }
+                sent => sent,
+            }
+        };
+        outgoing.flush(longest, &mut send)
+    }
+
+    /// The endpoint's turn: everybody else has had theirs.
+    fn poll_flush(&self, cx: &mut Context<'_>) {
+        let tx = &mut *self.tx.lock();
+        if !tx.sender.as_ref().is_some_and(|sender| sender.will_wake(cx.waker())) {
+            tx.sender = Some(cx.waker().clone());
+        }
+        while !tx.outgoing.is_empty() && self.flush(&mut tx.outgoing).is_err() {
+            // An error here is the runtime's end.
+            if !matches!(self.io.poll_send_ready(cx), Poll::Ready(Ok(()))) {
+                return;
+            }
+        }
+    }
+
     fn drop<T>(&self, reason: Drop) -> Option<T> {
         self.metrics.dropped(reason);
         None
@@ -244,22 +283,28 @@ impl AsyncUdpSocket for TunnelSocket {
             let mut gate = self.gate.lock();
             transmit.contents.chunks(segment).for_each(|datagram| gate.on_sent(now_s, datagram));
         }
-        let count = transmit.contents.len().div_ceil(segment);
-        let mut frames = self.frames.lock();
-        frames.clear();
+        let tx = &mut *self.tx.lock();
+        if tx.outgoing.is_full() {
+            self.flush(&mut tx.outgoing)?;
+        }
         let client = ClientAddr { ip: *client.ip(), port: client.port() };
         let ecn = transmit.ecn.map_or(Ecn::NotEct, |e| Ecn::from_bits(e as u8));
         let datagrams = transmit.contents.chunks(segment);
-        let sealed = self.relays.load().seal(now_s, relay, client, datagrams, ecn, &mut frames);
-        let Some(destination) = sealed else {
+        let relays = self.relays.load();
+        let Some(next) = relays.seal(now_s, relay, client, datagrams.clone(), ecn, tx.outgoing.bytes()) else {
             self.metrics.dropped(Drop::UnknownRelay);
             return Ok(());
         };
-        self.metrics.sent.inc_by(count as u64);
-        self.paths.note_sent(transmit.destination, count as u64);
-        let segment_size = transmit.segment_size.map(|size| size + HEADER_LEN);
-        let outer = Transmit { destination, ecn: transmit.ecn, contents: &frames, segment_size, src_ip: None };
-        self.io.try_io(Interest::WRITABLE, || self.state.send((&self.io).into(), &outer))
+        if tx.outgoing.is_empty()
+            && let Some(sender) = &tx.sender
+        {
+            sender.wake_by_ref();
+        }
+        let count = datagrams.len() as u64;
+        datagrams.for_each(|datagram| tx.outgoing.push(next, transmit.ecn, HEADER_LEN + datagram.len()));
+        self.metrics.sent.inc_by(count);
+        self.paths.note_sent(transmit.destination, count);
+        Ok(())
     }
 
     fn poll_recv(
@@ -268,6 +313,7 @@ impl AsyncUdpSocket for TunnelSocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        self.poll_flush(cx);
         let rx = &mut *self.rx.lock();
         for _ in 0..BATCHES_PER_TURN {
             let mut count = 0;
@@ -345,6 +391,9 @@ impl fmt::Debug for Writable {
 
 impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.waiting.is_none() && !self.socket.tx.lock().outgoing.is_full() {
+            return Poll::Ready(Ok(()));
+        }
         let socket = self.socket.clone();
         let waiting = self.waiting.get_or_insert_with(|| Box::pin(async move { socket.io.writable().await }));
         let outcome = ready!(waiting.as_mut().poll(cx));
