@@ -114,9 +114,9 @@ async fn attend(
     };
     context.metrics.activation(ActivationOutcome::Activated);
     let watch = PathWatch::begin(context.clone(), terms.clone(), &connection, generation);
-    let live = Live::begin(watch, context.clone(), terms.clone(), connection, writer, reader, owner);
+    let live = Live::begin(watch, context.clone(), terms.clone(), connection, writer, owner);
     match live {
-        Ok(live) => live.run(stopping).await,
+        Ok(live) => live.run(reader, stopping).await,
         Err(reason) => {
             context.capacity.ended(terms);
             return Err(AttendError::Setup(reason));

@@ -54,6 +54,8 @@ pub(crate) struct ShardContext {
     pub(crate) draining_relays: watch::Receiver<DrainingRelays>,
     pub(crate) server_configs: ServerConfigs,
     pub(crate) qlog: Option<Arc<QlogDir>>,
+    /// All sessions' steps are set by it.
+    pub(crate) clock: Instant,
     /// Random per process: part of the echo engine's receipts.
     pub(crate) process_nonce: u16,
 }
@@ -171,6 +173,7 @@ impl Shards {
                 draining_relays,
                 server_configs: server_configs.clone(),
                 qlog: config.qlog.clone(),
+                clock: Instant::now(),
                 process_nonce: rand::random(),
             };
             let shard = Shard {

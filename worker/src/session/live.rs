@@ -19,7 +19,7 @@ use antiphon_quic::{
     AudioReceived, ControlError, ControlReader, ControlWriter, Flow, Heartbeats, datagram, split_flow,
 };
 use bytes::Bytes;
-use futures::FutureExt as _;
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use prost::Message as _;
 use quinn::Connection;
 use tokio::{
@@ -48,6 +48,18 @@ enum End {
     TakenOver,
 }
 
+/// What may happen to a session besides packets and steps.
+enum Event {
+    Control(ControlReader<ClientMessage>, Result<Option<ClientMessage>, ControlError>),
+    End(EndCode),
+    Draining(watch::Receiver<DrainingRelays>),
+    TakenOver,
+    Stopping,
+}
+
+/// Each has a waker of its own, so that the hundred packets and steps of a second do not ask them all.
+type Seldom = FuturesUnordered<BoxFuture<'static, Event>>;
+
 /// A session with an active owner.
 pub(super) struct Live {
     watch: PathWatch,
@@ -55,7 +67,6 @@ pub(super) struct Live {
     terms: Arc<Terms>,
     connection: Connection,
     writer: ControlWriter<ServerMessage>,
-    reader: ControlReader<ClientMessage>,
     owner: CancellationToken,
     conversation: Conversation,
     beats: Heartbeats,
@@ -74,7 +85,6 @@ impl Live {
         terms: Arc<Terms>,
         connection: Connection,
         writer: ControlWriter<ServerMessage>,
-        reader: ControlReader<ClientMessage>,
         owner: CancellationToken,
     ) -> Result<Self, String> {
         let format = audio_format(terms.codec).ok_or("codec")?;
@@ -94,7 +104,6 @@ impl Live {
             terms,
             connection,
             writer,
-            reader,
             owner,
             conversation,
             beats,
@@ -105,10 +114,12 @@ impl Live {
         })
     }
 
-    pub(super) async fn run(mut self, stopping: CancellationToken) {
+    pub(super) async fn run(mut self, reader: ControlReader<ClientMessage>, stopping: CancellationToken) {
         tracing::info!(session = %self.terms.session, epoch = %self.terms.epoch, "session active");
+        // The reader in it lives until the last message has been sent: its end would stop the client's stream.
+        let mut seldom = self.seldom(reader, stopping);
         let end = match self.greet().await {
-            Ok(()) => self.converse(stopping).await,
+            Ok(()) => self.converse(&mut seldom).await,
             Err(end) => end,
         };
         tracing::info!(session = %self.terms.session, ?end, stats = ?self.conversation.stats(), "session over");
@@ -139,13 +150,24 @@ impl Live {
         self.tell(ToClient::Activated(activated)).await
     }
 
+    /// Everything that may happen besides packets and steps.
+    fn seldom(&self, reader: ControlReader<ClientMessage>, stopping: CancellationToken) -> Seldom {
+        let (end, owner) = (self.terms.end.subscribe(), self.owner.clone());
+        let waiting: [BoxFuture<'static, Event>; 5] = [
+            read(reader).boxed(),
+            end_code(end).map(Event::End).boxed(),
+            changed(self.context.draining_relays.clone()).boxed(),
+            async move { owner.cancelled().await }.map(|()| Event::TakenOver).boxed(),
+            async move { stopping.cancelled().await }.map(|()| Event::Stopping).boxed(),
+        ];
+        waiting.into_iter().collect()
+    }
+
     /// Until the session ends, one way or another.
-    async fn converse(&mut self, stopping: CancellationToken) -> End {
-        let (mut end, owner) = (self.terms.end.subscribe(), self.owner.clone());
-        let mut draining = self.context.draining_relays.clone();
-        let mut steps = frame_ticks();
+    async fn converse(&mut self, seldom: &mut Seldom) -> End {
+        let connection = self.connection.clone();
+        let mut steps = frame_ticks(self.context.clock);
         loop {
-            let connection = self.connection.clone();
             let outcome = tokio::select! {
                 datagram = connection.read_datagram() => match datagram {
                     Ok(datagram) => {
@@ -156,21 +178,29 @@ impl Live {
                     Err(_) => Err(End::Lost),
                 },
                 due = steps.tick() => self.step(due).await,
-                message = self.reader.read() => self.on_control(message),
-                code = end_code(&mut end) => Err(End::Told(code)),
-                changed = draining.changed() => match changed {
-                    Ok(()) => {
-                        let relays = draining.borrow_and_update().clone();
-                        self.leave_draining_relay(&relays).await
-                    }
-                    Err(_) => Err(End::Told(EndCode::WorkerStopping)),
-                },
-                () = owner.cancelled() => Err(End::TakenOver),
-                () = stopping.cancelled() => Err(End::Told(EndCode::WorkerStopping)),
+                Some(event) = seldom.next() => self.on_event(event, seldom).await,
             };
             if let Err(end) = outcome {
                 return end;
             }
+        }
+    }
+
+    async fn on_event(&mut self, event: Event, seldom: &mut Seldom) -> Result<(), End> {
+        match event {
+            Event::Control(reader, message) => {
+                self.on_control(message)?;
+                seldom.push(read(reader).boxed());
+                Ok(())
+            }
+            Event::End(code) => Err(End::Told(code)),
+            Event::Draining(mut draining) => {
+                let relays = draining.borrow_and_update().clone();
+                seldom.push(changed(draining).boxed());
+                self.leave_draining_relay(&relays).await
+            }
+            Event::TakenOver => Err(End::TakenOver),
+            Event::Stopping => Err(End::Told(EndCode::WorkerStopping)),
         }
     }
 
@@ -345,8 +375,20 @@ impl Live {
     }
 }
 
+async fn read(mut reader: ControlReader<ClientMessage>) -> Event {
+    let message = reader.read().await;
+    Event::Control(reader, message)
+}
+
+async fn changed(mut draining: watch::Receiver<DrainingRelays>) -> Event {
+    match draining.changed().await {
+        Ok(()) => Event::Draining(draining),
+        Err(_) => Event::Stopping,
+    }
+}
+
 /// Completes when somebody ends the session from outside.
-async fn end_code(end: &mut watch::Receiver<Option<EndCode>>) -> EndCode {
+async fn end_code(mut end: watch::Receiver<Option<EndCode>>) -> EndCode {
     end.wait_for(Option::is_some).await.ok().and_then(|code| *code).unwrap_or(EndCode::Internal)
 }
 
@@ -375,14 +417,20 @@ fn engine(context: &ShardContext, terms: &Terms, rate: u32) -> Result<Box<dyn En
     }
 }
 
-fn frame_ticks() -> Interval {
-    let mut ticks = tokio::time::interval(FRAME);
+/// Sessions step in few groups: a step's packets leave together with those of the others in its group.
+fn frame_ticks(clock: Instant) -> Interval {
+    let now = Instant::now();
+    let into_group = now.duration_since(clock).as_nanos() % GROUP.as_nanos();
+    let wait = GROUP - Duration::from_nanos(u64::try_from(into_group).unwrap_or_default());
+    let mut ticks = tokio::time::interval_at(now + wait, FRAME);
     // The session clock never skips: late frames are made up for at once.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     ticks
 }
 
 const FRAME: Duration = Duration::from_millis(20);
+/// Five groups of sessions: none waits longer than that for the others in its own.
+const GROUP: Duration = Duration::from_millis(4);
 const CONTROL_PATIENCE: Duration = Duration::from_secs(1);
 /// Silence of the client after which the agent stops speaking, and after which the session is over (invariant I6).
 const PAUSE: Duration = Duration::from_secs(3);
