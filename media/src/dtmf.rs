@@ -134,15 +134,19 @@ pub(crate) struct Shares {
 }
 
 impl Shares {
-    /// By Goertzel's algorithm.
+    /// By Goertzel's algorithm, for all frequencies at a time: each step waits for the one before, so that eight side
+    /// by side take as long as one.
     pub(crate) fn of(pcm: &[i16], rate: u32) -> Self {
         let energy: f32 = pcm.iter().map(|&sample| f32::from(sample).powi(2)).sum();
         if energy <= 0.0 {
             return Self::default();
         }
         let scale = 2.0 / (pcm.len() as f32 * energy);
-        let share = |hertz: f32| goertzel(pcm, hertz / rate as f32) * scale;
-        Self { rows: ROWS.map(share), columns: COLUMNS.map(share) }
+        let [r0, r1, r2, r3] = ROWS;
+        let [c0, c1, c2, c3] = COLUMNS;
+        let found = goertzel(pcm, [r0, r1, r2, r3, c0, c1, c2, c3].map(|hertz| hertz / rate as f32));
+        let [r0, r1, r2, r3, c0, c1, c2, c3] = found.map(|magnitude| magnitude * scale);
+        Self { rows: [r0, r1, r2, r3], columns: [c0, c1, c2, c3] }
     }
 
     /// Of both frequencies of a digit, 0..=1.
@@ -154,15 +158,18 @@ impl Shares {
     }
 }
 
-/// Squared magnitude of one bin of the Fourier transform; `frequency` in cycles per sample.
-fn goertzel(pcm: &[i16], frequency: f32) -> f32 {
-    let coefficient = 2.0 * (std::f32::consts::TAU * frequency).cos();
-    let (mut s1, mut s2) = (0.0f32, 0.0f32);
+/// Squared magnitudes of bins of the Fourier transform; `frequencies` in cycles per sample.
+fn goertzel<const BINS: usize>(pcm: &[i16], frequencies: [f32; BINS]) -> [f32; BINS] {
+    let coefficients = frequencies.map(|frequency| 2.0 * (std::f32::consts::TAU * frequency).cos());
+    let (mut s1, mut s2) = ([0.0_f32; BINS], [0.0_f32; BINS]);
     for &sample in pcm {
-        let s = f32::from(sample) + coefficient * s1 - s2;
-        (s2, s1) = (s1, s);
+        let sample = f32::from(sample);
+        for bin in 0..BINS {
+            let s = sample + coefficients[bin] * s1[bin] - s2[bin];
+            (s2[bin], s1[bin]) = (s1[bin], s);
+        }
     }
-    s1 * s1 + s2 * s2 - coefficient * s1 * s2
+    std::array::from_fn(|bin| s1[bin] * s1[bin] + s2[bin] * s2[bin] - coefficients[bin] * s1[bin] * s2[bin])
 }
 
 /// Index and value of the highest, if it dominates all others.
