@@ -12,6 +12,10 @@ pub const FRAME_SAMPLES: usize = (RATE / 50) as usize;
 /// Samples that the network takes at a time: 16 ms.
 const BLOCK: usize = 256;
 
+/// Blocks without any sound after which another one changes nothing in the network: 1.6 s. Who says nothing sends
+/// nothing, and most of the time one of two says nothing.
+const SETTLED: usize = 100;
+
 /// Probabilities between which the decision stays what it was.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct VadSettings {
@@ -45,6 +49,8 @@ pub struct Vad {
     pending: Vec<i16>,
     probability: f32,
     speech: bool,
+    /// Blocks without any sound before the newest one.
+    still: usize,
 }
 
 impl std::fmt::Debug for Vad {
@@ -66,6 +72,7 @@ impl Vad {
             pending: Vec::with_capacity(BLOCK + FRAME_SAMPLES),
             probability: 0.0,
             speech: false,
+            still: 0,
         }
     }
 
@@ -75,6 +82,10 @@ impl Vad {
         let mut highest: Option<f32> = None;
         let whole = self.pending.len() / BLOCK * BLOCK;
         for block in self.pending[..whole].chunks_exact(BLOCK) {
+            self.still = if block.iter().all(|sample| *sample == 0) { self.still + 1 } else { 0 };
+            if self.still > SETTLED {
+                continue;
+            }
             let score = self.network.predict_i16(block).clamp(0.0, 1.0);
             highest = Some(highest.map_or(score, |highest| highest.max(score)));
         }
@@ -110,6 +121,31 @@ mod tests {
             let share = share(&utterance.pcm());
             assert!(share > 0.6, "{}: {share}", utterance.name);
         }
+    }
+
+    #[test]
+    fn what_follows_a_long_silence_is_heard_as_if_all_of_it_had_been_listened_to() {
+        let words = Utterance::ALL.map(|utterance| utterance.pcm());
+        let pauses = [RATE as usize, 2 * RATE as usize, 5 * RATE as usize + 77];
+        let mut network = earshot::Detector::default_boxed();
+        let mut vad = Vad::new(VadSettings::default());
+        let mut all: Vec<i16> = Vec::new();
+        for (words, pause) in words.iter().zip(pauses.iter().cycle()) {
+            all.resize(all.len() + pause, 0);
+            all.extend(words);
+        }
+        let scores: Vec<f32> =
+            all.chunks_exact(BLOCK).map(|block| network.predict_i16(block).clamp(0.0, 1.0)).collect();
+        let mut worst = 0.0_f32;
+        for (index, frame) in all.chunks_exact(FRAME_SAMPLES).enumerate() {
+            let heard = vad.frame(frame);
+            let blocks = index * FRAME_SAMPLES / BLOCK..(index + 1) * FRAME_SAMPLES / BLOCK;
+            let expected = scores[blocks].iter().copied().reduce(f32::max);
+            let expected = expected.filter(|_| !levels::is_silent(frame) && dtmf::tone(frame, RATE).is_none());
+            let difference = expected.map_or(0.0, |expected| (heard.probability - expected).abs());
+            worst = worst.max(difference);
+        }
+        assert!(worst < 0.01, "{worst}");
     }
 
     #[test]
