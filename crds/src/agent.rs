@@ -210,13 +210,14 @@ pub struct Latency {
     #[x_kube(validation = BUDGET.rule())]
     pub budget: TimeSpan,
 
-    /// Round trip between caller and worker up to which a region is near enough, 5ms to 5s. Callers who find no room
-    /// within it wait, and the ceiling rises with their waiting.
+    /// Round trip between caller and worker up to which a region is near enough, 5ms to 5s. The nearest region that
+    /// serves the caller is taken even beyond it. While that one is full, the ceiling rises as the caller waits.
     #[serde(default = "default_rtt_ceiling")]
     #[x_kube(validation = RTT_CEILING.rule())]
     pub rtt_ceiling: TimeSpan,
 
-    /// Round trip that is too far however long the caller has waited, 5ms to 5s.
+    /// Round trip that is too far, however near the region is beside others and however long the caller has waited,
+    /// 5ms to 5s.
     #[serde(default = "default_rtt_ceiling_max")]
     #[x_kube(validation = RTT_CEILING.rule())]
     pub rtt_ceiling_max: TimeSpan,
