@@ -24,9 +24,10 @@ pub struct Args {
     /// UDP address for clients. On a host with several addresses bind the one that is advertised: answers leave from it.
     #[arg(long, env = "ANTIPHON_RELAY_PUBLIC", value_name = "IP:PORT", default_value = "[::]:4433")]
     pub public: SocketAddr,
-    /// Where clients reach it, if that is not what `--public` says (address translation, or all addresses bound).
-    #[arg(long, env = "ANTIPHON_RELAY_PUBLIC_ADDRESS", value_name = "IP:PORT")]
-    pub public_address: Option<SocketAddr>,
+    /// Where clients reach it, if that is not what `--public` says (address translation, or all addresses bound). Give
+    /// an IPv4 and an IPv6 address if it has both: clients try them side by side.
+    #[arg(long, env = "ANTIPHON_RELAY_PUBLIC_ADDRESS", value_name = "IP:PORT", value_delimiter = ',')]
+    pub public_address: Vec<SocketAddr>,
     /// UDP address for workers.
     #[arg(long, env = "ANTIPHON_RELAY_TUNNEL", value_name = "IP:PORT", default_value = "[::]:4434")]
     pub tunnel: SocketAddr,

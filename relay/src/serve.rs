@@ -83,7 +83,8 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     let hello = v1::RelayHello {
         name: peer.name,
         region: peer.region,
-        public_address: advertised("public", public_address, data_path.public())?,
+        public_address: advertised("public", public_address.first().copied(), data_path.public())?,
+        more_public_addresses: more_addresses(&public_address)?,
         tunnel_address: advertised("tunnel", tunnel_address, data_path.tunnel())?,
         relay_number: None,
     };
@@ -139,6 +140,16 @@ fn advertised(what: &str, given: Option<SocketAddr>, bound: SocketAddr) -> anyho
     );
     Ok(address.to_string())
 }
+
+/// All given public addresses but the first.
+fn more_addresses(given: &[SocketAddr]) -> anyhow::Result<Vec<String>> {
+    let more = given.get(1..).unwrap_or_default();
+    ensure!(more.len() <= MORE_ADDRESSES, "--public-address: at most {} of them", 1 + MORE_ADDRESSES);
+    more.iter().map(|address| advertised("public", Some(*address), *address)).collect()
+}
+
+/// As many as routers take.
+const MORE_ADDRESSES: usize = 3;
 
 /// The data path as a service: it ends with the process, and the process with it.
 async fn forward(data_path: Arc<DataPath>, mut exits: Exits, tasks: Tasks) -> anyhow::Result<()> {

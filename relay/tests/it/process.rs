@@ -158,6 +158,24 @@ async fn a_relay_without_a_router_stops_all_the_same() {
     timeout(DEADLINE, running.ended).await.unwrap().unwrap().unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_of_both_families_says_so_and_serves_both() {
+    let port = loopback("[::]:0").local_addr().unwrap().port();
+    let [six, four] = [format!("[::1]:{port}"), format!("127.0.0.1:{port}")];
+    let bound = format!("[::]:{port}");
+    let mut fixture = fixture(&["--public", &bound, "--public-address", &six, "--public-address", &four]).await;
+    let _running = start(fixture.args.clone());
+    let mut router = fixture.registered().await;
+    let hello = router.hello().await;
+    assert_eq!((&hello.public_address, &hello.more_public_addresses[..]), (&six, &[four.clone()][..]));
+    let mut worker = Worker::new(0x0040_0000_0000_0001);
+    router.welcome().await;
+    router.routes(1, true, &[&worker]).await;
+    router.report(|r| r.table_version == 1).await;
+    forwards(&loopback("[::1]:0"), six.parse().unwrap(), &mut worker, 1);
+    forwards(&loopback("127.0.0.1:0"), four.parse().unwrap(), &mut worker, 2);
+}
+
 #[tokio::test]
 async fn impossible_arguments_are_refused_with_a_reason() {
     let pending = || std::future::pending::<()>();

@@ -77,6 +77,7 @@ impl WorkerHello {
 pub(crate) struct RelayHello {
     pub(crate) name: String,
     pub(crate) public_address: String,
+    pub(crate) more_public_addresses: Vec<String>,
     pub(crate) tunnel_address: String,
     /// Its index in the region, if it holds a number of this region.
     pub(crate) held: Option<u8>,
@@ -91,11 +92,25 @@ impl RelayHello {
         Ok(Self {
             name: hello.name.clone(),
             public_address: field::socket_address("publicAddress", &hello.public_address)?,
+            more_public_addresses: more_addresses(&hello.more_public_addresses)?,
             tunnel_address: field::socket_address("tunnelAddress", &hello.tunnel_address)?,
             held: number.map(RelayNumber::index),
         })
     }
 }
+
+fn more_addresses(more: &[String]) -> Result<Vec<String>, FieldError> {
+    if more.len() > MORE_ADDRESSES {
+        let problem = format!("has {} addresses, at most {MORE_ADDRESSES}", more.len());
+        return Err(FieldError::new("morePublicAddresses", problem));
+    }
+    let check =
+        |(index, address): (usize, &String)| field::socket_address(&format!("morePublicAddresses[{index}]"), address);
+    more.iter().enumerate().map(check).collect()
+}
+
+/// Besides the first: every ticket carries all of them.
+const MORE_ADDRESSES: usize = 3;
 
 /// A process may register under the name of its certificate only.
 fn own_name(name: &str, region: &str, peer: &PeerName) -> Result<(), FieldError> {

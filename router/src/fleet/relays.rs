@@ -48,6 +48,7 @@ impl Relay {
         v1::RelayInfo {
             number: number.value().into(),
             public_address: self.hello.public_address.clone(),
+            more_public_addresses: self.hello.more_public_addresses.clone(),
             tunnel_address: self.hello.tunnel_address.clone(),
             phase: records::proto_phase(self.phase(now)).into(),
             missing: self.stream.is_none() && now.since(self.lost) > RELAY_PATIENCE,
@@ -211,7 +212,7 @@ impl Fleet {
                     rtt,
                     elsewhere: region != worker_region,
                     number: info.number,
-                    address: info.public_address,
+                    addresses: std::iter::once(info.public_address).chain(info.more_public_addresses).collect(),
                     region: region.to_owned(),
                 }
             })
@@ -237,7 +238,7 @@ struct Known {
     rtt: Option<Duration>,
     elsewhere: bool,
     number: u32,
-    address: String,
+    addresses: Vec<String>,
     region: String,
 }
 
@@ -262,13 +263,13 @@ fn choose(mut known: Vec<Known>, worker_region: &str) -> Vec<v1::RelayAddress> {
             break;
         }
     }
-    let address = |k: Known| v1::RelayAddress {
-        number: k.number,
-        address: k.address,
-        region: k.region,
-        estimated_rtt_ms: k.rtt.map_or(0, |rtt| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX)),
+    let addresses = |k: Known| {
+        let estimated_rtt_ms = k.rtt.map_or(0, |rtt| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX));
+        let Known { number, region, .. } = k;
+        let at = move |address| v1::RelayAddress { number, address, region: region.clone(), estimated_rtt_ms };
+        k.addresses.into_iter().map(at)
     };
-    chosen.into_iter().map(address).collect()
+    chosen.into_iter().flat_map(addresses).collect()
 }
 
 impl State {
@@ -304,7 +305,7 @@ mod tests {
             rtt: Some(Duration::from_millis(rtt_ms)),
             elsewhere: region != "osaka",
             number,
-            address: format!("127.0.0.1:{number}"),
+            addresses: vec![format!("127.0.0.1:{number}")],
             region: region.into(),
         }
     }
@@ -312,6 +313,15 @@ mod tests {
     fn order(mut all: Vec<Known>) -> Vec<u32> {
         all.sort();
         choose(all, "osaka").iter().map(|r| r.number).collect()
+    }
+
+    #[test]
+    fn a_relay_with_addresses_of_both_families_is_offered_with_both() {
+        let mut both = known(1, "osaka", 5, false);
+        both.addresses.insert(0, "[::1]:1".into());
+        let offered = choose(vec![both, known(2, "osaka", 6, false)], "osaka");
+        let offered: Vec<_> = offered.iter().map(|relay| (relay.number, relay.address.as_str())).collect();
+        assert_eq!(offered, [(1, "[::1]:1"), (1, "127.0.0.1:1"), (2, "127.0.0.1:2")]);
     }
 
     #[test]

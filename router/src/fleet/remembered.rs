@@ -356,6 +356,7 @@ impl Fleet {
                 name: relay.hello.name.clone(),
                 region: self.region.clone(),
                 public_address: relay.hello.public_address.clone(),
+                more_public_addresses: relay.hello.more_public_addresses.clone(),
                 tunnel_address: relay.hello.tunnel_address.clone(),
                 relay_number: None,
             }),
@@ -463,6 +464,7 @@ mod tests {
         let hello = RelayHello {
             name: "r-1".into(),
             public_address: "127.0.0.1:4".into(),
+            more_public_addresses: vec!["[::1]:4".into()],
             tunnel_address: "127.0.0.1:5".into(),
             held: Some(0),
         };

@@ -708,6 +708,7 @@ impl Relay {
             public_address: "127.0.0.1:5000".into(),
             tunnel_address: "127.0.0.1:5001".into(),
             relay_number,
+            more_public_addresses: Vec::new(),
         };
         let hello = v1::relay_message::Message::Hello(hello);
         let hello = v1::RelayMessage { message: Some(hello) };
