@@ -76,6 +76,21 @@ impl Cpus {
     }
 }
 
+impl Cpus {
+    /// Moves all threads of a running process to the CPU to be measured on; those to come inherit it.
+    pub(crate) fn measure(self, pid: u32) -> anyhow::Result<()> {
+        let mut set = CpuSet::new();
+        set.set(self.measured);
+        let path = format!("/proc/{pid}/task");
+        for thread in fs::read_dir(&path).with_context(|| path.clone())? {
+            let id = thread?.file_name().to_string_lossy().parse().ok().and_then(rustix::process::Pid::from_raw);
+            let id = id.with_context(|| format!("{path} names a thread by no number"))?;
+            sched_setaffinity(Some(id), &set).with_context(|| format!("moving thread {id:?}"))?;
+        }
+        Ok(())
+    }
+}
+
 fn move_to(cpu: usize) -> anyhow::Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);

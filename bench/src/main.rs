@@ -4,6 +4,7 @@
 //! repetitions. What could not be measured has no row, and standard error says why.
 #![forbid(unsafe_code)]
 
+mod density;
 mod machine;
 mod measure;
 mod packet;
@@ -57,6 +58,8 @@ enum Measurement {
     Setup,
     /// Audio work of conversations.
     Sessions,
+    /// Sessions per worker core.
+    Density,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -110,6 +113,7 @@ impl Measurement {
             Self::Tickets => tickets::rate(),
             Self::Setup => setup::round_trips(),
             Self::Sessions => sessions::steps(),
+            Self::Density => density::sessions(),
         }
     }
 }

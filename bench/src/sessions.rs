@@ -32,7 +32,8 @@ pub(crate) fn steps() -> anyhow::Result<Vec<Row>> {
 }
 
 fn microseconds_per_step(name: &str, format: AudioFormat) -> anyhow::Result<f64> {
-    let packets = caller(format)?;
+    let [first, second, ..] = Utterance::ALL;
+    let packets = caller(format, &[first, second], CYCLE, 2 + CYCLES)?;
     let mut lines = (0..LINES).map(|_| Line::new(format)).collect::<anyhow::Result<Vec<_>>>()?;
     // Lines are spread over the cycle, so that at any time some callers speak and some listen.
     for (index, line) in lines.iter_mut().enumerate() {
@@ -60,26 +61,26 @@ fn microseconds_per_step(name: &str, format: AudioFormat) -> anyhow::Result<f64>
     Ok(median(costs))
 }
 
-/// What a caller sends, frame by frame: two utterances, then silence until the answer is over, again and again.
-fn caller(format: AudioFormat) -> anyhow::Result<Vec<Option<Bytes>>> {
+/// The datagrams that a caller sends, frame by frame: a turn, then silence until the answer is over, again and again.
+/// `cycle` is in frames.
+pub(crate) fn caller(
+    format: AudioFormat,
+    turn: &[Utterance],
+    cycle: usize,
+    cycles: usize,
+) -> anyhow::Result<Vec<Option<Bytes>>> {
     let rate = format.sample_rate();
-    let mut words = [Utterance::ALL[0].pcm(), Utterance::ALL[1].pcm()].concat();
+    let mut words: Vec<i16> = turn.iter().flat_map(Utterance::pcm).collect();
     if rate != speech::RATE {
         words = resample::convert(&words, speech::RATE, rate)?;
     }
     let mut turn = script::with_code(0x1234, &words, rate);
     let samples = format.frame_samples();
-    ensure!(turn.len() < CYCLE * samples / 2, "the caller speaks for more than half of the time");
-    turn.resize(CYCLE * samples, 0);
+    ensure!(turn.len() < cycle * samples / 2, "the caller speaks for more than half of the time");
+    turn.resize(cycle * samples, 0);
     let mut sender = Sender::new(format, EncoderSettings::default(), FLOW, origin(1))?;
-    let cycle = turn.chunks_exact(samples);
-    let all = cycle.cycle().take((2 + CYCLES) * CYCLE);
-    let mut packet = |pcm: &[i16]| {
-        let datagram = sender.push(pcm)?;
-        let packet = datagram.map(|datagram| rtp::split_flow(&datagram).map(|(_, packet)| packet));
-        Ok(packet.transpose()?)
-    };
-    all.map(&mut packet).collect()
+    let frames = turn.chunks_exact(samples).cycle().take(cycles * cycle);
+    Ok(frames.map(|pcm| sender.push(pcm)).collect::<Result<_, _>>()?)
 }
 
 /// One session's audio, in the order in which a worker's conversation steps.
@@ -118,8 +119,9 @@ impl Line {
     }
 
     fn step(&mut self, packets: &[Option<Bytes>]) -> anyhow::Result<()> {
-        if let Some(packet) = packets.get(self.frame).and_then(Option::as_ref) {
-            self.receiver.insert(self.now, packet)?;
+        if let Some(datagram) = packets.get(self.frame).and_then(Option::as_ref) {
+            let (_, packet) = rtp::split_flow(datagram)?;
+            self.receiver.insert(self.now, &packet)?;
         }
         self.heard.copy_from_slice(self.receiver.pull(self.now).pcm);
         let speech = self.vad.frame(self.resampler.frame(&self.heard)).speech;
@@ -149,7 +151,7 @@ fn origin(ssrc: u32) -> StreamOrigin {
     StreamOrigin { ssrc, sequence: 65_530, timestamp: u32::MAX - 5000 }
 }
 
-const FORMATS: [(&str, AudioFormat); 3] =
+pub(crate) const FORMATS: [(&str, AudioFormat); 3] =
     [("opus", AudioFormat::Opus), ("pcm-16k", AudioFormat::L16At16k), ("pcm-24k", AudioFormat::L16At24k)];
 /// Sessions that take turns: more than fit the fast caches.
 const LINES: usize = 50;
