@@ -435,7 +435,10 @@ mod tests {
         let table = [
             (region(self::region("Frankfurt", 1)), "regions[0].name"),
             (region(self::region("f", 1024)), "regions[0].number"),
-            (region(v1::RegionRecord { location: Some(nowhere), ..self::region("f", 1) }), "regions[0].location"),
+            (
+                region(v1::RegionRecord { location: Some(nowhere), ..self::region("f", 1) }),
+                "regions[0].location.latitude",
+            ),
             (agent(|a| a.behaviour = None), "agents[0].behaviour"),
             (agent(|a| a.behaviour.as_mut().unwrap().agent = "x".into()), "agents[0].behaviour.agent"),
             (agent(|a| a.behaviour.as_mut().unwrap().engine.clear()), "agents[0].behaviour.engine"),
