@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// An error with its causes, without a backtrace.
@@ -44,7 +44,7 @@ pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<It
         table.add_row(row);
     }
     for (index, column) in table.column_iter_mut().enumerate() {
-        column.set_padding((0, 2));
+        column.set_padding((0, GAP));
         if right.contains(&index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -52,11 +52,38 @@ pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<It
     table
 }
 
-/// Prints a table without trailing blanks.
+/// Prints a table without trailing blanks, its last column broken into lines where a terminal is too narrow for it.
 pub(crate) fn print(table: &Table) {
-    for text in table.to_string().lines() {
+    let width = table.width();
+    for text in fitted(table.clone(), width).to_string().lines() {
         line(text.trim_end());
     }
+}
+
+/// The same on standard error.
+pub(crate) fn print_error(mut table: Table) {
+    let width = table.use_stderr().width();
+    for text in fitted(table, width).to_string().lines() {
+        eprintln!("{}", text.trim_end());
+    }
+}
+
+fn fitted(mut table: Table, width: Option<u16>) -> Table {
+    let widths = table.column_max_content_widths();
+    let (Some(width), Some((last, others))) = (width, widths.split_last()) else { return table };
+    let left = others.iter().fold(width, |left, other| left.saturating_sub(other.saturating_add(GAP)));
+    if *last <= left || left < LEAST_TEXT {
+        return table;
+    }
+    table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+    for (index, column) in table.column_iter_mut().enumerate() {
+        if index < others.len() {
+            column.set_constraint(ColumnConstraint::ContentWidth);
+        } else {
+            column.set_padding((0, 0)).set_constraint(ColumnConstraint::Absolute(Width::Fixed(left)));
+        }
+    }
+    table
 }
 
 /// `println!` by way of [`line()`].
@@ -150,9 +177,30 @@ pub(crate) fn quantile(sorted: &[Duration], quantile: f64) -> Duration {
     sorted.get((last * quantile).round() as usize).copied().unwrap_or_default()
 }
 
+/// Blanks between columns.
+const GAP: u16 = 2;
+/// Columns that a text needs at least to be broken into lines that can be read.
+const LEAST_TEXT: u16 = 20;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_that_is_too_wide_is_broken_within_its_column() {
+        let row = ["north", "is farther than the nearest region, 12 ms away"].map(str::to_owned);
+        let table = table(&["REGION", "DETAIL"], &[], [row.to_vec()]);
+        let lines = |width| {
+            let text = fitted(table.clone(), width).to_string();
+            text.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>()
+        };
+        let whole = ["REGION  DETAIL", "north   is farther than the nearest region, 12 ms away"];
+        assert_eq!(lines(None), whole);
+        assert_eq!(lines(Some(54)), whole, "fits");
+        assert_eq!(lines(Some(20)), whole, "no room for text at all");
+        let broken = ["REGION  DETAIL", "north   is farther than the", "        nearest region, 12 ms", "        away"];
+        assert_eq!(lines(Some(32)), broken);
+    }
 
     #[test]
     fn one_of_a_thing_has_no_s() {

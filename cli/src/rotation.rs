@@ -149,10 +149,10 @@ impl RegionKeys {
         vec![
             self.region.clone(),
             or_dash(self.wanted),
-            if loaded.is_empty() { "-".into() } else { loaded.join(" ") },
+            if loaded.is_empty() { "-".into() } else { loaded.join(", ") },
             or_dash(self.minting),
             or_dash(self.oldest),
-            if self.held_up_by.is_empty() { "-".into() } else { self.held_up_by.join("; ") },
+            if self.held_up_by.is_empty() { "-".into() } else { self.held_up_by.join("\n") },
         ]
     }
 
@@ -216,17 +216,17 @@ fn next(regions: &[RegionKeys]) -> Next {
 /// What has happened between two looks.
 fn changes(before: &[RegionKeys], after: &[RegionKeys], target: u32) -> Vec<String> {
     type Done = fn(&RegionKeys, u32) -> bool;
-    let steps: [(&str, Done); 3] = [
-        ("has loaded generation", |region, target| region.has_loaded(target)),
-        ("uses for everything new generation", |region, target| region.minting >= target),
-        ("uses nothing older than generation", |region, target| region.is_there(target, RotateUntil::Unused)),
+    let steps: [(&str, &str, Done); 3] = [
+        ("has loaded generation", "", |region, target| region.has_loaded(target)),
+        ("uses generation", " for everything new", |region, target| region.minting >= target),
+        ("uses nothing older than generation", "", |region, target| region.is_there(target, RotateUntil::Unused)),
     ];
     let mut said = Vec::new();
     for region in after {
         let old = before.iter().find(|old| old.region == region.region);
-        for (what, done) in steps {
+        for (what, more, done) in steps {
             if done(region, target) && !old.is_some_and(|old| done(old, target)) {
-                said.push(format!("{} {what} {target}", region.region));
+                said.push(format!("{} {what} {target}{more}", region.region));
             }
         }
     }

@@ -173,7 +173,8 @@ fn row(session: &SessionSummary, relays: &BTreeMap<u32, String>, now: SystemTime
         session.turns.to_string(),
         match relays.get(&session.relay) {
             _ if session.relay == 0 => "-".into(),
-            Some(name) => name.clone(),
+            // One of the session's own region needs no other name.
+            Some(name) => name.strip_prefix(&format!("{}/", session.region)).unwrap_or(name).to_owned(),
             None => session.relay.to_string(),
         },
         codec_label(session.codec()).unwrap_or("-").into(),
@@ -270,9 +271,11 @@ mod tests {
             tenant: "acme".into(),
         };
         let cells = ["00000000000000000000000001", "shop/desk", "frankfurt", "desk-0", "active", "1"];
-        let relays = BTreeMap::from([(65, "frankfurt/relay-0".to_owned())]);
+        let relays = BTreeMap::from([(65, "frankfurt/relay-0".to_owned()), (66, "osaka/relay-1".to_owned())]);
+        let abroad = SessionSummary { relay: 66, ..session.clone() };
+        assert_eq!(row(&abroad, &relays, now)[8], "osaka/relay-1");
         assert_eq!(row(&session, &BTreeMap::new(), now)[8], "65", "nobody said how it is called");
-        assert_eq!(row(&session, &relays, now), [&cells[..], &["3m05s", "4", "frankfurt/relay-0", "l16-24k"]].concat());
+        assert_eq!(row(&session, &relays, now), [&cells[..], &["3m05s", "4", "relay-0", "l16-24k"]].concat());
         let json = serde_json::to_value(Listed::of(&session)).unwrap();
         assert_eq!(json["since"], "2027-01-15T07:56:55Z");
         assert_eq!((&json["relay"], &json["codec"]), (&65.into(), &"l16-24k".into()));

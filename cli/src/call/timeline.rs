@@ -50,9 +50,9 @@ impl Timeline<'_> {
         out!();
         let jitter = report.received.jitter;
         out!(
-            "network      loss {:.2} %, concealed {} frames, jitter {}, buffer {}, round trip {}",
+            "network      loss {:.2} %, {} made up, jitter {}, buffer {}, round trip {}",
             self.called.loss() * 100.0,
-            jitter.concealed,
+            present::count(usize::try_from(jitter.concealed).unwrap_or(usize::MAX), "frame"),
             duration(jitter.jitter),
             duration(jitter.delay),
             duration(report.rtt)
@@ -62,6 +62,10 @@ impl Timeline<'_> {
             let (from, to) = (self.relay(switch.switch.from), self.relay(switch.switch.to));
             let why = words::switched(switch.switch.reason);
             out!("relay        {to} instead of {from}, which {why}, at {}: {gap}", duration(switch.at));
+        }
+        if report.late_steps > 0 && self.found.turns.iter().any(|turn| !turn.problems.is_empty()) {
+            let times = present::count(usize::try_from(report.late_steps).unwrap_or(usize::MAX), "time");
+            out!("too busy     {times} this machine could not hear or speak for more than a frame");
         }
         if let Some(saved) = self.saved {
             out!("saved        {}", saved.display());
@@ -91,6 +95,7 @@ impl Timeline<'_> {
             "jitterMs": ms(jitter.jitter),
             "rttMs": ms(report.rtt),
             "relaySwitches": report.switches.len(),
+            "lateSteps": report.late_steps,
             "error": self.error,
             "saved": self.saved.map(|path| path.display().to_string()),
         })

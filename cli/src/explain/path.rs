@@ -32,9 +32,9 @@ fn headline(path: &SessionPath) -> String {
     let loss = *audio_lost as f64 / sent as f64 * 100.0;
     format!(
         "session   {session}, epoch {epoch}, {} old\nworker    {region}/{worker}\n\
-         audio     {audio_received} packets of the caller's came, {audio_lost} were lost ({loss:.2} %), \
-         {audio_concealed} frames made up\n",
-        age(Duration::from_millis((*age_ms).into()))
+         audio     {audio_received} of the caller's packets came, {audio_lost} lost ({loss:.2} %), {} made up\n",
+        age(Duration::from_millis((*age_ms).into())),
+        present::count(usize::try_from(*audio_concealed).unwrap_or(usize::MAX), "frame"),
     )
 }
 
@@ -190,11 +190,11 @@ mod tests {
         let expected = "\
 session   00000000000000000000000001, epoch 1, 1m01s old
 worker    frankfurt/desk-0
-audio     990 packets of the caller's came, 10 were lost (1.00 %), 7 frames made up
+audio     990 of the caller's packets came, 10 lost (1.00 %), 7 frames made up
 ";
         assert_eq!(headline(&path()), expected);
         let unheard = SessionPath { audio_received: 0, audio_lost: 0, ..path() };
-        assert!(headline(&unheard).contains("0 were lost (0.00 %)"));
+        assert!(headline(&unheard).contains("0 lost (0.00 %)"));
     }
 
     #[test]

@@ -55,7 +55,7 @@ fn each_step_is_said_once_and_waiting_says_for_whom() {
     unused[0].oldest = 0;
     assert_eq!(changes(&before, &loaded, 2), ["a has loaded generation 2"]);
     assert_eq!(changes(&loaded, &loaded, 2), [""; 0]);
-    assert_eq!(changes(&loaded, &minting, 2), ["a uses for everything new generation 2"]);
+    assert_eq!(changes(&loaded, &minting, 2), ["a uses generation 2 for everything new"]);
     assert_eq!(changes(&minting, &unused, 2), ["a uses nothing older than generation 2"]);
     assert_eq!(changes(&[], &before, 2), [""; 0]);
     before[0].held_up_by = vec!["worker w: has not loaded generation 2".into()];
@@ -66,7 +66,7 @@ fn each_step_is_said_once_and_waiting_says_for_whom() {
 #[test]
 fn unknown_figures_are_dashes_and_absent_from_json() {
     let row = region("a", 3, 2).row();
-    assert_eq!(row, ["a", "3", "2 3", "2", "2", "-"]);
+    assert_eq!(row, ["a", "3", "2, 3", "2", "2", "-"]);
     let idle = RegionKeys { region: "b".into(), ..RegionKeys::default() };
     assert_eq!(idle.row(), ["b", "-", "-", "-", "-", "-"]);
     assert_eq!(idle.json()["oldestInUse"], Value::Null);

@@ -106,7 +106,7 @@ fn the_near_region_wins_and_far_ones_say_so() {
     let candidates = placement.candidates(&snapshot);
     assert_eq!(candidates[0].verdict, Verdict::Eligible { rank: 1 });
     let far = candidates.iter().find(|c| c.region == 1).unwrap();
-    assert_eq!(far.verdict.to_string(), "round trip of 96 ms is above the agent's ceiling of 60 ms");
+    assert_eq!(far.verdict.to_string(), "96 ms away: above rttCeiling, 60 ms");
     assert_eq!(far.cost, None);
 }
 
@@ -192,18 +192,18 @@ fn the_nearest_region_is_not_too_far_unless_beyond_the_hard_ceiling() {
     let says = |placed: &Placement, end: &str| {
         placed.candidates(&snapshot).iter().any(|c| c.verdict.to_string().ends_with(end))
     };
-    assert!(says(&placement, &format!("is above that of the nearest region, {} ms away", nearest.as_millis())));
+    assert!(says(&placement, &format!("farther than the nearest region, {} ms away", nearest.as_millis())));
     // The caller's own ceiling is hard.
     let hard = Request { max_rtt: Some(Duration::from_millis(20)), ..from_dubai };
     let refusal = plan(&snapshot, &hard, NOW).unwrap_err();
     assert_eq!((refusal.reason, refusal.retry_after), (RefusalReason::TooFar, None));
     let verdict = refusal.candidates(&snapshot)[0].verdict.to_string();
-    assert!(verdict.ends_with("is above the 20 ms that the request allows"), "{verdict}");
+    assert!(verdict.ends_with("above maxRttMs of the request, 20 ms"), "{verdict}");
     let antipode = plan(&snapshot, &from((-45.0, -175.0)), NOW).unwrap_err();
     let verdict = antipode.candidates(&snapshot)[0].verdict.to_string();
-    assert!(verdict.ends_with("is above the agent's highest ceiling of 120 ms"), "{verdict}");
+    assert!(verdict.ends_with("above rttCeilingMax, 120 ms"), "{verdict}");
     let waited = Request { waited: RELAX_OVER / 2, ..from((48.86, 2.35)) };
-    assert!(says(&plan(&snapshot, &waited, NOW).unwrap(), "is above the agent's ceiling, 90 ms after this wait"));
+    assert!(says(&plan(&snapshot, &waited, NOW).unwrap(), "above rttCeiling, risen to 90 ms with the wait"));
 }
 
 #[test]

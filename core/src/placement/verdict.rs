@@ -152,13 +152,13 @@ impl fmt::Display for Verdict {
             Self::WrongGpuClass => f.write_str("its GPUs are not of the agent's class"),
             Self::TooFar { rtt, ceiling, set_by } => {
                 let (rtt, ceiling) = (rtt.as_millis(), ceiling.as_millis());
-                write!(f, "round trip of {rtt} ms is above ")?;
+                write!(f, "{rtt} ms away: ")?;
                 match set_by {
-                    CeilingSetBy::Agent => write!(f, "the agent's ceiling of {ceiling} ms"),
-                    CeilingSetBy::Waiting => write!(f, "the agent's ceiling, {ceiling} ms after this wait"),
-                    CeilingSetBy::NearestRegion => write!(f, "that of the nearest region, {ceiling} ms away"),
-                    CeilingSetBy::AgentMax => write!(f, "the agent's highest ceiling of {ceiling} ms"),
-                    CeilingSetBy::Request => write!(f, "the {ceiling} ms that the request allows"),
+                    CeilingSetBy::Agent => write!(f, "above rttCeiling, {ceiling} ms"),
+                    CeilingSetBy::Waiting => write!(f, "above rttCeiling, risen to {ceiling} ms with the wait"),
+                    CeilingSetBy::NearestRegion => write!(f, "farther than the nearest region, {ceiling} ms away"),
+                    CeilingSetBy::AgentMax => write!(f, "above rttCeilingMax, {ceiling} ms"),
+                    CeilingSetBy::Request => write!(f, "above maxRttMs of the request, {ceiling} ms"),
                 }
             }
             Self::Cordoned => f.write_str("cordoned: gets nothing new"),
