@@ -9,7 +9,7 @@ use crate::present::from_environment;
 
 /// Realtime voice sessions: run a fleet, make calls, look inside.
 #[derive(Debug, Parser)]
-#[command(name = "antiphon", version, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "antiphon", version, propagate_version = true, arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Cli {
     /// Directory of the fleet: keys, identities, logs; $ANTIPHON_DIR or ~/.antiphon unless given.
     #[arg(long, global = true, value_name = "DIR")]
@@ -312,6 +312,11 @@ fn location(text: &str) -> Result<(f64, f64), String> {
     Ok((latitude, longitude))
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  antiphon up examples/three-clouds                  a fleet on this machine, until Ctrl-C
+  antiphon call frontdesk --save answer.wav          in another terminal
+  antiphon COMMAND --help                            more of each";
 const CREATE_EXAMPLES: &str = "\
 Examples:
   antiphon keys create --tenant acme                 for all agents
@@ -373,7 +378,7 @@ Examples:
   antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8 --path which relays and addresses it used, how well, why that changed";
 const KEYS_EXAMPLES: &str = "\
 Examples:
-  antiphon keys create --tenant acme --agent shop/*  an API key, shown once
+  antiphon keys create --tenant acme --agent 'shop/*' an API key, shown once
   antiphon keys list
   antiphon keys revoke 0123456789ab
   antiphon keys rotate                               the fleet's own secrets, during live calls";

@@ -180,7 +180,7 @@ pub(crate) fn quantile(sorted: &[Duration], quantile: f64) -> Duration {
 /// Blanks between columns.
 const GAP: u16 = 2;
 /// Columns that a text needs at least to be broken into lines that can be read.
-const LEAST_TEXT: u16 = 20;
+const LEAST_TEXT: u16 = 14;
 
 #[cfg(test)]
 mod tests {

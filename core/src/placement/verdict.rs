@@ -150,9 +150,8 @@ impl fmt::Display for Verdict {
             Self::NotAllowed => f.write_str("not among the regions that the request names"),
             Self::Residency => f.write_str("in none of the residency zones that the request names"),
             Self::WrongGpuClass => f.write_str("its GPUs are not of the agent's class"),
-            Self::TooFar { rtt, ceiling, set_by } => {
-                let (rtt, ceiling) = (rtt.as_millis(), ceiling.as_millis());
-                write!(f, "{rtt} ms away: ")?;
+            Self::TooFar { ceiling, set_by, .. } => {
+                let ceiling = ceiling.as_millis();
                 match set_by {
                     CeilingSetBy::Agent => write!(f, "above rttCeiling, {ceiling} ms"),
                     CeilingSetBy::Waiting => write!(f, "above rttCeiling, risen to {ceiling} ms with the wait"),
