@@ -1,4 +1,6 @@
-//! Planned stops.
+//! How processes stop, and what they say of it.
+
+use std::{io::Write as _, process::ExitCode};
 
 /// Completes on SIGTERM or SIGINT, whichever comes first.
 ///
@@ -14,6 +16,20 @@ pub fn signal() -> std::io::Result<impl Future<Output = ()> + Send> {
             _ = int.recv() => tracing::info!("SIGINT: stopping"),
         }
     })
+}
+
+/// How a process ended, for whoever started it: an error is one line on standard error, its causes included, and never
+/// a backtrace.
+#[must_use]
+pub fn exit_code(outcome: &anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing is left to do if nobody reads it.
+            let _ = writeln!(std::io::stderr(), "Error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// With [`PARENT_VARIABLE`] set the process stops when the parent that set it is gone, however it went.

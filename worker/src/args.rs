@@ -54,7 +54,7 @@ pub struct Args {
     #[arg(long, env = "ANTIPHON_WORKER_QLOG")]
     pub qlog: Option<PathBuf>,
     /// Address of /livez, /readyz and /metrics.
-    #[arg(long, env = "ANTIPHON_WORKER_ADMIN", default_value = "0.0.0.0:4502")]
+    #[arg(long, env = "ANTIPHON_WORKER_ADMIN", default_value = "127.0.0.1:4502")]
     pub admin: SocketAddr,
     /// How long live sessions may go on after SIGTERM.
     #[arg(long, env = "ANTIPHON_WORKER_DRAIN_DEADLINE", default_value = "25s", value_parser = humantime::parse_duration)]
