@@ -118,14 +118,20 @@ fn rows(subject: Subject, empty: &Window, idle: &Window, talking: &Window) -> Ve
     let row = |what: &str, value, unit| Row::new(format!("density-{}{what}", subject.name), value, unit);
     let step = |window: &Window| (window.cpu_us_per_frame() - empty.cpu_us_per_frame()) / callers;
     let memory = |window: &Window| (window.rss_kib - empty.rss_kib) / callers;
-    vec![
+    let memory = [row("-memory", memory(talking), "KiB/session"), row("-memory-idle", memory(idle), "KiB/session")];
+    // What comes late costs less, or nothing in this window.
+    if talking.late_ticks > callers * CYCLE as f64 / 100.0 {
+        eprintln!("  {}: not measured, the machine is too busy: {} steps were late", subject.name, talking.late_ticks);
+        return memory.into();
+    }
+    let mut rows = vec![
         row("", FRAME.as_micros() as f64 / step(talking), "sessions/core").goal(Goal::AtLeast(subject.goal)),
         row("-step", step(talking), "µs/20 ms"),
         row("-step-idle", step(idle), "µs/20 ms"),
         row("-late", talking.late_ticks, "ticks").goal(Goal::AtMost(0.0)),
-        row("-memory", memory(talking), "KiB/session"),
-        row("-memory-idle", memory(idle), "KiB/session"),
-    ]
+    ];
+    rows.extend(memory);
+    rows
 }
 
 /// What a worker took of the machine for some time.
