@@ -91,7 +91,8 @@ mod tests {
     #[test]
     fn a_file_without_a_rate_is_refused() {
         let mut bytes = write(&[1, 2], 16_000);
-        bytes[24..28].fill(0);
+        // Samples a second, and bytes a second to match.
+        bytes[24..32].fill(0);
         assert!(matches!(read(&bytes), Err(WavError::Rate)));
     }
 
