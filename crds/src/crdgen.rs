@@ -25,6 +25,8 @@ fn file(crd: &CustomResourceDefinition) -> CrdFile {
     let mut value = serde_json::to_value(crd).expect("definitions are plain data");
     tidy(&mut value);
     bound_conditions(&mut value["spec"]["versions"][0]["schema"]["openAPIV3Schema"]);
+    // Whatever order another crate's features make maps keep.
+    value.sort_all_objects();
     let yaml = serde_saphyr::to_string(&value).expect("JSON values are YAML values");
     CrdFile { name, yaml: format!("{HEADER}{yaml}") }
 }

@@ -92,8 +92,10 @@ pub fn parse(sources: &[(&str, &str)]) -> Result<Vec<Resource>, ManifestErrors> 
     }
     errors.extend(documents.iter().flat_map(Document::located_errors));
     if !errors.is_empty() {
-        let place = |error: &ManifestError| (sources.iter().position(|(file, _)| *file == error.file), error.line);
-        errors.sort_by_key(place);
+        let place = |error: &ManifestError| {
+            (sources.iter().position(|(file, _)| *file == error.file), error.line, error.error.path.to_string())
+        };
+        errors.sort_by_cached_key(place);
         return Err(ManifestErrors(errors));
     }
     Ok(documents.into_iter().filter_map(|document| document.resource).collect())

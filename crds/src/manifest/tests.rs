@@ -231,8 +231,8 @@ spec:
         found.iter().map(|error| error.split(": ").take(3).collect::<Vec<_>>()[0..3].join(" ")).collect();
     let at = |line: u32, field: &str| format!("fleet.yaml:{line} VoiceAgent default/frontdesk spec.{field}");
     let expected = [
-        at(5, "latency.rttCeiling"),
         at(5, "latency.budget"),
+        at(5, "latency.rttCeiling"),
         at(7, "workload"),
         at(9, "regions[0].name"),
         at(10, "regions[0].maxReplicas"),
