@@ -1,4 +1,5 @@
-//! What routers say, collected: [`Routing`] survives their absence (invariant I8) and makes the [`Table`].
+//! What routers say, collected: [`Routing`] survives their absence (invariant I8) and makes the
+//! [`Table`](crate::table::Table).
 //!
 //! Every router of the region speaks for itself. What any of them holds is in force; a full list of one takes away
 //! nothing that another one holds; what one says is gone is gone, whoever held it.

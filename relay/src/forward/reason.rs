@@ -26,7 +26,7 @@ macro_rules! drop_reasons {
 drop_reasons! {
     /// From a client: no complete QUIC packet fits.
     TooShort => "too_short",
-    /// From a client: longer than [`MAX_DATAGRAM`].
+    /// From a client: longer than [`MAX_DATAGRAM`](crate::forward::MAX_DATAGRAM).
     TooLong => "too_long",
     /// From a client: a long header of another version than 1.
     QuicVersion => "quic_version",
