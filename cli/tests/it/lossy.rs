@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::support::{
-    Caller, Finished, Seen, Shape, TestFleet,
+    Caller, Finished, RECEIPT_FRAMES, Seen, Shape, TestFleet,
     cable::{Cable, Faults, Way},
     connect, start, until,
 };
@@ -235,6 +235,4 @@ async fn a_relay_that_hangs_in_the_middle_of_an_answer_costs_no_word() {
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const FOREVER: Duration = Duration::from_secs(3_600);
-/// A receipt takes 1.1 s. Its digits are a measure, not speech: a gap within one cannot be concealed.
-const RECEIPT_FRAMES: usize = 70;
 const RELAY_PORT: u16 = 4433;

@@ -13,4 +13,5 @@ mod lossy;
 mod operations;
 mod outage;
 mod support;
+mod tiers;
 mod workers;

@@ -62,8 +62,13 @@ pub(crate) struct TestFleet {
 }
 
 pub(crate) async fn start(shape: Shape) -> TestFleet {
+    start_from(&shape.manifest()).await
+}
+
+/// What a manifest describes.
+pub(crate) async fn start_from(manifest: &str) -> TestFleet {
     let dir = tempfile::tempdir().unwrap();
-    let resources = manifest::parse(&[("test.yaml", &shape.manifest())]).unwrap();
+    let resources = manifest::parse(&[("test.yaml", manifest)]).unwrap();
     let plan = compile::compile(&resources).unwrap();
     let stop_deadline = Duration::from_secs(3);
     let options = Options { dir: dir.path().to_owned(), stop_deadline, tenant: "test".into() };
@@ -92,7 +97,12 @@ impl TestFleet {
 
     /// A counter or gauge of a process, 0 if it has no such series yet.
     pub(crate) async fn metric(&mut self, kind: Kind, index: usize, series: &str) -> f64 {
-        let process = self.fleet.process(kind, "north", index).unwrap();
+        self.metric_in("north", kind, index, series).await
+    }
+
+    /// The same of any region.
+    pub(crate) async fn metric_in(&mut self, region: &str, kind: Kind, index: usize, series: &str) -> f64 {
+        let process = self.fleet.process(kind, region, index).unwrap();
         let text = process.metrics().await.unwrap();
         let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
         value.unwrap_or(0.0)
@@ -220,3 +230,6 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut conditi
 }
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A receipt takes 1.1 s. Its digits are a measure, not speech: a gap within one cannot be concealed.
+pub(crate) const RECEIPT_FRAMES: usize = 70;
