@@ -4,6 +4,7 @@
 pub mod admin;
 mod identity;
 pub mod pki;
+pub mod private_dir;
 pub mod shutdown;
 pub mod tasks;
 pub mod telemetry;

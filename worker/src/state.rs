@@ -8,16 +8,14 @@
 //! protobuf message. It is read whole or not at all. The checksum finds damage, not forgery: who can write to the
 //! directory is trusted.
 
-use std::{
-    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
-    path::{Path, PathBuf},
-};
+use std::{io, path::Path};
 
 use antiphon_core::id::{Incarnation, RegionNumber, WorkerNumber};
 use antiphon_proto::v1::AgentBehaviour;
-use antiphon_runtime::pki::Identity;
+use antiphon_runtime::{
+    pki::Identity,
+    private_dir::{OpenError, PrivateDir},
+};
 use prost::Message as _;
 use ring::digest::{SHA256, digest};
 
@@ -152,84 +150,43 @@ pub(crate) fn numbers(region: u32, worker: u32) -> Option<(RegionNumber, WorkerN
     region.zip(u16::try_from(worker).ok().and_then(|n| WorkerNumber::new(n).ok()))
 }
 
-/// A directory that this process alone writes to: of two workers with one number, clients would reach either.
+/// A worker's private directory, and whose state it holds: of two workers with one number, clients would reach either.
 #[derive(Debug)]
 pub(crate) struct StateDir {
-    path: PathBuf,
+    dir: PrivateDir,
     owner: Owner,
-    /// Locked for as long as it is open, so until the process ends at the latest.
-    _lock: File,
-}
-
-/// Why a directory cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum OpenError {
-    #[error("{}: {source}", path.display())]
-    File { path: PathBuf, source: io::Error },
-    #[error("{} has mode {mode:o} and belongs to user {uid}: whoever writes there decides which number this worker claims, so it has to be this user's, mode 700, or absent to be made so", path.display())]
-    NotPrivate { path: PathBuf, mode: u32, uid: u32 },
-    #[error("{} is in use by another worker", .0.display())]
-    InUse(PathBuf),
 }
 
 impl StateDir {
-    /// Makes the directory if it is absent (mode 700) and takes its lock.
+    /// Makes the directory if it is absent and takes its lock.
     ///
     /// # Errors
-    /// It cannot be made or opened, is not this user's alone, or another worker has it.
+    /// It cannot be made or opened, is not this user's alone, or another process has it.
     pub(crate) fn open(path: &Path, owner: Owner) -> Result<Self, OpenError> {
-        let file_error = |path: &Path| {
-            let path = path.to_owned();
-            move |source| OpenError::File { path, source }
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file_error(path))?;
-        let found = fs::metadata(path).map_err(file_error(path))?;
-        let (mode, uid) = (found.mode() & 0o777, found.uid());
-        if mode & 0o077 != 0 || uid != rustix::process::geteuid().as_raw() {
-            return Err(OpenError::NotPrivate { path: path.to_owned(), mode, uid });
-        }
-        let lock_path = path.join(LOCK_FILE);
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(false).mode(0o600);
-        let lock = options.open(&lock_path).map_err(file_error(&lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), owner, _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(OpenError::InUse(path.to_owned())),
-            Err(TryLockError::Error(source)) => Err(OpenError::File { path: lock_path, source }),
-        }
+        Ok(Self { dir: PrivateDir::open(path)?, owner })
     }
 
     /// The state that was kept last; nothing if there is none. What cannot be used is logged and replaced later.
     pub(crate) fn load(&self) -> State {
-        let path = self.path.join(STATE_FILE);
-        let refusal = match fs::read(&path) {
-            Ok(bytes) => match decode(&self.owner, &bytes) {
+        let refusal = match self.dir.read(STATE_FILE) {
+            Ok(None) => return State::default(),
+            Ok(Some(bytes)) => match decode(&self.owner, &bytes) {
                 Ok(state) => return state,
                 Err(error) => error.to_string(),
             },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return State::default(),
             Err(error) => error.to_string(),
         };
+        let path = self.dir.path().join(STATE_FILE);
         tracing::warn!(path = %path.display(), "the state on disk is not used, a router has to answer first: {refusal}");
         State::default()
     }
 
-    /// Replaces the state in one step: a crash leaves the one or the other, whole.
+    /// Replaces the state in one step.
     ///
     /// # Errors
     /// The system's; the earlier state is still there.
     pub(crate) fn store(&self, state: &State) -> io::Result<()> {
-        let (path, new) = (self.path.join(STATE_FILE), self.path.join(NEW_FILE));
-        // A leftover would keep its content or mode.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        file.write_all(&encode(&self.owner, state))?;
-        file.sync_all()?;
-        fs::rename(&new, &path)?;
-        File::open(&self.path)?.sync_all()
+        self.dir.replace(STATE_FILE, &encode(&self.owner, state))
     }
 }
 
@@ -240,11 +197,14 @@ const FORMAT: u16 = 1;
 /// Lives remembered; each is one of 2^32.
 const LIVES: usize = 64;
 const STATE_FILE: &str = "worker.state";
-const NEW_FILE: &str = "worker.state.new";
-const LOCK_FILE: &str = "lock";
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        fs::{self, DirBuilder},
+        os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    };
+
     use super::*;
 
     fn owner() -> Owner {
@@ -266,7 +226,7 @@ mod tests {
         kept.store(&state()).unwrap();
         assert_eq!(kept.load(), state());
         assert_eq!(fs::metadata(path.join(STATE_FILE)).unwrap().mode() & 0o777, 0o600);
-        assert!(matches!(StateDir::open(&path, owner()), Err(OpenError::InUse(_))));
+        assert!(matches!(StateDir::open(&path, owner()), Err(OpenError::InUse { .. })));
         drop(kept);
         let other = StateDir::open(&path, Owner { agent: "default/other".into(), ..owner() }).unwrap();
         assert_eq!(other.load(), State::default(), "another agent's worker is another worker");

@@ -1,14 +1,8 @@
 //! The directory that the relay's state is kept in, and the task that keeps it.
 
-use std::{
-    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
+use antiphon_runtime::private_dir::{OpenError, PrivateDir};
 use anyhow::Context as _;
 use tokio::{sync::watch, task::spawn_blocking, time::sleep};
 use zeroize::Zeroizing;
@@ -16,104 +10,45 @@ use zeroize::Zeroizing;
 use super::{Owner, State, decode, encode};
 use crate::metrics::Metrics;
 
-/// A directory that this process alone writes to: two writers could take turns in rolling each other back.
+/// A relay's private directory, and whose state it holds.
 #[derive(Debug)]
 pub struct StateDir {
-    path: PathBuf,
+    dir: PrivateDir,
     owner: Owner,
-    /// Locked for as long as it is open, so until the process ends at the latest.
-    _lock: File,
-}
-
-/// Why a directory cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The system refuses.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// What was opened.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// Others could read keys there, or put a state of their own in their place.
-    #[error("{} has mode {mode:o} and belongs to user {uid}: it will hold keys, so it has to be this user's, mode 700, or absent to be made so", path.display())]
-    NotPrivate {
-        /// Which directory.
-        path: PathBuf,
-        /// Permission bits.
-        mode: u32,
-        /// Who owns it.
-        uid: u32,
-    },
-    /// Another process holds the lock.
-    #[error("{} is in use by another relay", path.display())]
-    InUse {
-        /// Which directory.
-        path: PathBuf,
-    },
 }
 
 impl StateDir {
-    /// Makes the directory if it is absent (mode 700) and takes its lock.
+    /// Makes the directory if it is absent and takes its lock.
     ///
     /// # Errors
-    /// It cannot be made or opened, is not this user's alone, or another relay has it.
+    /// It cannot be made or opened, is not this user's alone, or another process has it.
     pub fn open(path: &Path, owner: Owner) -> Result<Self, OpenError> {
-        let file_error = |path: &Path| {
-            let path = path.to_owned();
-            move |source| OpenError::File { path, source }
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file_error(path))?;
-        let found = fs::metadata(path).map_err(file_error(path))?;
-        let (mode, uid) = (found.mode() & 0o777, found.uid());
-        if mode & 0o077 != 0 || uid != rustix::process::geteuid().as_raw() {
-            return Err(OpenError::NotPrivate { path: path.to_owned(), mode, uid });
-        }
-        let lock_path = path.join(LOCK_FILE);
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(false).mode(0o600);
-        let lock = options.open(&lock_path).map_err(file_error(&lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), owner, _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: path.to_owned() }),
-            Err(TryLockError::Error(source)) => Err(OpenError::File { path: lock_path, source }),
-        }
+        Ok(Self { dir: PrivateDir::open(path)?, owner })
     }
 
     /// The state that was kept last. What cannot be used is logged and left alone until there is something to replace
     /// it with.
     #[must_use]
     pub fn load(&self) -> Option<State> {
-        let path = self.path.join(STATE_FILE);
-        let refusal = match fs::read(&path).map(Zeroizing::new) {
-            Ok(bytes) => match decode(&self.owner, &bytes) {
+        let refusal = match self.dir.read(STATE_FILE).map(|bytes| bytes.map(Zeroizing::new)) {
+            Ok(None) => return None,
+            Ok(Some(bytes)) => match decode(&self.owner, &bytes) {
                 Ok(state) => return Some(state),
                 Err(error) => error.to_string(),
             },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => error.to_string(),
         };
+        let path = self.dir.path().join(STATE_FILE);
         tracing::warn!(path = %path.display(), "the state on disk is not used, a router has to answer first: {refusal}");
         None
     }
 
-    /// Replaces the state in one step: a crash leaves the one or the other, whole.
+    /// Replaces the state in one step.
     ///
     /// # Errors
     /// The system's; the earlier state is still there.
     pub fn store(&self, state: &State) -> io::Result<()> {
-        let (path, new) = (self.path.join(STATE_FILE), self.path.join(NEW_FILE));
-        // A leftover would keep its content or mode.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        file.write_all(&encode(&self.owner, state))?;
-        file.sync_all()?;
-        fs::rename(&new, &path)?;
-        File::open(&self.path)?.sync_all()
+        self.dir.replace(STATE_FILE, &encode(&self.owner, state))
     }
 }
 
@@ -140,7 +75,7 @@ pub async fn keep(
             Err(error) => {
                 metrics.state_write_errors.inc();
                 if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(path = %dir.path.display(), %error, "the state cannot be kept; trying again");
+                    tracing::warn!(path = %dir.dir.path().display(), %error, "the state cannot be kept; trying again");
                 }
             }
         }
@@ -160,15 +95,17 @@ pub async fn keep(
 pub const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 /// The state's name in its directory.
 pub const STATE_FILE: &str = "relay.state";
-const NEW_FILE: &str = "relay.state.new";
-const LOCK_FILE: &str = "lock";
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::state::tests::{owner, state};
     use prometheus_client::registry::Registry;
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{
+        fs,
+        os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+        path::PathBuf,
+    };
 
     /// A directory that is to be made.
     fn absent() -> (tempfile::TempDir, PathBuf) {
@@ -256,4 +193,7 @@ mod tests {
         let (kept, ()) = tokio::join!(keep(dir, latest, metrics), relent);
         kept.unwrap();
     }
+
+    /// What a write that was cut off leaves.
+    const NEW_FILE: &str = "relay.state.new";
 }

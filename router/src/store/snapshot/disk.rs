@@ -1,15 +1,9 @@
 //! The directory that the snapshot is kept in, and the task that keeps it.
 
-use std::{
-    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
-use antiphon_runtime::Tasks;
+pub use antiphon_runtime::private_dir::OpenError;
+use antiphon_runtime::{Tasks, private_dir::PrivateDir};
 use anyhow::Context as _;
 use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::watch, task::spawn_blocking, time::sleep};
@@ -17,42 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Owner, Snapshot, decode, encode};
 
-/// A directory that this process alone writes to: two writers could take turns in rolling each other back.
+/// A router's private directory, and whose snapshot it holds.
 #[derive(Debug)]
 pub struct SnapshotDir {
-    path: PathBuf,
+    dir: PrivateDir,
     owner: Owner,
-    /// Locked for as long as it is open, so until the process ends at the latest.
-    _lock: File,
-}
-
-/// Why a directory cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The system refuses.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// What was opened.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// Others could put a snapshot of their own in its place.
-    #[error("{} has mode {mode:o} and belongs to user {uid}: it has to be this user's, mode 700, or absent to be made so", path.display())]
-    NotPrivate {
-        /// Which directory.
-        path: PathBuf,
-        /// Permission bits.
-        mode: u32,
-        /// Who owns it.
-        uid: u32,
-    },
-    /// Another process holds the lock.
-    #[error("{} is in use by another router", path.display())]
-    InUse {
-        /// Which directory.
-        path: PathBuf,
-    },
 }
 
 /// What was found on disk.
@@ -67,65 +30,37 @@ pub enum Found {
 }
 
 impl SnapshotDir {
-    /// Makes the directory if it is absent (mode 700) and takes its lock.
+    /// Makes the directory if it is absent and takes its lock.
     ///
     /// # Errors
-    /// It cannot be made or opened, is not this user's alone, or another router has it.
+    /// It cannot be made or opened, is not this user's alone, or another process has it.
     pub fn open(path: &Path, owner: Owner) -> Result<Self, OpenError> {
-        let file_error = |path: &Path| {
-            let path = path.to_owned();
-            move |source| OpenError::File { path, source }
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file_error(path))?;
-        let found = fs::metadata(path).map_err(file_error(path))?;
-        let (mode, uid) = (found.mode() & 0o777, found.uid());
-        if mode & 0o077 != 0 || uid != rustix::process::geteuid().as_raw() {
-            return Err(OpenError::NotPrivate { path: path.to_owned(), mode, uid });
-        }
-        let lock_path = path.join(LOCK_FILE);
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(false).mode(0o600);
-        let lock = options.open(&lock_path).map_err(file_error(&lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), owner, _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: path.to_owned() }),
-            Err(TryLockError::Error(source)) => Err(OpenError::File { path: lock_path, source }),
-        }
+        Ok(Self { dir: PrivateDir::open(path)?, owner })
     }
 
     /// The snapshot that was kept last. What cannot be used is logged and left alone until there is something to
     /// replace it with.
     #[must_use]
     pub fn load(&self) -> Found {
-        let path = self.path.join(SNAPSHOT_FILE);
-        let refusal = match fs::read(&path) {
-            Ok(bytes) => match decode(&self.owner, &bytes) {
+        let refusal = match self.dir.read(SNAPSHOT_FILE) {
+            Ok(None) => return Found::Nothing,
+            Ok(Some(bytes)) => match decode(&self.owner, &bytes) {
                 Ok(snapshot) => return Found::Snapshot(Box::new(snapshot)),
                 Err(error) => error.to_string(),
             },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Found::Nothing,
             Err(error) => error.to_string(),
         };
+        let path = self.dir.path().join(SNAPSHOT_FILE);
         tracing::warn!(path = %path.display(), "the snapshot on disk is not used: {refusal}");
         Found::Unusable
     }
 
-    /// Replaces the snapshot in one step: a crash leaves the one or the other, whole.
+    /// Replaces the snapshot in one step.
     ///
     /// # Errors
     /// The system's; the earlier snapshot is still there.
     pub fn store(&self, snapshot: &Snapshot) -> io::Result<()> {
-        let (path, new) = (self.path.join(SNAPSHOT_FILE), self.path.join(NEW_FILE));
-        // A leftover would keep its content or mode.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        file.write_all(&encode(&self.owner, snapshot))?;
-        file.sync_all()?;
-        fs::rename(&new, &path)?;
-        File::open(&self.path)?.sync_all()
+        self.dir.replace(SNAPSHOT_FILE, &encode(&self.owner, snapshot))
     }
 
     /// Starts to keep what is latest.
@@ -166,7 +101,7 @@ async fn keep<T>(
             Err(error) => {
                 errors.inc();
                 if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(path = %dir.path.display(), %error, "the snapshot cannot be kept; trying again");
+                    tracing::warn!(path = %dir.dir.path().display(), %error, "the snapshot cannot be kept; trying again");
                 }
             }
         }
@@ -186,14 +121,16 @@ async fn keep<T>(
 pub(crate) const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 /// The snapshot's name in its directory.
 pub(crate) const SNAPSHOT_FILE: &str = "router.snapshot";
-const NEW_FILE: &str = "router.snapshot.new";
-const LOCK_FILE: &str = "lock";
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::store::snapshot::tests::{owner, snapshot};
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{
+        fs,
+        os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+        path::PathBuf,
+    };
 
     /// A directory that is to be made.
     fn absent() -> (tempfile::TempDir, PathBuf) {
@@ -274,4 +211,7 @@ mod tests {
         kept.unwrap();
         assert_eq!(revision(&SnapshotDir::open(&path, owner()).unwrap()), Some(5));
     }
+
+    /// What a write that was cut off leaves.
+    const NEW_FILE: &str = "router.snapshot.new";
 }
