@@ -1,0 +1,4 @@
+//! `antiphon-operator`: see the library.
+#![forbid(unsafe_code)]
+
+fn main() {}
