@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 use antiphon_proto::v1::{
     ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, ListKeysResponse,
     RegionDigest, RegionStatus, ReportRelayGoneRequest, ReportRelayGoneResponse, ReportWorkerGoneRequest,
-    ReportWorkerGoneResponse,
+    ReportWorkerGoneResponse, SetWorkerPhaseRequest, SetWorkerPhaseResponse, WatchFleetRequest,
     admin_server::{Admin, AdminServer},
 };
 use antiphon_runtime::{
@@ -36,6 +36,8 @@ struct Kept {
 
 #[tonic::async_trait]
 impl Admin for Told {
+    type WatchFleetStream = tonic::codegen::BoxStream<FleetStatusResponse>;
+
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let change = request.into_inner();
         if change.keys.iter().any(|key| key.tenant == "refused") {
@@ -47,7 +49,7 @@ impl Admin for Told {
         if change.key_generation > kept.wanted {
             (kept.wanted, kept.looks) = (change.key_generation, 0);
         }
-        Ok(Response::new(ApplyResponse {}))
+        Ok(Response::new(ApplyResponse::default()))
     }
 
     async fn list_keys(&self, _: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
@@ -74,6 +76,17 @@ impl Admin for Told {
             rotation_held_up_by: held_up,
             ..FleetStatusResponse::default()
         }))
+    }
+
+    async fn watch_fleet(&self, _: Request<WatchFleetRequest>) -> Result<Response<Self::WatchFleetStream>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn set_worker_phase(
+        &self,
+        _: Request<SetWorkerPhaseRequest>,
+    ) -> Result<Response<SetWorkerPhaseResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
     }
 
     async fn report_worker_gone(

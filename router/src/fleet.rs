@@ -7,6 +7,7 @@ mod clock;
 mod dead;
 mod hello;
 mod keys;
+mod orders;
 mod peers;
 mod relays;
 mod remembered;
@@ -41,6 +42,7 @@ use crate::{create::Create, records::Records, store::Store};
 use dead::Dead;
 use keys::Keys;
 pub(crate) use keys::follow as follow_keys;
+pub(crate) use orders::{Order, SetPhase};
 use peers::Peer;
 use relays::Relay;
 pub(crate) use remembered::follow as remember;
@@ -82,6 +84,7 @@ struct State {
     dead: Dead,
     /// `None`: something changed that it cannot follow; made anew when it is needed.
     view: Option<View>,
+    records_hash: String,
     last_stream: u64,
     keys: Keys,
 }
@@ -126,7 +129,7 @@ impl Fleet {
     /// A fleet as the store knows it.
     pub(crate) fn new(identity: Identity, root: FleetRoot, store: Arc<dyn Store>) -> Arc<Self> {
         let records = Arc::clone(&store.watch().borrow());
-        let state = State { records, ..State::default() };
+        let state = State { records_hash: records.hash(), records, ..State::default() };
         let fleet = Arc::new(Self {
             region: identity.peer().region.clone(),
             identity,
@@ -145,7 +148,9 @@ impl Fleet {
 
     /// Takes new records.
     pub(crate) fn records_changed(&self, records: Arc<Records>) {
+        let hash = records.hash();
         let mut state = self.state.lock();
+        state.records_hash = hash;
         state.records = records;
         self.keep_peers(&mut state);
         self.routes_changed(&mut state);
@@ -159,6 +164,11 @@ impl Fleet {
 
     pub(crate) fn records(&self) -> Arc<Records> {
         Arc::clone(&self.state.lock().records)
+    }
+
+    /// What [`Records::hash`] says of the present ones.
+    pub(crate) fn records_hash(&self) -> String {
+        self.state.lock().records_hash.clone()
     }
 
     /// Whether this region has its record.

@@ -4,6 +4,7 @@ mod admin;
 mod fleet;
 mod peer;
 mod sessions;
+mod watch;
 
 use std::{sync::Arc, time::Duration};
 

@@ -9,6 +9,8 @@ use antiphon_core::{
     placement::{AgentPolicy, Phase, RELAX_OVER},
 };
 use antiphon_proto::{api_key, ticket::codec_label, v1};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
 
 use crate::field::{self, FieldError};
 
@@ -147,6 +149,12 @@ impl Records {
 }
 
 impl Records {
+    /// SHA-256 of what operators write, in hex: the same wherever the records are the same.
+    pub(crate) fn hash(&self) -> String {
+        let written = v1::ApplyRequest { key_generation: 0, minting_generation: 0, ..self.all() };
+        hex::encode(Sha256::digest(written.encode_to_vec()))
+    }
+
     /// Everything, as one change from nothing.
     pub(crate) fn all(&self) -> v1::ApplyRequest {
         v1::ApplyRequest {

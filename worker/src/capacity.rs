@@ -1,6 +1,7 @@
 //! What this worker has promised to whom: the lease table, the doors of its shards, and who may end what.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -14,7 +15,7 @@ use antiphon_core::{
     id::{Epoch, KeyGeneration, RelayNumber, ServerId, SessionId},
     lease::{ActivateError, Lease, LeaseId, LeaseRequest, LeaseTable, ReserveRefusal},
 };
-use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode};
+use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode, Phase, PhaseOrder, RevisionSessions};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     gate::{Attempt, Gate},
     metrics::Metrics,
+    phase::PhaseMachine,
     rotation::Rotation,
     session::history::PathHistory,
 };
@@ -107,7 +109,7 @@ struct Inner {
     table: LeaseTable<Arc<Terms>>,
     doors: Vec<Door>,
     behaviour: Option<Arc<AgentBehaviour>>,
-    draining: bool,
+    phase: PhaseMachine,
 }
 
 /// The worker's promises; shared by the service, the shards and the registration.
@@ -127,14 +129,16 @@ pub(crate) struct Counts {
     pub(crate) reserved: u32,
     pub(crate) active: u32,
     pub(crate) free: u32,
-    pub(crate) draining: bool,
+    pub(crate) phase: Phase,
+    /// Of the order that it follows; 0: none.
+    pub(crate) ordered_unix_ms: u64,
 }
 
 impl Capacity {
     pub(crate) fn new(agent: String, slots: u32, metrics: Metrics) -> Self {
         metrics.slots.set(slots.into());
         let table = LeaseTable::new(slots);
-        let inner = Inner { table, doors: Vec::new(), behaviour: None, draining: false };
+        let inner = Inner { table, doors: Vec::new(), behaviour: None, phase: PhaseMachine::default() };
         Self { started: Instant::now(), agent, inner: Mutex::new(inner), changed: watch::Sender::new(()), metrics }
     }
 
@@ -238,26 +242,55 @@ impl Capacity {
         !ended.is_empty()
     }
 
-    /// Takes nothing new from now on.
+    /// The process stops: takes nothing new from now on.
     pub(crate) fn drain(&self) {
         let inner = &mut *self.inner.lock();
-        inner.draining = true;
+        inner.phase.stop();
         inner.table.accept(false);
         self.publish(inner);
     }
 
-    /// Ends every session with this code.
-    pub(crate) fn end_all(&self, code: EndCode) {
-        for (_, lease, _) in self.inner.lock().table.iter() {
-            lease.attachment.end.send_replace(Some(code));
+    /// A router says whether to take new sessions, and until when to keep those that are here.
+    pub(crate) fn order(&self, order: &PhaseOrder) {
+        let inner = &mut *self.inner.lock();
+        if !inner.phase.order(self.now(), order) {
+            return;
         }
+        let phase = inner.phase.phase();
+        let sessions = inner.table.active();
+        tracing::info!(?phase, deadline_ms = order.deadline_ms, reason = order.reason, sessions, "ordered by a router");
+        inner.table.accept(phase == Phase::Active);
+        self.publish(inner);
     }
 
-    /// Drops leases whose time is over.
-    pub(crate) fn expire(&self) {
+    /// Ends every session with this code and takes every unused lease back.
+    pub(crate) fn end_all(&self, code: EndCode) {
         let inner = &mut *self.inner.lock();
-        inner.forget_expired(self.now());
+        inner.end_all(code);
         self.publish(inner);
+    }
+
+    /// Drops leases whose time is over, and everything once the time that an order left is.
+    pub(crate) fn expire(&self) {
+        let now = self.now();
+        let inner = &mut *self.inner.lock();
+        inner.forget_expired(now);
+        if inner.phase.is_over(now) && inner.table.taken() > 0 {
+            tracing::warn!(sessions = inner.table.active(), "the deadline has come: ending what is still here");
+            inner.end_all(EndCode::WorkerStopping);
+        }
+        self.publish(inner);
+    }
+
+    /// Sessions by the revision of the agent that they began with.
+    pub(crate) fn revisions(&self) -> Vec<RevisionSessions> {
+        let inner = self.inner.lock();
+        let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
+        for (_, lease, _) in inner.table.iter().filter(|(.., active)| *active) {
+            *counts.entry(&lease.attachment.behaviour.revision).or_default() += 1;
+        }
+        let count = |(revision, sessions): (&str, u32)| RevisionSessions { revision: revision.to_owned(), sessions };
+        counts.into_iter().map(count).collect()
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -296,7 +329,19 @@ impl Inner {
             reserved: taken - active,
             active,
             free: self.table.free(),
-            draining: self.draining,
+            phase: self.phase.phase(),
+            ordered_unix_ms: self.phase.ordered_unix_ms(),
+        }
+    }
+
+    fn end_all(&mut self, code: EndCode) {
+        let leases = self.table.iter().map(|(_, lease, active)| (lease.attachment.clone(), active));
+        for (terms, active) in leases.collect::<Vec<_>>() {
+            // Whoever gave another reason before was first.
+            terms.end.send_if_modified(|end| end.is_none().then(|| *end = Some(code)).is_some());
+            if !active && self.table.end(terms.session, terms.lease) {
+                self.forget(&terms);
+            }
         }
     }
 
@@ -519,6 +564,46 @@ mod tests {
         assert!(gate.lock().attempt(cid.as_bytes()).is_none());
         assert_eq!(*terms.end.borrow(), Some(EndCode::Released));
         assert!(!capacity.release(terms.session, None, "t"), "twice is not an error");
+    }
+
+    #[test]
+    fn orders_close_and_open_the_door_and_a_deadline_clears_the_room() {
+        let capacity = capacity(3);
+        let revision = |revision: &str| AgentBehaviour { revision: revision.into(), ..AgentBehaviour::default() };
+        let order = |phase: Phase, ordered_unix_ms| {
+            capacity.order(&PhaseOrder { phase: phase.into(), ordered_unix_ms, ..PhaseOrder::default() });
+        };
+        capacity.set_behaviour(revision("old"));
+        let talking = capacity.reserve(&request(1)).unwrap();
+        capacity.activate(&talking).unwrap();
+        capacity.set_behaviour(revision("new"));
+        let waiting = capacity.reserve(&request(2)).unwrap();
+        order(Phase::Cordoned, 1);
+        assert_eq!(capacity.reserve(&request(3)).unwrap_err().label(), "draining");
+        capacity.expire();
+        assert_eq!(*talking.end.borrow(), None);
+        order(Phase::Active, 2);
+        let third = capacity.reserve(&request(3)).unwrap();
+        capacity.activate(&third).unwrap();
+        let of = |r: &str| RevisionSessions { revision: r.into(), sessions: 1 };
+        assert_eq!(capacity.revisions(), [of("new"), of("old")]);
+        // No time left for anybody.
+        order(Phase::Draining, 3);
+        capacity.expire();
+        assert_eq!(*talking.end.borrow(), Some(EndCode::WorkerStopping));
+        assert_eq!(capacity.activate(&waiting), Err(ActivateError::Gone), "an unused lease is worth nothing any more");
+        let counts = capacity.counts();
+        assert_eq!(
+            (counts.phase, counts.reserved, counts.active),
+            (Phase::Draining, 0, 2),
+            "sessions end by themselves"
+        );
+        assert_eq!(counts.ordered_unix_ms, 3);
+        order(Phase::Active, 4);
+        capacity.drain();
+        order(Phase::Active, 5);
+        assert_eq!(capacity.counts().phase, Phase::Draining, "a stop is not undone");
+        assert_eq!(capacity.reserve(&request(4)).unwrap_err().label(), "draining");
     }
 
     #[test]

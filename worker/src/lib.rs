@@ -13,6 +13,7 @@ mod keys;
 mod metrics;
 mod outgoing;
 mod paths;
+mod phase;
 mod qlog;
 mod quota;
 mod registration;

@@ -11,7 +11,7 @@ use std::{
 
 use antiphon_core::id::{Incarnation, KeyGeneration, RegionNumber, WorkerNumber};
 use antiphon_proto::v1::{
-    AgentBehaviour, CidConfig, Phase, ResetKey, WorkerDirective, WorkerHello, WorkerRelay, WorkerReport, WorkerWelcome,
+    AgentBehaviour, CidConfig, ResetKey, WorkerDirective, WorkerHello, WorkerRelay, WorkerReport, WorkerWelcome,
     worker_directive::Directive,
 };
 use antiphon_runtime::{Tasks, admin::Readiness, pki::Identity};
@@ -194,6 +194,7 @@ impl Standing {
                 let keys = inner.key_set(&new.cid_configs, &new.ticket_keys, &new.reset_keys)?;
                 inner.set_keys(keys, &new.relays)?;
             }
+            Some(Directive::Phase(order)) => self.settings.capacity.order(&order),
             // A newer router may know more: what is not understood is not acted on.
             None => {}
         }
@@ -214,14 +215,13 @@ impl Standing {
     pub(crate) fn report(&self) -> WorkerReport {
         let capacity = &self.settings.capacity;
         let counts = capacity.counts();
-        let phase = if counts.draining { Phase::Draining } else { Phase::Active };
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
         let inner = self.inner.lock();
         let tunnels = inner.shards.as_ref().and_then(Shards::oldest_tunnel_generation);
         let oldest = capacity.oldest_generation().into_iter().chain(tunnels).min();
         let loaded = inner.keys.iter().flat_map(KeySet::generations);
         WorkerReport {
-            phase: phase.into(),
+            phase: counts.phase.into(),
             slots: counts.slots,
             reserved: counts.reserved,
             active: counts.active,
@@ -229,6 +229,8 @@ impl Standing {
             loaded_generations: loaded.map(KeyGeneration::value).collect(),
             oldest_generation: oldest.map_or(0, KeyGeneration::value),
             minting_generation: inner.keys.as_ref().map_or(0, |keys| keys.minting().number.value()),
+            revisions: capacity.revisions(),
+            ordered_unix_ms: counts.ordered_unix_ms,
         }
     }
 }

@@ -75,7 +75,7 @@ impl Fleet {
     pub(crate) fn clocks(&self) -> Furthest {
         let furthest = |all: &mut dyn Iterator<Item = i64>| all.max_by_key(|ms| ms.unsigned_abs()).unwrap_or(0);
         let state = self.state.lock();
-        let reports = state.workers.values().filter(|w| w.stream.is_some()).filter_map(|w| w.report);
+        let reports = state.workers.values().filter(|w| w.stream.is_some()).filter_map(|w| w.report.as_ref());
         let relays = state.relays.values().filter(|r| r.stream.is_some());
         Furthest {
             workers: furthest(&mut reports.map(|r| r.clock_ahead_ms)),

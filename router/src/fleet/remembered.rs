@@ -18,7 +18,7 @@ use antiphon_runtime::{
 };
 use bytes::Bytes;
 use prost::Message as _;
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 
 use super::{
     Clock, Fleet, State, clock::unix_ms, dead::Death, keys::MemberKeys, peers::Peer, relays::Relay,
@@ -254,6 +254,8 @@ impl Fleet {
             reserved: report.reserved,
             active: report.active,
             clock_ahead_ms: 0,
+            revisions: report.revisions.clone(),
+            ordered_unix_ms: report.ordered_unix_ms,
         });
         let number = u16::try_from(known.number).ok().and_then(|n| WorkerNumber::new(n).ok());
         let KnownKeys { loaded, oldest, minting } = known.keys.clone().unwrap_or_default();
@@ -262,7 +264,8 @@ impl Fleet {
             hello,
             number: number.ok_or(RecallError::Number(known.number))?,
             stream: None,
-            taken: report.map_or(0, |r| r.reserved.saturating_add(r.active)),
+            order: watch::Sender::new(None),
+            taken: report.as_ref().map_or(0, |r| r.reserved.saturating_add(r.active)),
             report,
             claims: 0,
             keys: MemberKeys { loaded, oldest, minting },
@@ -334,12 +337,14 @@ impl Fleet {
                 control_address: worker.hello.control_address.clone(),
             }),
             number: worker.number.value().into(),
-            report: worker.report.map(|report| v1::WorkerReport {
+            report: worker.report.as_ref().map(|report| v1::WorkerReport {
                 phase: records::proto_phase(report.phase).into(),
                 slots: report.slots,
                 reserved: report.reserved,
                 active: report.active,
                 unix_ms: times.unix_of(report.at),
+                revisions: report.revisions.clone(),
+                ordered_unix_ms: report.ordered_unix_ms,
                 ..v1::WorkerReport::default()
             }),
             keys: Some(KnownKeys {

@@ -90,6 +90,7 @@ impl Fleet {
         v1::FleetStatusResponse {
             regions: state.records.regions.values().map(region).collect(),
             rotation_held_up_by: state.keys.held_up_by.iter().map(ToString::to_string).collect(),
+            records_hash: state.records_hash.clone(),
             store_age_ms: u32::try_from(self.store.age().as_millis()).unwrap_or(u32::MAX),
         }
     }
@@ -107,7 +108,7 @@ impl Fleet {
 fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatus {
     let needed = state.records.agents.get(&worker.hello.agent);
     let needed = needed.map(|a| a.policy.gpu_class.as_str());
-    let report = worker.report;
+    let report = worker.report.as_ref();
     let age = report.map(|r| now.since(r.at));
     let why_not = if worker.stream.is_none() {
         "its control stream is broken".to_owned()
@@ -147,6 +148,9 @@ fn worker_status(worker: &Worker, state: &State, now: Millis) -> v1::WorkerStatu
         clock_ahead_ms: report.map_or(0, |r| r.clock_ahead_ms),
         loaded_generations: worker.keys.loaded.clone(),
         oldest_generation: worker.keys.oldest.unwrap_or(0),
+        incarnation: worker.hello.incarnation.value(),
+        connected: worker.stream.is_some(),
+        revisions: report.map(|r| r.revisions.clone()).unwrap_or_default(),
     }
 }
 
@@ -157,6 +161,7 @@ fn relay_status(number: RelayNumber, relay: &Relay, now: Millis) -> v1::RelaySta
         routes: relay.routes,
         clock_ahead_ms: relay.clock_ahead_ms,
         loaded_generations: relay.keys.loaded.clone(),
+        connected: relay.stream.is_some(),
     }
 }
 

@@ -9,12 +9,14 @@ use antiphon_core::{
 };
 use antiphon_proto::v1;
 use antiphon_runtime::{pki::Role, tls};
+use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use super::{
     Fleet, State, Target, clock,
     hello::WorkerHello,
     keys::MemberKeys,
+    orders::Order,
     standing::{RegisterError, Standing},
 };
 use crate::{records, store::WorkerClaim};
@@ -27,6 +29,8 @@ pub(crate) struct Worker {
     /// Its open control stream; `None`: broken.
     pub(crate) stream: Option<u64>,
     pub(crate) report: Option<Report>,
+    /// What it was told to do; `None`: nothing, or another router said something newer.
+    pub(super) order: watch::Sender<Option<Order>>,
     /// Leases that it has given, as far as we know.
     pub(crate) taken: u32,
     /// Leases that we are asking it for.
@@ -36,7 +40,7 @@ pub(crate) struct Worker {
 }
 
 /// The newest report.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Report {
     pub(crate) at: Millis,
     pub(crate) phase: Phase,
@@ -45,15 +49,20 @@ pub(crate) struct Report {
     pub(crate) active: u32,
     /// Its clock minus ours.
     pub(crate) clock_ahead_ms: i64,
+    /// Sessions by agent revision.
+    pub(crate) revisions: Vec<v1::RevisionSessions>,
+    /// Of the order that it follows; 0: it has had none.
+    pub(crate) ordered_unix_ms: u64,
 }
 
 impl Worker {
     pub(crate) fn slots(&self) -> u32 {
-        self.report.map_or(self.hello.slots, |r| r.slots)
+        self.report.as_ref().map_or(self.hello.slots, |r| r.slots)
     }
 
-    pub(crate) fn phase(&self) -> Phase {
-        self.report.map_or(Phase::Active, |r| r.phase)
+    /// What it says it is in.
+    pub(crate) fn said_phase(&self) -> Phase {
+        self.report.as_ref().map_or(Phase::Active, |r| r.phase)
     }
 
     pub(crate) fn free(&self) -> u32 {
@@ -61,7 +70,7 @@ impl Worker {
     }
 
     pub(crate) fn freshness(&self) -> Freshness {
-        match (self.stream, self.report) {
+        match (self.stream, &self.report) {
             (None, _) => Freshness::Disconnected,
             (Some(_), None) => Freshness::Never,
             (Some(_), Some(report)) => match clock::too_far_behind(report.clock_ahead_ms) {
@@ -120,7 +129,7 @@ impl Fleet {
                 return Err(RegisterError::NoAgent(hello.agent));
             }
             let now = self.clock.now();
-            let heard = |w: &Worker| w.report.is_none_or(|r| now.since(r.at) <= WORKER_LEASE);
+            let heard = |w: &Worker| w.report.as_ref().is_none_or(|r| now.since(r.at) <= WORKER_LEASE);
             let lives = |w: &&Worker| {
                 w.hello.name == hello.name && w.hello.incarnation != hello.incarnation && w.stream.is_some() && heard(w)
             };
@@ -145,11 +154,26 @@ impl Fleet {
         // The former incarnation is gone: its successor is here. Its reports do not speak for the new one.
         let same = |w: &Worker| w.number == number || w.hello.name == hello.name;
         let former: Vec<WorkerNumber> = state.workers.values().filter(|w| same(w)).map(|w| w.number).collect();
+        let mut order = None;
         for former in former {
+            if let Some(worker) = state.workers.get(&former).filter(|w| w.hello.name == hello.name) {
+                let same_life = worker.hello.incarnation == hello.incarnation;
+                order = if same_life { worker.order.borrow().clone() } else { worker.inherited_order() };
+            }
             let proven = state.workers.get(&former).is_some_and(|w| w.hello.incarnation != hello.incarnation);
             self.remove_worker(&mut state, former, proven);
         }
-        let worker = Worker { hello, number, stream: Some(stream), report: None, taken: 0, claims: 0, channel, keys };
+        let worker = Worker {
+            hello,
+            number,
+            stream: Some(stream),
+            report: None,
+            order: watch::Sender::new(order),
+            taken: 0,
+            claims: 0,
+            channel,
+            keys,
+        };
         tracing::info!(worker = worker.hello.name, %number, "worker registered");
         if let Some(region) = self.own_number(&state) {
             worker.shard_ids(region).iter().for_each(|(_, id)| state.dead.revive(id.to_u64()));
@@ -167,7 +191,7 @@ impl Fleet {
             return false;
         };
         let clock_ahead_ms = clock::ahead_ms(report.unix_ms, clock::unix_ms());
-        let before = worker.report.map_or(0, |r| r.clock_ahead_ms);
+        let before = worker.report.as_ref().map_or(0, |r| r.clock_ahead_ms);
         clock::tell("worker", &worker.hello.name, before, clock_ahead_ms);
         worker.report = Some(Report {
             at: now,
@@ -176,7 +200,10 @@ impl Fleet {
             reserved: report.reserved,
             active: report.active,
             clock_ahead_ms,
+            revisions: report.revisions.iter().take(MAX_REVISIONS).cloned().collect(),
+            ordered_unix_ms: report.ordered_unix_ms,
         });
+        worker.drop_older_order();
         worker.taken = report.reserved.saturating_add(report.active);
         worker.keys =
             MemberKeys::reported(&report.loaded_generations, report.oldest_generation, report.minting_generation);
@@ -417,3 +444,5 @@ impl State {
 
 /// How long a worker's report holds for placement.
 pub(crate) const WORKER_LEASE: Duration = Duration::from_secs(3);
+/// Agent revisions of one worker's sessions; those of years, for one that lasts that long.
+const MAX_REVISIONS: usize = 64;

@@ -5,18 +5,23 @@ use std::sync::Arc;
 use antiphon_proto::v1::{
     ApplyRequest, ApplyResponse, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, ListKeysResponse,
     ReportRelayGoneRequest, ReportRelayGoneResponse, ReportWorkerGoneRequest, ReportWorkerGoneResponse,
-    admin_server::Admin,
+    SetWorkerPhaseRequest, SetWorkerPhaseResponse, WatchFleetRequest, admin_server::Admin,
 };
 use antiphon_runtime::pki::Role;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::{admission::Admission, auth, field::FieldError};
+use super::watch;
+use crate::{admission::Admission, auth, field::FieldError, fleet::SetPhase};
 
 #[derive(Clone, Debug)]
 pub(super) struct Service(pub(super) Arc<Admission>);
 
 #[tonic::async_trait]
 impl Admin for Service {
+    type WatchFleetStream = ReceiverStream<Result<FleetStatusResponse, Status>>;
+
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let operator = auth::peer(&request, Role::Operator, None)?;
         let change = request.into_inner();
@@ -39,7 +44,7 @@ impl Admin for Service {
             keys = change.keys.len(),
             "records applied"
         );
-        Ok(Response::new(ApplyResponse {}))
+        Ok(Response::new(ApplyResponse { records_hash: self.0.fleet.records_hash() }))
     }
 
     async fn list_keys(&self, request: Request<ListKeysRequest>) -> Result<Response<ListKeysResponse>, Status> {
@@ -61,6 +66,29 @@ impl Admin for Service {
     ) -> Result<Response<FleetStatusResponse>, Status> {
         auth::peer(&request, Role::Operator, None)?;
         Ok(Response::new(self.0.fleet.status()))
+    }
+
+    async fn watch_fleet(
+        &self,
+        request: Request<WatchFleetRequest>,
+    ) -> Result<Response<Self::WatchFleetStream>, Status> {
+        auth::peer(&request, Role::Operator, None)?;
+        let (listener, stream) = mpsc::channel(1);
+        let (fleet, stopping) = (Arc::clone(&self.0.fleet), self.0.tasks.stopping());
+        self.0.tasks.spawn("fleet watch", async move {
+            stopping.run_until_cancelled(watch::tell(fleet, listener)).await;
+            Ok(())
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn set_worker_phase(
+        &self,
+        request: Request<SetWorkerPhaseRequest>,
+    ) -> Result<Response<SetWorkerPhaseResponse>, Status> {
+        auth::peer(&request, Role::Operator, None)?;
+        let asked = SetPhase::check(request.into_inner())?;
+        Ok(Response::new(self.0.fleet.set_worker_phase(asked)))
     }
 
     async fn report_worker_gone(

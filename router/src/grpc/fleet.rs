@@ -8,7 +8,10 @@ use antiphon_proto::v1::{
     WorkerMessage, WorkerRelays, fleet_server, relay_directive, relay_message, worker_directive, worker_message,
 };
 use antiphon_runtime::pki::Role;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -19,7 +22,7 @@ use super::{
 use crate::{
     admission::Admission,
     auth,
-    fleet::{Fleet, RelayHello, Standing, WorkerHello},
+    fleet::{Fleet, Order, RelayHello, Standing, WorkerHello},
 };
 
 #[derive(Clone, Debug)]
@@ -95,6 +98,7 @@ struct WorkerStream {
     directives: Directives<WorkerDirective>,
     keys: WorkerKeys,
     behaviour: Option<AgentBehaviour>,
+    orders: watch::Receiver<Option<Order>>,
 }
 
 /// However the stream ends, also by the router's own stop, the worker leaves placement.
@@ -110,9 +114,11 @@ impl WorkerStream {
         standing: Standing<WorkerNumber>,
         directives: Directives<WorkerDirective>,
     ) -> Result<Self, Status> {
-        let welcome = fleet.worker_welcome(standing.number);
-        let mut stream = Self { fleet, standing, directives, keys: WorkerKeys::default(), behaviour: None };
-        let welcome = welcome.ok_or_else(|| Status::aborted("the records changed: try again"))?;
+        let changed = || Status::aborted("the records changed: try again");
+        let welcome = fleet.worker_welcome(standing.number).ok_or_else(changed)?;
+        let orders = fleet.orders(standing.number).ok_or_else(changed)?;
+        let (keys, behaviour) = (WorkerKeys::default(), None);
+        let mut stream = Self { fleet, standing, directives, keys, behaviour, orders };
         stream.keys = WorkerKeys {
             cid_configs: welcome.cid_configs.clone(),
             ticket_keys: welcome.ticket_keys.clone(),
@@ -137,12 +143,20 @@ impl WorkerStream {
                 },
                 changed = topology.changed() => { pace.mark(); changed.is_ok() }
                 () = pace.due() => { pace.sent(); self.tell() }
+                ordered = self.orders.changed() => ordered.is_ok() && self.order(),
                 () = self.directives.closed() => false,
             };
             if !keep {
                 return;
             }
         }
+    }
+
+    /// Passes on the newest order, if there is one.
+    fn order(&mut self) -> bool {
+        let now = self.fleet.clock.now();
+        let order = self.orders.borrow_and_update().as_ref().map(|order| order.directive(now));
+        order.is_none_or(|order| self.send(worker_directive::Directive::Phase(order)))
     }
 
     /// `false`: the stream is over.
