@@ -1,0 +1,73 @@
+{{/* In the release's namespace. */}}
+{{- define "antiphon.rulesHere" -}}
+# Regions: routers and relays.
+- apiGroups: [antiphon.dev]
+  resources: [voiceregions]
+  verbs: [get, list, watch, patch]
+- apiGroups: [antiphon.dev]
+  resources: [voiceregions/status]
+  verbs: [get, patch]
+- apiGroups: [antiphon.dev]
+  resources: [voiceregions/finalizers]
+  verbs: [update]
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, list, watch, create, patch, delete]
+# Who of several operators leads.
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [get, create, update, patch]
+{{- end }}
+
+{{/* In every namespace that is served, the release's included. */}}
+{{- define "antiphon.rulesServed" -}}
+# Agents, their pools, and drains.
+- apiGroups: [antiphon.dev]
+  resources: [voiceagents, drains]
+  verbs: [get, list, watch, patch]
+- apiGroups: [antiphon.dev]
+  resources: [workerpools]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [antiphon.dev]
+  resources: [voiceagents/status, workerpools/status, drains/status]
+  verbs: [get, patch]
+- apiGroups: [antiphon.dev]
+  resources: [voiceagents/finalizers, workerpools/finalizers, drains/finalizers]
+  verbs: [update]
+# Workers.
+- apiGroups: [apps]
+  resources: [replicasets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch, patch, delete]
+# What they run with: identities among the Secrets. Kubernetes cannot limit this to Secrets of the operator's own.
+- apiGroups: [""]
+  resources: [serviceaccounts, secrets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, list, watch, create, patch, delete]
+{{- if .Values.certificates.issuerKind }}
+- apiGroups: [cert-manager.io]
+  resources: [certificates]
+  verbs: [get, list, watch, create, patch, delete]
+{{- end }}
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end }}
+
+{{/* Without a namespace. */}}
+{{- define "antiphon.rulesCluster" -}}
+# Drains of nodes: which are there, and which are being emptied.
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [get, list, watch]
+{{- end }}
