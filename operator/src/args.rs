@@ -27,6 +27,8 @@ pub enum Command {
     ApplyCrds(ApplyCrdsArgs),
     /// Drain and remove all of Antiphon's resources while the operator still runs.
     Teardown(TeardownArgs),
+    /// Prepare a member of the managed etcd before etcd itself starts: for an init container.
+    EtcdMember(crate::etcd_member::EtcdMemberArgs),
 }
 
 /// Where Antiphon lives.

@@ -15,6 +15,7 @@ mod context;
 pub mod controller;
 pub mod election;
 mod error;
+pub mod etcd_member;
 pub mod events;
 pub mod fence;
 pub mod labels;
