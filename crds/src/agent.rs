@@ -1,15 +1,29 @@
 //! `VoiceAgent`: what a platform team says about one realtime voice agent.
 #![expect(unreachable_pub, reason = "KubeSchema copies the types, with their visibility, into functions")]
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+mod lifecycle;
+mod status;
+mod worker;
+
+use std::collections::BTreeMap;
+
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     form,
+    pod::{self, SecretKeyRef, Toleration},
     time_span::{Range, TimeSpan},
 };
+
+pub use lifecycle::{
+    Autoscaling, Canary, Disruption, DrainPolicy, Privacy, Retention, RetentionPolicy, Rollout, RolloutStrategy,
+};
+pub(crate) use lifecycle::{DEADLINE, SCALE_DOWN_DELAY};
+pub use status::{AgentRegionStatus, RevisionStatus, VoiceAgentStatus, WorkerRevisionStatus};
+pub use worker::{EngineContainer, Worker};
+pub(crate) use worker::{STARTUP_DEADLINE, TERMINATION_GRACE};
 
 /// What the agent is and where it runs.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -26,12 +40,16 @@ use crate::{
     doc = "A realtime voice agent: the engine that speaks, the regions it runs in, and how its calls are to be treated. Antiphon runs the agent's workers in each region, places every call on one of them and keeps the call alive when workers come and go.",
     validation = Rule::new("self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("metadata.name must have at most 40 characters: lower-case letters, digits and '-', beginning with a letter and not ending with '-'"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
-    printcolumn(name = "Engine", type_ = "string", json_path = ".spec.engine.type"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason"),
     printcolumn(name = "Workers", type_ = "integer", json_path = ".status.readyReplicas"),
+    printcolumn(name = "Draining", type_ = "integer", json_path = ".status.draining"),
     printcolumn(name = "Sessions", type_ = "integer", json_path = ".status.sessions"),
     printcolumn(name = "Free", type_ = "integer", json_path = ".status.freeSlots"),
+    printcolumn(name = "Revisions", type_ = "string", json_path = ".status.sessionsByRevision"),
+    printcolumn(name = "Engine", type_ = "string", json_path = ".spec.engine.type", priority = 1),
     printcolumn(name = "Suspended", type_ = "boolean", json_path = ".spec.suspend", priority = 1),
     printcolumn(name = "Revision", type_ = "string", json_path = ".status.revision", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].message", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[cfg_attr(test, kube(cel))]
@@ -52,7 +70,8 @@ pub struct VoiceAgentSpec {
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub regions: Vec<RegionPool>,
 
-    /// What one worker needs.
+    /// What one worker is and needs. A change that changes the pod makes a new worker revision, which `rollout` brings
+    /// to the workers.
     #[serde(default)]
     pub worker: Worker,
 
@@ -80,13 +99,26 @@ pub struct VoiceAgentSpec {
     pub codecs: Vec<Codec>,
 
     /// Takes the agent out of service without deleting it: it gets no new calls, and its workers go as soon as the
-    /// calls they hold have ended or `drain.deadline` has passed.
+    /// calls they hold have ended or `disruption.deadline` has passed.
     #[serde(default)]
     pub suspend: bool,
 
+    /// How workers of a new worker revision replace the others.
+    #[serde(default)]
+    pub rollout: Rollout,
+
     /// How workers that have to go treat the calls they hold.
     #[serde(default)]
-    pub drain: Drain,
+    pub disruption: Disruption,
+
+    /// By what the number of workers follows the calls. Not acted upon yet: with or without it a pool has as many
+    /// workers as people or other autoscalers ask for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
+
+    /// What is kept of calls. Nothing, unless it says otherwise.
+    #[serde(default)]
+    pub privacy: Privacy,
 }
 
 /// The speech engine.
@@ -98,6 +130,11 @@ pub struct Engine {
     /// happened to it.
     #[serde(rename = "type")]
     pub engine_type: EngineType,
+
+    /// Entry of a Secret of the agent's namespace with the key for an engine that wants one. It is mounted into the
+    /// workers and read again whenever it changes, without a restart. Echo wants none and ignores it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_key_secret_ref: Option<SecretKeyRef>,
 }
 
 /// Kinds of speech engine.
@@ -144,17 +181,25 @@ pub struct RegionPool {
     #[serde(default = "hundred")]
     #[schemars(range(min = 1, max = 1_000))]
     pub weight: u32,
-}
 
-/// What one worker needs.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Worker {
-    /// Class of GPU that a worker runs on, one of the `gpuClasses` of each of the agent's regions, such as `l4` or
-    /// `h100`. Absent: workers need no GPU.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 63), regex(pattern = form::LABEL.pattern))]
-    pub gpu_class: Option<String>,
+    /// Residency zones that the region has to lie in, all of them, for the agent to run there, such as `eu`, at most 16.
+    /// A guard against a region that is not what its name promises. Empty: any zone will do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 63), regex(pattern = form::LABEL.pattern)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub residency: Vec<String>,
+
+    /// Labels that a worker's node must have here, besides those of `worker.nodeSelector`, at most 32. Clouds label
+    /// their GPUs differently.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "pod::label_values")]
+    pub node_selector: BTreeMap<String, String>,
+
+    /// Taints of nodes that workers run on here all the same, besides those of `worker.tolerations`, at most 32.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub tolerations: Vec<Toleration>,
 }
 
 /// Limits of calls.
@@ -246,77 +291,6 @@ pub enum Codec {
     L16At24k,
 }
 
-/// How workers leave.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Drain {
-    /// How long a worker that is to go keeps the calls it holds, 0s to 24h. New calls go elsewhere at once; calls still
-    /// there at the deadline are ended.
-    #[serde(default = "default_deadline")]
-    #[x_kube(validation = DEADLINE.rule())]
-    pub deadline: TimeSpan,
-}
-
-/// What became of the agent.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
-#[serde(rename_all = "camelCase")]
-pub struct VoiceAgentStatus {
-    /// `metadata.generation` that this status speaks of.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-
-    /// Revision of the agent's behaviour that new calls get: a hash of engine, turn taking and limits. A call keeps the
-    /// revision it began with.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64))]
-    pub revision: Option<String>,
-
-    /// Workers in all regions that can take calls.
-    #[serde(default)]
-    pub ready_replicas: u32,
-
-    /// Calls in all regions.
-    #[serde(default)]
-    pub sessions: u32,
-
-    /// Calls that could still be taken in all regions.
-    #[serde(default)]
-    pub free_slots: u32,
-
-    /// The same by region.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
-    pub regions: Vec<AgentRegionStatus>,
-
-    /// Ready: calls can be placed. Progressing: something is being changed. Degraded: something does not work, and what.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
-    pub conditions: Vec<Condition>,
-}
-
-/// What became of the agent in one region.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct AgentRegionStatus {
-    /// Name of the VoiceRegion.
-    #[schemars(length(min = 1, max = 40))]
-    pub name: String,
-
-    /// Workers that can take calls.
-    #[serde(default)]
-    pub ready_replicas: u32,
-
-    /// Calls.
-    #[serde(default)]
-    pub sessions: u32,
-
-    /// Calls that could still be taken.
-    #[serde(default)]
-    pub free_slots: u32,
-}
-
 impl Default for Sessions {
     fn default() -> Self {
         Self { slots_per_worker: default_slots(), per_tenant: None, longest: default_longest() }
@@ -339,18 +313,11 @@ impl Default for Latency {
     }
 }
 
-impl Default for Drain {
-    fn default() -> Self {
-        Self { deadline: default_deadline() }
-    }
-}
-
 pub(crate) const LONGEST: Range = Range::new("10s", "24h");
 pub(crate) const END_SILENCE: Range = Range::new("100ms", "5s");
 pub(crate) const MIN_SPEECH: Range = Range::new("20ms", "2s");
 pub(crate) const BUDGET: Range = Range::new("50ms", "10s");
 pub(crate) const RTT_CEILING: Range = Range::new("5ms", "5s");
-pub(crate) const DEADLINE: Range = Range::new("0s", "24h");
 
 // Defaults. serde wants functions.
 
@@ -400,8 +367,4 @@ fn default_rtt_ceiling() -> TimeSpan {
 
 fn default_rtt_ceiling_max() -> TimeSpan {
     TimeSpan::from_millis(300)
-}
-
-fn default_deadline() -> TimeSpan {
-    TimeSpan::from_secs(900)
 }

@@ -2,6 +2,12 @@
 //!
 //! The operator carries this plan out on Kubernetes, `antiphon up` on one machine; only the carrying out differs. No I/O,
 //! no clock: the same resources always give the same plan.
+//!
+//! [`compile`] takes a whole fleet and refuses it if anything is wrong, as `antiphon up` wants it. On a cluster resources
+//! come one by one and one that is wrong must not hold up the others: [`plan_regions`], [`plan_agent`], [`plan_pools`] and
+//! [`check_agent`] are the same for one resource at a time.
+
+mod worker;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,8 +19,10 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Codec, EngineType, FieldError, RegionPool, Resource, Serving, Tunnel, VoiceAgent, VoiceRegion, Workload, rules,
+    Codec, DrainPolicy, EngineType, FieldError, RegionPool, Resource, Serving, Tunnel, VoiceAgent, VoiceAgentSpec,
+    VoiceRegion, Workload, rules,
 };
+pub use worker::{WorkerTemplate, worker_revision};
 
 /// All parts of a fleet, each list in order of its names.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +60,8 @@ pub struct RegionPlan {
     pub relays: u16,
     /// How many routers it has.
     pub routers: u16,
+    /// Where routers of other clusters reach its routers, "HOST:PORT".
+    pub router_addresses: Vec<String>,
     /// Other regions reach its workers through its relays only.
     pub via_relays: bool,
 }
@@ -75,6 +85,8 @@ pub struct AgentPlan {
     pub codecs: Vec<Codec>,
     /// Calls of one tenant at a time; `None`: no limit.
     pub sessions_per_tenant: Option<u32>,
+    /// What becomes of the calls of a worker that is to go.
+    pub drain_policy: DrainPolicy,
     /// How long a worker that is to go keeps its calls.
     pub drain_deadline: Duration,
     /// Takes no calls and has no workers.
@@ -118,12 +130,27 @@ pub struct PoolPlan {
     pub agent: String,
     /// Name of the region.
     pub region: String,
-    /// How many workers there are.
+    /// How many workers there are as long as nobody asks for another number: see [`PoolLimits::replicas_for`].
     pub replicas: u32,
+    /// Limits of the agent here.
+    pub limits: PoolLimits,
     /// Calls one worker holds.
     pub slots: u32,
     /// Class of GPU a worker needs.
     pub gpu_class: Option<String>,
+}
+
+/// What bounds the number of workers of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolLimits {
+    /// Never fewer than these are counted as asked for.
+    pub min_replicas: u32,
+    /// Never more than these.
+    pub max_replicas: u32,
+    /// Multiplies what is asked for, 0..=1000.
+    pub capacity_percent: u16,
+    /// The agent is suspended: there are none.
+    pub suspended: bool,
 }
 
 /// The resources make no fleet.
@@ -172,18 +199,36 @@ pub fn compile(resources: &[Resource]) -> Result<FleetPlan, CompileError> {
             Resource::VoiceAgent(agent) => drop(agents.insert(agent.qualified_name(), agent)),
         }
     }
-    let pools = agents.iter().flat_map(|(name, agent)| plan_pools(name, agent, &regions)).collect();
-    let agents = agents.iter().map(|(name, agent)| plan_agent(name, agent)).collect();
+    let pools = agents.values().flat_map(|agent| plan_pools(agent, &regions)).collect();
+    let agents = agents.values().map(|agent| plan_agent(agent)).collect();
     Ok(FleetPlan { regions: plan_regions(&regions)?, agents, pools })
 }
 
-/// Workers of a pool: its least number times the region's capacity, rounded up, at most its largest number.
-pub fn replicas(pool: &RegionPool, capacity_percent: u16) -> u32 {
-    let scaled = (u64::from(pool.min_replicas) * u64::from(capacity_percent)).div_ceil(100);
-    u32::try_from(scaled).unwrap_or(u32::MAX).min(pool.max_replicas)
+/// Name of the WorkerPool of an agent in a region.
+pub fn pool_name(agent: &str, region: &str) -> String {
+    format!("{agent}-{region}")
 }
 
-fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPlan>, CompileError> {
+impl PoolLimits {
+    /// Workers that there are to be if `asked` are asked for: those within the limits, times the region's capacity,
+    /// rounded up, at most the largest number.
+    pub fn replicas_for(&self, asked: u32) -> u32 {
+        if self.suspended {
+            return 0;
+        }
+        let asked = asked.max(self.min_replicas).min(self.max_replicas);
+        let scaled = (u64::from(asked) * u64::from(self.capacity_percent)).div_ceil(100);
+        u32::try_from(scaled).unwrap_or(u32::MAX).min(self.max_replicas)
+    }
+}
+
+/// Everything about an agent that does not fit the regions of its fleet, by their names.
+pub fn check_agent(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<FieldError> {
+    rules::check_regions(agent, regions)
+}
+
+/// The regions of a fleet, in order of their names. Those without a number get the lowest free ones.
+pub fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPlan>, CompileError> {
     if regions.is_empty() {
         return Err(CompileError::NoRegions);
     }
@@ -211,18 +256,20 @@ fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPl
             serving: spec.serving,
             relays: spec.relay.replicas,
             routers: spec.router.replicas,
+            router_addresses: spec.router.addresses.clone(),
             via_relays: spec.tunnel == Tunnel::ViaRelays,
         });
     }
     Ok(plans)
 }
 
-fn plan_agent(name: &str, agent: &VoiceAgent) -> AgentPlan {
+/// One agent by itself.
+pub fn plan_agent(agent: &VoiceAgent) -> AgentPlan {
     let spec = &agent.spec;
     let placeable = spec.regions.iter().filter(|_| !spec.suspend);
     AgentPlan {
-        agent: name.to_owned(),
-        behaviour: plan_behaviour(agent),
+        agent: agent.qualified_name(),
+        behaviour: plan_behaviour(spec),
         regions: placeable
             .map(|region| AgentRegionPlan { region: region.name.clone(), weight: region.weight })
             .collect(),
@@ -231,21 +278,15 @@ fn plan_agent(name: &str, agent: &VoiceAgent) -> AgentPlan {
         rtt_ceiling_max: spec.latency.rtt_ceiling_max.duration(),
         codecs: spec.codecs.clone(),
         sessions_per_tenant: spec.sessions.per_tenant,
-        drain_deadline: spec.drain.deadline.duration(),
+        drain_policy: spec.disruption.policy,
+        drain_deadline: spec.disruption.deadline.duration(),
         suspended: spec.suspend,
     }
 }
 
-fn plan_behaviour(agent: &VoiceAgent) -> BehaviourPlan {
-    let spec = &agent.spec;
+fn plan_behaviour(spec: &VoiceAgentSpec) -> BehaviourPlan {
     BehaviourPlan {
-        revision: revision(&(
-            &spec.engine,
-            spec.workload,
-            &spec.turn_taking,
-            spec.sessions.longest,
-            spec.latency.budget,
-        )),
+        revision: behaviour_revision(spec),
         engine: spec.engine.engine_type,
         workload: spec.workload,
         end_silence: spec.turn_taking.end_silence.duration(),
@@ -256,27 +297,38 @@ fn plan_behaviour(agent: &VoiceAgent) -> BehaviourPlan {
     }
 }
 
-fn revision(behaviour: &impl Serialize) -> String {
-    let json = serde_json::to_vec(behaviour).expect("behaviour is plain data");
+/// Revision of an agent's behaviour: ten hex digits, a hash of what a worker has to know of its agent and of nothing
+/// that changes its pod.
+pub fn behaviour_revision(spec: &VoiceAgentSpec) -> String {
+    let latency_budget = spec.latency.budget;
+    revision(&(spec.engine.engine_type, spec.workload, &spec.turn_taking, spec.sessions.longest, latency_budget))
+}
+
+fn revision(content: &impl Serialize) -> String {
+    let json = serde_json::to_vec(content).expect("it is plain data");
     hex::encode(&Sha256::digest(json)[..5])
 }
 
-fn plan_pools(name: &str, agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<PoolPlan> {
+/// The pools of one agent, in order of their regions' names. A region that is not there has no capacity.
+pub fn plan_pools(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<PoolPlan> {
     let spec = &agent.spec;
-    let mut pools: Vec<PoolPlan> = spec
-        .regions
-        .iter()
-        .map(|region| {
-            let percent = regions.get(&region.name).map_or(0, |found| found.spec.capacity_percent);
-            PoolPlan {
-                agent: name.to_owned(),
-                region: region.name.clone(),
-                replicas: if spec.suspend { 0 } else { replicas(region, percent) },
-                slots: spec.sessions.slots_per_worker,
-                gpu_class: spec.worker.gpu_class.clone(),
-            }
-        })
-        .collect();
+    let plan = |pool: &RegionPool| {
+        let limits = PoolLimits {
+            min_replicas: pool.min_replicas,
+            max_replicas: pool.max_replicas,
+            capacity_percent: regions.get(&pool.name).map_or(0, |found| found.spec.capacity_percent),
+            suspended: spec.suspend,
+        };
+        PoolPlan {
+            agent: agent.qualified_name(),
+            region: pool.name.clone(),
+            replicas: limits.replicas_for(pool.min_replicas),
+            limits,
+            slots: spec.sessions.slots_per_worker,
+            gpu_class: spec.worker.gpu_class.clone(),
+        }
+    };
+    let mut pools: Vec<PoolPlan> = spec.regions.iter().map(plan).collect();
     pools.sort_by(|a, b| a.region.cmp(&b.region));
     pools
 }
@@ -320,20 +372,25 @@ mod tests {
     }
 
     #[test]
-    fn capacity_multiplies_workers_up_to_the_maximum() {
-        let pool =
-            |min_replicas, max_replicas| RegionPool { name: "a".to_owned(), min_replicas, max_replicas, weight: 100 };
-        for (min, max, percent, expected) in [
-            (2, 10, 100, 2),
-            (2, 10, 0, 0),
-            (2, 10, 1, 1),
-            (3, 10, 50, 2),
-            (2, 10, 1_000, 10),
-            (2, 3, 200, 3),
-            (0, 10, 1_000, 0),
-            (10_000, 10_000, 1_000, 10_000),
+    fn workers_asked_for_are_held_within_limits_and_multiplied_by_capacity() {
+        for (asked, min_replicas, max_replicas, capacity_percent, expected) in [
+            (2, 2, 10, 100, 2),
+            (0, 2, 10, 100, 2),
+            (5, 2, 10, 100, 5),
+            (11, 2, 10, 100, 10),
+            (2, 2, 10, 0, 0),
+            (2, 2, 10, 1, 1),
+            (3, 0, 10, 50, 2),
+            (2, 2, 10, 1_000, 10),
+            (2, 2, 3, 200, 3),
+            (0, 0, 10, 1_000, 0),
+            (u32::MAX, 0, 10_000, 1_000, 10_000),
+            // Two edits of one agent may cross: a limit is a limit.
+            (5, 9, 3, 100, 3),
         ] {
-            assert_eq!(replicas(&pool(min, max), percent), expected, "{min} {max} {percent}");
+            let limits = PoolLimits { min_replicas, max_replicas, capacity_percent, suspended: false };
+            assert_eq!(limits.replicas_for(asked), expected, "{asked} {limits:?}");
+            assert_eq!(PoolLimits { suspended: true, ..limits }.replicas_for(asked), 0);
         }
     }
 
@@ -378,6 +435,85 @@ mod tests {
         ] {
             assert_ne!(base, revision("[{name: a}]", changed), "{changed}");
         }
+    }
+
+    #[test]
+    fn worker_revision_changes_with_the_pod_alone() {
+        let of = |pools: &str, extra: &str| {
+            let text = agent(pools, extra);
+            let Resource::VoiceAgent(agent) =
+                manifest::parse(&[("a", &region("a", "")), ("t", &text)]).unwrap().remove(1)
+            else {
+                panic!("{text}")
+            };
+            worker_revision(&agent.spec, "a", "worker:1")
+        };
+        let base = of("[{name: a}]", "");
+        assert_eq!(base.len(), 10);
+        for same in [
+            "  turnTaking: {endSilence: 700ms}",
+            "  sessions: {longest: 30m}",
+            "  disruption: {deadline: 1m, safeToEvict: true}",
+            "  rollout: {strategy: DrainFirst, paused: true, rollbackTo: 4be6c2d0aa}",
+            "  suspend: true",
+            "  worker: {shards: 1, image: worker:1, tolerations: []}",
+        ] {
+            assert_eq!(base, of("[{name: a, maxReplicas: 7}]", same), "{same}");
+        }
+        let changed = [
+            "  sessions: {slotsPerWorker: 3}",
+            "  engine: {type: Echo, apiKeySecretRef: {name: a, key: b}}",
+            "  rollout: {restartedAt: 2026-11-21T18:00:00Z}",
+            "  worker: {shards: 2}",
+            "  worker: {image: worker:2}",
+            "  worker: {env: [{name: A, value: b}]}",
+            "  worker: {affinity: {nodeAffinity: {}}}",
+            "  worker: {resources: {requests: {cpu: 1}}}",
+            "  worker: {startupDeadline: 11m}",
+        ];
+        let mut revisions: Vec<String> = changed
+            .iter()
+            .map(|extra| match extra.strip_prefix("  engine: ") {
+                // It is there already.
+                Some(engine) => {
+                    let text = agent("[{name: a}]", "").replace("{type: Echo}", engine);
+                    let resources = manifest::parse(&[("a", &region("a", "")), ("t", &text)]).unwrap();
+                    let Resource::VoiceAgent(agent) = &resources[1] else { panic!("{text}") };
+                    worker_revision(&agent.spec, "a", "worker:1")
+                }
+                None => of("[{name: a}]", extra),
+            })
+            .collect();
+        revisions.push(of("[{name: a, nodeSelector: {gpu: l4}}]", ""));
+        revisions.push(of("[{name: a, tolerations: [{operator: Exists}]}]", ""));
+        revisions.push(base);
+        let distinct: BTreeSet<&String> = revisions.iter().collect();
+        assert_eq!(distinct.len(), revisions.len(), "{revisions:#?}");
+    }
+
+    #[test]
+    fn worker_revision_does_not_depend_on_the_order_of_fields() {
+        let of = |affinity: &str| {
+            let text = agent("[{name: a}]", &format!("  worker: {{affinity: {affinity}}}"));
+            let resources = manifest::parse(&[("a", &region("a", "")), ("t", &text)]).unwrap();
+            let Resource::VoiceAgent(agent) = &resources[1] else { panic!("{text}") };
+            worker_revision(&agent.spec, "a", "worker:1")
+        };
+        assert_eq!(
+            of("{podAffinity: {a: 1, b: 2}, nodeAffinity: {}}"),
+            of("{nodeAffinity: {}, podAffinity: {b: 2, a: 1}}")
+        );
+    }
+
+    #[test]
+    fn worker_revision_is_the_same_in_every_version_that_has_more_fields() {
+        let Resource::VoiceAgent(plain) =
+            manifest::parse(&[("t", &agent("[{name: a}]", "")), ("a", &region("a", ""))]).unwrap().remove(0)
+        else {
+            panic!("no agent")
+        };
+        // Hash of {"slots":16,"worker":{"image":"worker:1"}}: a new field with a default must not show here.
+        assert_eq!(worker_revision(&plain.spec, "a", "worker:1"), "b86a7373a6");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
 
-use crate::{VoiceAgent, VoiceRegion};
+use crate::{Drain, VoiceAgent, VoiceRegion, WorkerPool};
 
 /// One file of `crds/yaml`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,20 +15,33 @@ pub struct CrdFile {
     pub yaml: String,
 }
 
+/// All CustomResourceDefinitions as they are applied to a cluster, in order of their names.
+pub fn definitions() -> Vec<CustomResourceDefinition> {
+    crds().iter().map(|crd| serde_json::from_value(finished(crd)).expect("it was one before")).collect()
+}
+
 /// All CustomResourceDefinitions as files, in order of their names.
 pub fn files() -> Vec<CrdFile> {
-    [VoiceAgent::crd(), VoiceRegion::crd()].iter().map(file).collect()
+    crds().iter().map(file).collect()
+}
+
+fn crds() -> [CustomResourceDefinition; 4] {
+    [Drain::crd(), VoiceAgent::crd(), VoiceRegion::crd(), WorkerPool::crd()]
 }
 
 fn file(crd: &CustomResourceDefinition) -> CrdFile {
     let name = format!("{}.{}.yaml", crd.spec.group, crd.spec.names.plural);
+    let yaml = serde_saphyr::to_string(&finished(crd)).expect("JSON values are YAML values");
+    CrdFile { name, yaml: format!("{HEADER}{yaml}") }
+}
+
+fn finished(crd: &CustomResourceDefinition) -> Value {
     let mut value = serde_json::to_value(crd).expect("definitions are plain data");
     tidy(&mut value);
     bound_conditions(&mut value["spec"]["versions"][0]["schema"]["openAPIV3Schema"]);
     // Whatever order another crate's features make maps keep.
     value.sort_all_objects();
-    let yaml = serde_saphyr::to_string(&value).expect("JSON values are YAML values");
-    CrdFile { name, yaml: format!("{HEADER}{yaml}") }
+    value
 }
 
 /// Makes the schema what `kubectl explain` and the API server want to read: paragraphs of one line each, no formats that
@@ -111,8 +124,10 @@ mod tests {
         for (name, property) in schema["properties"].as_object().into_iter().flatten() {
             walk(&format!("{path}.{name}"), property, check);
         }
-        if schema["items"].is_object() {
-            walk(&format!("{path}[]"), &schema["items"], check);
+        for (name, mark) in [("items", "[]"), ("additionalProperties", "{}")] {
+            if schema[name].is_object() {
+                walk(&format!("{path}{mark}"), &schema[name], check);
+            }
         }
     }
 
@@ -133,7 +148,10 @@ mod tests {
         for (kind, schema) in schemas() {
             walk(&kind, &schema, &mut |path, node| {
                 // Items are documented by the list that holds them.
-                assert!(path.ends_with("[]") || node["description"].is_string(), "{path} has no description");
+                assert!(
+                    path.ends_with("[]") || path.ends_with("{}") || node["description"].is_string(),
+                    "{path} has no description"
+                );
             });
         }
     }
@@ -145,6 +163,8 @@ mod tests {
                 let bounded = match node["type"].as_str() {
                     Some("array") => node["maxItems"].is_u64(),
                     Some("string") => ["maxLength", "enum", "format"].iter().any(|bound| !node[bound].is_null()),
+                    Some("object") if !node["additionalProperties"].is_null() => node["maxProperties"].is_u64(),
+                    None => node["maxLength"].is_u64(),
                     _ => true,
                 };
                 assert!(bounded, "{path} is unbounded");
@@ -168,7 +188,8 @@ mod tests {
     fn schemas_are_structural() {
         for (kind, schema) in schemas() {
             walk(&kind, &schema, &mut |path, node| {
-                assert!(node["type"].is_string(), "{path} has no type");
+                let either = node["x-kubernetes-int-or-string"] == true;
+                assert!(node["type"].is_string() != either, "{path} has no type");
                 for keyword in ["oneOf", "anyOf", "allOf", "$ref", "uniqueItems"] {
                     assert!(node[keyword].is_null(), "{path} uses {keyword}");
                 }

@@ -1,12 +1,19 @@
 //! `VoiceRegion`: what operators say about one place where calls can be served.
 #![expect(unreachable_pub, reason = "KubeSchema copies the types, with their visibility, into functions")]
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+mod parts;
+mod status;
+
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::form;
+
+pub use parts::{
+    Ingress, IngressService, IngressType, Relay, RelayServiceType, Router, RouterService, RouterServiceType,
+};
+pub use status::{KeyStatus, PeerStatus, RegionPhase, VoiceRegionStatus};
 
 /// Where the region is, who builds it, and what it offers.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -28,13 +35,19 @@ use crate::form;
         label_selector_path = ".status.relaySelector"
     ),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
-    printcolumn(name = "Cloud", type_ = "string", json_path = ".spec.cloud"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
     printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
-    printcolumn(name = "Serving", type_ = "string", json_path = ".spec.serving"),
     printcolumn(name = "Capacity%", type_ = "integer", json_path = ".spec.capacityPercent"),
     printcolumn(name = "Relays", type_ = "integer", json_path = ".status.relays"),
+    printcolumn(name = "Routers", type_ = "integer", json_path = ".status.routers"),
+    printcolumn(name = "Workers", type_ = "integer", json_path = ".status.workers"),
     printcolumn(name = "Sessions", type_ = "integer", json_path = ".status.sessions"),
+    printcolumn(name = "Address", type_ = "string", json_path = ".status.relayAddresses[0]"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason"),
+    printcolumn(name = "Cloud", type_ = "string", json_path = ".spec.cloud", priority = 1),
     printcolumn(name = "Number", type_ = "integer", json_path = ".status.number", priority = 1),
+    printcolumn(name = "Keys", type_ = "integer", json_path = ".status.keys.minting", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].message", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[cfg_attr(test, kube(cel))]
@@ -111,56 +124,6 @@ pub struct Location {
     pub longitude: f64,
 }
 
-/// The relays of a region.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Relay {
-    /// Relays, 0 to 256. With two or more a call survives the loss of any one of them. `kubectl scale voiceregion`
-    /// sets this number.
-    #[serde(default = "two")]
-    #[schemars(range(min = 0, max = 256))]
-    pub replicas: u16,
-
-    /// How callers reach the relays of a cluster. `antiphon up` uses ports of this machine instead.
-    #[serde(default)]
-    pub ingress: Ingress,
-}
-
-/// How callers reach relays.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Ingress {
-    /// Service: a UDP Service of type LoadBalancer in front of the relays. HostPort: the port on each relay's node,
-    /// which needs a namespace where the restricted Pod Security profile is not enforced.
-    #[serde(default, rename = "type")]
-    pub ingress_type: IngressType,
-
-    /// UDP port that callers send to, 1 to 65535.
-    #[serde(default = "default_port")]
-    #[schemars(range(min = 1, max = 65_535))]
-    pub port: u16,
-}
-
-/// Kinds of ingress.
-#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IngressType {
-    /// A Service of type LoadBalancer.
-    #[default]
-    Service,
-    /// A port of the node.
-    HostPort,
-}
-
-/// The routers of a region.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Router {
-    /// Routers, 1 to 16. They share the region's store. `antiphon up` keeps the store in memory and runs one.
-    #[serde(default = "two")]
-    #[schemars(range(min = 1, max = 16))]
-    pub replicas: u16,
-}
-
 /// How relays of other regions reach the workers of a region.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Tunnel {
@@ -181,90 +144,8 @@ pub enum Serving {
     Cordoned,
 }
 
-/// What became of the region.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
-#[serde(rename_all = "camelCase")]
-pub struct VoiceRegionStatus {
-    /// `metadata.generation` that this status speaks of.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-
-    /// The region's number in connection IDs.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub number: Option<u16>,
-
-    /// Active, Cordoned, Draining, or Peer where another cluster builds the region.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub phase: Option<RegionPhase>,
-
-    /// Relays that forward packets.
-    #[serde(default)]
-    pub relays: u16,
-
-    /// Selects the pods of the relays; for `kubectl scale` and autoscalers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 512))]
-    pub relay_selector: Option<String>,
-
-    /// Where callers reach the relays, "ip:port".
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 256), inner(length(max = 64)))]
-    #[x_kube(merge_strategy = ListMerge::Set)]
-    pub relay_addresses: Vec<String>,
-
-    /// Calls that workers of the region hold.
-    #[serde(default)]
-    pub sessions: u32,
-
-    /// Ready: calls can be placed and forwarded. Progressing: something is being changed. Degraded: something does not
-    /// work, and what.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
-    pub conditions: Vec<Condition>,
-}
-
-/// What a region is doing.
-#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RegionPhase {
-    /// Takes new calls.
-    Active,
-    /// Keeps what it has and takes nothing new.
-    Cordoned,
-    /// Is being emptied.
-    Draining,
-    /// Is built by another cluster.
-    Peer,
-}
-
-impl Default for Relay {
-    fn default() -> Self {
-        Self { replicas: two(), ingress: Ingress::default() }
-    }
-}
-
-impl Default for Ingress {
-    fn default() -> Self {
-        Self { ingress_type: IngressType::default(), port: default_port() }
-    }
-}
-
-impl Default for Router {
-    fn default() -> Self {
-        Self { replicas: two() }
-    }
-}
-
 // Defaults. serde wants functions.
-
-fn two() -> u16 {
-    2
-}
 
 fn hundred() -> u16 {
     100
-}
-
-fn default_port() -> u16 {
-    4_433
 }

@@ -116,17 +116,23 @@ impl VoiceAgent {
         errors
     }
 
-    fn time_spans(&self) -> [(&'static str, TimeSpan, Range); 7] {
+    fn time_spans(&self) -> Vec<(&'static str, TimeSpan, Range)> {
         let spec = &self.spec;
-        [
+        let scale_down = spec.autoscaling.as_ref().map(|autoscaling| {
+            ("spec.autoscaling.scaleDownDelay", autoscaling.scale_down_delay, agent::SCALE_DOWN_DELAY)
+        });
+        let always = [
             ("spec.sessions.longest", spec.sessions.longest, agent::LONGEST),
             ("spec.turnTaking.endSilence", spec.turn_taking.end_silence, agent::END_SILENCE),
             ("spec.turnTaking.minSpeech", spec.turn_taking.min_speech, agent::MIN_SPEECH),
             ("spec.latency.budget", spec.latency.budget, agent::BUDGET),
             ("spec.latency.rttCeiling", spec.latency.rtt_ceiling, agent::RTT_CEILING),
             ("spec.latency.rttCeilingMax", spec.latency.rtt_ceiling_max, agent::RTT_CEILING),
-            ("spec.drain.deadline", spec.drain.deadline, agent::DEADLINE),
-        ]
+            ("spec.disruption.deadline", spec.disruption.deadline, agent::DEADLINE),
+            ("spec.worker.startupDeadline", spec.worker.startup_deadline, agent::STARTUP_DEADLINE),
+            ("spec.worker.terminationGrace", spec.worker.termination_grace, agent::TERMINATION_GRACE),
+        ];
+        always.into_iter().chain(scale_down).collect()
     }
 }
 
@@ -216,7 +222,7 @@ fn number_taken(number: u16, other: &str) -> FieldError {
 }
 
 /// Whether the regions of an agent exist and offer what it needs.
-fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<FieldError> {
+pub(crate) fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let residency = &agent.spec.placement.residency;
     for (index, pool) in agent.spec.regions.iter().enumerate() {
@@ -238,6 +244,11 @@ fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -
         if !residency.is_empty() && !residency.iter().any(|zone| offered.contains(zone)) {
             let problem = format!("lies in {}, not in {}", list(offered, "no residency zone"), list(residency, "any"));
             let hint = "remove the region from the agent, or change spec.placement.residency";
+            errors.push(FieldError::new(path.clone(), &name, problem, hint));
+        }
+        for zone in pool.residency.iter().filter(|zone| !offered.contains(zone)) {
+            let problem = format!("lies in {}, not in {zone}", list(offered, "no residency zone"));
+            let hint = "remove the region from the agent, or change its residency there";
             errors.push(FieldError::new(path.clone(), &name, problem, hint));
         }
         let classes = &region.spec.gpu_classes;
@@ -346,8 +357,8 @@ mod tests {
             ("/spec/latency/rttCeilingMax", json!("80ms"), true),
             ("/spec/latency/rttCeilingMax", json!("79ms"), false),
             ("/spec/latency/rttCeilingMax", json!("5001ms"), false),
-            ("/spec/drain/deadline", json!("0s"), true),
-            ("/spec/drain/deadline", json!("24h1s"), false),
+            ("/spec/disruption/deadline", json!("0s"), true),
+            ("/spec/disruption/deadline", json!("24h1s"), false),
         ] {
             let agent: VoiceAgent = with(agent(), pointer, value.clone());
             let (ours, theirs) = verdicts(&agent);

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::LazyLock};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::CustomResourceExt;
 use serde_json::{Map, Value};
@@ -58,8 +58,15 @@ struct Checker {
 
 impl Checker {
     fn value(&mut self, schema: &JSONSchemaProps, path: &FieldPath, value: &Value) {
-        let expected = schema.type_.as_deref().unwrap_or_default();
+        let expected = match schema.x_kubernetes_int_or_string {
+            Some(true) => INT_OR_STRING,
+            _ => schema.type_.as_deref().unwrap_or_default(),
+        };
         match (expected, value) {
+            (INT_OR_STRING, Value::String(text)) => self.string(schema, path, text),
+            (INT_OR_STRING, Value::Number(number)) if number.is_i64() || number.is_u64() => {
+                self.number(schema, path, value);
+            }
             ("object", Value::Object(map)) => self.object(schema, path, map),
             ("array", Value::Array(items)) => self.array(schema, path, items),
             ("string", Value::String(text)) => self.string(schema, path, text),
@@ -83,9 +90,21 @@ impl Checker {
     fn object(&mut self, schema: &JSONSchemaProps, path: &FieldPath, map: &Map<String, Value>) {
         let empty = BTreeMap::new();
         let properties = schema.properties.as_ref().unwrap_or(&empty);
+        let count = i64::try_from(map.len()).unwrap_or(i64::MAX);
+        if let Some(max) = schema.max_properties.filter(|max| count > *max) {
+            let problem = format!("has {count} entries, more than {max}");
+            self.errors.push(FieldError::without_value(path.clone(), problem, documentation(schema)));
+            return;
+        }
+        let others = match &schema.additional_properties {
+            Some(JSONSchemaPropsOrBool::Schema(others)) => Some(&**others),
+            _ => None,
+        };
+        let anything = schema.x_kubernetes_preserve_unknown_fields == Some(true);
         for (name, value) in map {
-            match properties.get(name) {
+            match properties.get(name).or(others) {
                 Some(property) => self.value(property, &path.field(name), value),
+                None if anything => {}
                 None => self.errors.push(unknown_field(&path.field(name), name, properties.keys())),
             }
         }
@@ -244,9 +263,13 @@ fn article(schema_type: &str) -> &'static str {
         "integer" => "a whole number",
         "number" => "a number",
         "boolean" => "a boolean",
+        INT_OR_STRING => "a whole number or a string",
         _ => "something else",
     }
 }
+
+/// Stands for the type of what is a whole number or a string.
+const INT_OR_STRING: &str = "int-or-string";
 
 /// Bytes of a word up to which a slip is looked for.
 const LONGEST_SLIP: usize = 64;
@@ -258,7 +281,8 @@ mod tests {
     use super::*;
 
     /// What `check` understands; anything else in a schema would be ignored silently.
-    const KEYWORDS: [&str; 19] = [
+    const KEYWORDS: [&str; 23] = [
+        "additionalProperties",
         "default",
         "description",
         "enum",
@@ -266,6 +290,7 @@ mod tests {
         "items",
         "maxItems",
         "maxLength",
+        "maxProperties",
         "maximum",
         "minItems",
         "minLength",
@@ -276,8 +301,10 @@ mod tests {
         "properties",
         "required",
         "type",
+        "x-kubernetes-int-or-string",
         "x-kubernetes-list-map-keys",
         "x-kubernetes-list-type",
+        "x-kubernetes-preserve-unknown-fields",
         // Checked by `rules`.
         "x-kubernetes-validations",
     ];
@@ -287,8 +314,10 @@ mod tests {
         for property in schema["properties"].as_object().into_iter().flatten() {
             keywords(property.1, found);
         }
-        if schema["items"].is_object() {
-            keywords(&schema["items"], found);
+        for inner in ["items", "additionalProperties"].map(|name| &schema[name]) {
+            if inner.is_object() {
+                keywords(inner, found);
+            }
         }
     }
 
