@@ -109,6 +109,7 @@ spec:
         - name: {{ .name }}
           image: {{ include "antiphon.image" (dict "root" $root "name" "operator") }}
           imagePullPolicy: {{ $root.Values.images.pullPolicy }}
+          command: [/antiphon-operator]
           args:
             {{- range .arguments }}
             - {{ . | quote }}
