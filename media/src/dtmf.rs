@@ -2,6 +2,8 @@
 //!
 //! A digit is its hexadecimal value: 0 to 9 and A to D are the keys of those names, 14 is `*`, 15 is `#`.
 
+pub(crate) mod align;
+
 use std::time::Duration;
 
 use crate::levels;

@@ -1,6 +1,6 @@
 //! What a caller says in a call of several turns, and the codes that make each turn unmistakable.
 //!
-//! Turn k is to be said when the answer to turn k − 1 has been heard. Each turn is four DTMF digits of 80 ms (the
+//! Turn k is to be said when the answer to turn k − 1 has been heard. Each turn is four DTMF digits of 120 ms (the
 //! code), 50 ms apart, 150 ms of pause, then speech.
 
 use std::time::Duration;
@@ -73,7 +73,7 @@ fn next_code(state: &mut u64) -> u16 {
     ((mixed ^ mixed >> 31) as u16).max(1)
 }
 
-const DIGIT: Duration = Duration::from_millis(80);
+const DIGIT: Duration = Duration::from_millis(120);
 const GAP: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(150);
 

@@ -176,33 +176,48 @@ impl Report {
 /// Compares a recording at `rate` with what was said.
 pub fn verify(said: &[Said<'_>], recording: &[i16], rate: u32) -> Report {
     let found = find_receipts(recording, rate);
-    let mut problems = Vec::new();
-    let mut answers = Vec::new();
-    for (index, FoundReceipt { samples, receipt }) in found.iter().enumerate() {
-        // Each answer lasts until the next receipt, readable or not.
-        let end = found.get(index + 1).map_or(recording.len(), |next| next.samples.start);
-        match *receipt {
-            Ok(receipt) => answers.push(Answer { receipt, begin: samples.start, words: samples.end..end }),
-            Err(error) => problems.push(Problem::UnreadableReceipt { at: time(samples.start, rate), error }),
-        }
-    }
-    let mut taken = vec![false; answers.len()];
+    // Each answer lasts until the next receipt, readable or not.
+    let end = |index: usize| found.get(index + 1).map_or(recording.len(), |next| next.samples.start);
+    let owner = only_owner(&found);
+    let mut taken = vec![false; found.len()];
     let mut expected_chain = 0;
     let mut turns = Vec::with_capacity(said.len());
     for (number, said) in (1..).zip(said) {
         expected_chain = receipt::chain(expected_chain, said.code);
-        let own = (0..answers.len()).find(|&index| !taken[index] && answers[index].receipt.turn == number as u8);
-        let Some(index) = own else {
+        let of_turn = |receipt: &Receipt| receipt.turn == number as u8;
+        let own = (0..found.len()).filter(|&index| !taken[index]);
+        let expected = own.clone().find_map(|index| {
+            let receipt = found[index].as_answer(number as u8, expected_chain, owner)?;
+            Some((index, receipt))
+        });
+        let another = || own.clone().find_map(|index| Some((index, found[index].receipt.ok().filter(of_turn)?)));
+        let Some((index, heard)) = expected.or_else(another) else {
             turns.push(unanswered(number, expected_chain));
             continue;
         };
         taken[index] = true;
-        turns.push(judge(number, expected_chain, said, &answers[index], recording, rate));
+        let samples = &found[index].samples;
+        // Its last tones may be lost or damaged.
+        let over = samples.end.max(samples.start + self::samples(receipt::DURATION, rate)).min(end(index));
+        let answer = Answer { receipt: heard, begin: samples.start, words: over..end(index) };
+        turns.push(judge(number, expected_chain, said, &answer, recording, rate));
     }
-    for (answer, _) in answers.iter().zip(&taken).filter(|&(_, &taken)| !taken) {
-        problems.push(Problem::UnexpectedAnswer { turn: answer.receipt.turn, at: time(answer.begin, rate) });
-    }
-    Report { turns, problems }
+    let left = found.iter().zip(&taken).filter(|&(_, &taken)| !taken);
+    let problems = left.map(|(FoundReceipt { samples, receipt, .. }, _)| {
+        let at = time(samples.start, rate);
+        match *receipt {
+            Ok(receipt) => Problem::UnexpectedAnswer { turn: receipt.turn, at },
+            Err(error) => Problem::UnreadableReceipt { at, error },
+        }
+    });
+    Report { turns, problems: problems.collect() }
+}
+
+/// Nonce and epoch of the receipts that can be read, if they agree.
+fn only_owner(found: &[FoundReceipt]) -> Option<(u16, u8)> {
+    let mut owners = found.iter().filter_map(|found| found.receipt.ok()).map(|receipt| (receipt.nonce, receipt.epoch));
+    let first = owners.next()?;
+    owners.all(|owner| owner == first).then_some(first)
 }
 
 struct Answer {

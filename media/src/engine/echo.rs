@@ -4,10 +4,14 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::{AnswerFrame, Engine, PlayoutReport};
+use crate::dtmf::{
+    self,
+    align::{self, Aligner, Place, Slack, Sound},
+};
 use crate::format::{FRAME_POSITIONS, SESSION_CLOCK};
+use crate::levels;
 use crate::receipt::{self, Receipt};
 use crate::turn::TurnEvent;
-use crate::{dtmf, levels};
 
 /// What distinguishes one echo from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -266,20 +270,23 @@ impl Engine for ForgetfulEcho {
 }
 
 /// The four digits that a turn begins with, or 0.
+///
+/// Two clear digits say that there is a code. Which one, the sequence as a whole says, read at the pace of
+/// [`crate::script`]: where packets were lost a digit may be missing, or look like two.
 pub fn opening_code(words: &[i16], rate: u32) -> u16 {
     let samples = |millis: u32| (rate / 1000 * millis) as usize;
     let opening = &words[..words.len().min(samples(2000))];
-    let mut digits = [0; 4];
-    let mut latest = samples(700);
-    let mut found = dtmf::detect(opening, rate).into_iter();
-    for digit in &mut digits {
-        let Some(detection) = found.next().filter(|detection| detection.begin <= latest) else {
-            return 0;
-        };
-        *digit = detection.digit;
-        latest = detection.end + samples(300);
+    let clear = dtmf::detect(opening, rate);
+    if clear.iter().filter(|digit| digit.begin <= samples(1400)).count() < 2 {
+        return 0;
     }
-    receipt::code_from_digits(digits)
+    let places = [CODE_DIGIT, CODE_GAP, CODE_DIGIT, CODE_GAP, CODE_DIGIT, CODE_GAP, CODE_DIGIT];
+    let Some(reading) = Aligner::new(&align::moments(opening, rate)).read(&places, ANYWHERE) else {
+        return 0;
+    };
+    let found = [0, 2, 4, 6].map(|place| reading.found[place]);
+    let heard = found.iter().map(|found| found.explained).sum::<f32>() / found.len() as f32;
+    if heard < LEAST_HEARD { 0 } else { receipt::code_from_digits(found.map(|found| found.digit)) }
 }
 
 /// Samples before the first audible 10 ms, less 20 ms.
@@ -304,6 +311,16 @@ const REMEMBERED_TURNS: usize = 64;
 
 /// Answers that wait while another is being said (only if the agent cannot be interrupted).
 const WAITING_RESPONSES: usize = 1;
+
+/// A digit of a code is 120 ms long and 50 ms apart from the next; 10 ms a step.
+const CODE_DIGIT: Place = Place { sound: Sound::Any, shortest: 7, usual: 12, longest: 17 };
+const CODE_GAP: Place = Place { sound: Sound::Pause, shortest: 2, usual: 5, longest: 9 };
+
+/// A code begins within 700 ms and may end any time before the opening does.
+const ANYWHERE: Slack = Slack { before: 70, after: 200, cost: 0.0 };
+
+/// Of the four digits' time, how much has to be explained: one of them may be lost.
+const LEAST_HEARD: f32 = 0.5;
 
 #[cfg(test)]
 mod tests;

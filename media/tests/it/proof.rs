@@ -1,10 +1,11 @@
 //! The verifier passes what is right and names what is wrong.
 
-use antiphon_media::engine::{EchoSettings, Engine, ForgetfulEcho};
+use antiphon_media::engine::{EchoSettings, Engine, ForgetfulEcho, opening_code};
 use antiphon_media::format::AudioFormat;
 use antiphon_media::levels;
 use antiphon_media::script::Script;
-use antiphon_media::verify::{Problem, Said, verify};
+use antiphon_media::speech::{self, Utterance};
+use antiphon_media::verify::{Problem, Said, find_receipts, verify};
 
 use crate::call::{CLEAN, Call, Manners, Network, call, echo};
 
@@ -43,6 +44,37 @@ fn right_answers_pass_in_every_format_on_clean_and_lossy_networks() {
                 assert!(turn.longest_silence.as_millis() <= 240, "{:?}", turn.longest_silence);
             }
         }
+    }
+}
+
+#[test]
+fn one_packet_in_twenty_lost_and_60_ms_of_jitter_leave_nothing_in_doubt() {
+    let poor = Network { loss_percent: 5, jitter_ms: 60 };
+    for format in [AudioFormat::Opus, AudioFormat::L16At24k] {
+        for seed in 100..120 {
+            let report = echo_call(format, poor, seed).report();
+            let problems: Vec<_> = report.all_problems().map(ToString::to_string).collect();
+            assert!(report.passed(), "{format:?} {seed}: {problems:?}");
+            assert_eq!(report.owners(), [(0xbeef, 1)]);
+        }
+    }
+}
+
+#[test]
+fn a_receipt_of_another_history_is_not_taken_for_a_damaged_one() {
+    let call = echo_call(AudioFormat::Opus, CLEAN, 7);
+    let found = find_receipts(&call.recording, call.rate);
+    let own = found[1].receipt.unwrap();
+    assert_eq!(found[1].as_answer(own.turn, own.chain, None), Some(own));
+    for (turn, chain) in [(own.turn, own.chain ^ 0x1100_0000), (own.turn ^ 0x11, own.chain), (own.turn, !own.chain)] {
+        assert_eq!(found[1].as_answer(turn, chain, Some((own.nonce, own.epoch))), None, "{turn} {chain:08x}");
+    }
+}
+
+#[test]
+fn speech_without_a_code_has_none() {
+    for utterance in Utterance::ALL {
+        assert_eq!(opening_code(&utterance.pcm(), speech::RATE), 0, "{utterance:?}");
     }
 }
 
