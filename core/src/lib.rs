@@ -8,12 +8,15 @@
 
 pub mod cid;
 pub mod clock;
+pub mod drain;
 pub mod generation;
 pub mod geo;
 pub mod id;
 pub mod keys;
 pub mod lease;
 pub mod placement;
+pub mod pool;
+pub mod rollout;
 pub mod sketch;
 pub mod tunnel;
 pub mod varint;
