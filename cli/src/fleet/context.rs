@@ -13,6 +13,8 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tonic::transport::Channel;
 
+use crate::present::from_environment;
+
 /// One region's router.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -46,11 +48,15 @@ pub struct Context {
 }
 
 impl Context {
-    /// Reads a fleet's context.
+    /// Reads a fleet's context: of the fleet in `dir`, unless the environment names the routers of another one.
     ///
     /// # Errors
-    /// No fleet has run in `dir`, or the file is not what it should be.
+    /// No fleet has run in `dir`, the file is not what it should be, or what the environment says is unusable.
     pub fn load(dir: &Path) -> anyhow::Result<Self> {
+        if let Some(routers) = from_environment(ROUTERS) {
+            let ca = from_environment(CA).with_context(|| format!("{ROUTERS} is set and {CA} is not"))?;
+            return Self::elsewhere(&routers.to_string_lossy(), Path::new(&ca), dir);
+        }
         let path = dir.join(FILE);
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -62,6 +68,31 @@ impl Context {
             read => read.with_context(|| path.display().to_string())?,
         };
         serde_json::from_str(&text).with_context(|| format!("{} is not a fleet's context", path.display()))
+    }
+
+    /// A fleet that runs elsewhere, of which only the public API is known. `routers` is `REGION=HOST:PORT`, with commas.
+    fn elsewhere(routers: &str, ca: &Path, dir: &Path) -> anyhow::Result<Self> {
+        let router = |entry: &str| {
+            let (region, public) = entry
+                .trim()
+                .split_once('=')
+                .filter(|(region, public)| !region.is_empty() && public.contains(':'))
+                .with_context(|| format!("{ROUTERS}: {entry}: expected REGION=HOST:PORT"))?;
+            Ok(RouterContext {
+                region: region.to_owned(),
+                public: public.to_owned(),
+                internal: String::new(),
+                server_name: format!("router.{region}.antiphon.internal"),
+                latitude: f64::NAN,
+                longitude: f64::NAN,
+            })
+        };
+        Ok(Self {
+            routers: routers.split(',').map(router).collect::<anyhow::Result<_>>()?,
+            ca_pem: fs::read_to_string(ca).with_context(|| format!("{CA}: {}", ca.display()))?,
+            operator_identity: dir.join("operator"),
+            api_key_file: key_path(dir),
+        })
     }
 
     pub(super) fn save(&self, dir: &Path) -> anyhow::Result<()> {
@@ -143,3 +174,39 @@ pub(crate) fn new_key() -> ApiKey {
 }
 
 const FILE: &str = "fleet.json";
+/// Routers of a fleet that runs elsewhere: `REGION=HOST:PORT`, with commas.
+const ROUTERS: &str = "ANTIPHON_ROUTERS";
+/// File with that fleet's trust anchor.
+const CA: &str = "ANTIPHON_CA";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fleet_elsewhere_is_known_by_its_routers_and_trust_anchor() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ca = dir.path().join("ca.pem");
+        fs::write(&ca, "PEM").expect("writable");
+        let context =
+            Context::elsewhere("here=10.0.0.7:7443, there=router.example:7443", &ca, dir.path()).expect("well-formed");
+        assert_eq!(context.ca_pem, "PEM");
+        let [here, there] = &context.routers[..] else { panic!("two") };
+        assert_eq!((here.region.as_str(), here.public.as_str()), ("here", "10.0.0.7:7443"));
+        assert_eq!(there.server_name, "router.there.antiphon.internal");
+        let nearest = context.nearest(Some((50.0, 8.0))).expect("a router");
+        assert_eq!(nearest.region, "here", "the first, as nobody knows where they are");
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_environment_is_said() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ca = dir.path().join("ca.pem");
+        let error = Context::elsewhere("here=10.0.0.7:7443", &ca, dir.path()).expect_err("no file");
+        assert!(format!("{error:#}").contains("ANTIPHON_CA: "), "{error:#}");
+        for wrong in ["here", "here=", "=10.0.0.7:7443", "here=10.0.0.7", ""] {
+            let error = Context::elsewhere(wrong, &ca, dir.path()).expect_err(wrong);
+            assert!(error.to_string().contains("expected REGION=HOST:PORT"), "{error:#}");
+        }
+    }
+}
