@@ -29,11 +29,11 @@ use tokio::time::timeout;
 use tonic::transport::Channel;
 
 pub use address::Subnet;
+pub(crate) use antiphon_records::key as key_record;
 pub use context::{Context, RouterContext};
 pub(crate) use context::{ca_path, key_path, new_key};
 pub(crate) use process::ADMIN;
 pub use process::{Kind, Process, ProcessSpec};
-pub(crate) use records::key_record;
 
 use identities::Identities;
 use process::find_binaries;
@@ -360,7 +360,7 @@ fn layout(
             for index in 0..pool.replicas {
                 let name = format!("{}-{index}", pool.agent.replace('/', "-"));
                 let ip = subnet.take()?;
-                let dir = identities.issue(&name, Role::Worker, &region.name, Some(ip))?;
+                let dir = identities.issue_worker(&name, &region.name, &pool.agent, ip)?;
                 specs.push(ProcessSpec::worker(&name, pool, ip, dir, &internal, options.stop_deadline));
             }
         }

@@ -22,16 +22,17 @@ mod records;
 mod refusals;
 mod store;
 
-use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use antiphon_core::keys::FleetRoot;
 use antiphon_runtime::{
     Tasks,
     admin::{self, Readiness},
     pki::{Identity, Role},
+    private_file::read_secret,
     shutdown, telemetry,
 };
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
@@ -176,20 +177,16 @@ async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, readiness: Readiness, tasks:
     Ok(())
 }
 
-/// Reads the fleet root. The file must be nobody's but its owner's.
+/// Reads the fleet root, which nobody else may read.
 fn load_root(path: &Path) -> anyhow::Result<FleetRoot> {
-    let shown = path.display();
-    let metadata = std::fs::metadata(path).with_context(|| format!("fleet root {shown}"))?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        bail!("fleet root {shown} has mode {mode:o}: others can read it; chmod 600 it");
-    }
-    let text = std::fs::read_to_string(path).with_context(|| format!("fleet root {shown}"))?;
-    FleetRoot::from_hex(&text).with_context(|| format!("fleet root {shown}"))
+    let text = read_secret(path).context("fleet root")?;
+    FleetRoot::from_hex(text.trim_end()).with_context(|| format!("fleet root {}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -201,8 +198,8 @@ mod tests {
         set(0o600);
         assert!(load_root(&path).is_ok());
         set(0o640);
-        let error = load_root(&path).unwrap_err().to_string();
-        assert!(error.ends_with("has mode 640: others can read it; chmod 600 it"), "{error}");
+        let error = format!("{:#}", load_root(&path).unwrap_err());
+        assert!(error.ends_with("has mode 640: its group can read it; chmod 600 it"), "{error}");
         set(0o600);
         std::fs::write(&path, "42").unwrap();
         let error = format!("{:#}", load_root(&path).unwrap_err());

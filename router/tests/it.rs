@@ -18,6 +18,8 @@ mod keys;
 mod limits;
 #[path = "it/openapi.rs"]
 mod openapi;
+#[path = "it/orders.rs"]
+mod orders;
 #[path = "it/peering.rs"]
 mod peering;
 #[path = "it/placement.rs"]

@@ -39,7 +39,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem:
 
 use crate::{
     Tasks,
-    pki::{PeerName, PkiError, write_secret},
+    pki::{PeerName, PkiError, agents_of_certificate, write_secret},
+    private_file::read_secret,
     tls::provider,
 };
 
@@ -97,7 +98,8 @@ impl Identity {
     /// Reads `cert.pem`, `key.pem` and `ca.pem` from a directory.
     ///
     /// # Errors
-    /// A file is missing or is not what it should be, or they do not fit together, or are not valid now.
+    /// A file is missing or is not what it should be, others can read the key, or they do not fit together, or are not
+    /// valid now.
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         let origin = Origin { dir: dir.to_owned(), taken: Stamp::of(dir) };
         Self::read(Files::load(dir)?, Some(origin), SystemTime::now())
@@ -150,6 +152,12 @@ impl Identity {
     #[must_use]
     pub fn peer(&self) -> &PeerName {
         &self.shared.peer
+    }
+
+    /// The agents, `namespace/name`, that the certificate in force lets a worker serve.
+    #[must_use]
+    pub fn agents(&self) -> Vec<String> {
+        agents_of_certificate(&self.certificate()).unwrap_or_default()
     }
 
     /// Certificate in force, PEM.
@@ -264,7 +272,8 @@ impl Files {
             let path = dir.join(name);
             fs::read_to_string(&path).map_err(|source| PkiError::File { path, source })
         };
-        Ok(Self { certificate_pem: read(CERT_FILE)?, key_pem: read(KEY_FILE)?, ca_pem: read(CA_FILE)? })
+        let key_pem = |name: &str| read_secret(&dir.join(name));
+        Ok(Self { certificate_pem: read(CERT_FILE)?, key_pem: key_pem(KEY_FILE)?, ca_pem: read(CA_FILE)? })
     }
 
     fn ca(&self) -> Result<CertificateDer<'static>, PkiError> {

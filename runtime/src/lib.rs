@@ -3,8 +3,10 @@
 
 pub mod admin;
 mod identity;
+pub mod members;
 pub mod pki;
 pub mod private_dir;
+pub mod private_file;
 pub mod shutdown;
 pub mod tasks;
 pub mod telemetry;

@@ -1,7 +1,9 @@
 //! The fleet's own issuer and the identities that processes present to each other.
 //!
-//! Every certificate carries two DNS names: `NAME.ROLE.REGION.antiphon.internal`, which one process only holds, and
-//! `ROLE.REGION.antiphon.internal`, which its siblings share. The issuer's key is derived from the fleet root, and so
+//! Every certificate carries two DNS names: `NAME.ROLE.REGION.antiphon.internal`, which is the process's own, and
+//! `ROLE.REGION.antiphon.internal`, which its siblings share. Processes that are made from one template may hold one
+//! certificate together: it covers NAME and `NAME-…`. A worker's also names the agent that it may serve, as
+//! `AGENT.NAMESPACE.agents.worker.antiphon.internal`. The issuer's key is derived from the fleet root, and so
 //! is its certificate, byte for byte, so that every region that holds the root has the same trust anchor.
 
 use std::{
@@ -17,9 +19,10 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber,
 };
-use rustls_pki_types::PrivatePkcs8KeyDer;
+use rustls_pki_types::{PrivatePkcs8KeyDer, pem::PemObject as _};
 
 pub use crate::identity::Identity;
+use crate::private_file::SecretError;
 
 /// What a process is; decides what it may ask of whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,6 +87,9 @@ pub enum PkiError {
         /// What the system said.
         source: io::Error,
     },
+    /// A private key that others can read.
+    #[error(transparent)]
+    Exposed(SecretError),
     /// A part of an identity is not the PEM that it should be.
     #[error("not a valid PEM {0}")]
     Pem(&'static str),
@@ -111,6 +117,15 @@ pub enum PkiError {
     Issue(#[from] rcgen::Error),
 }
 
+impl From<SecretError> for PkiError {
+    fn from(error: SecretError) -> Self {
+        match error {
+            SecretError::File { path, source } => Self::File { path, source },
+            SecretError::Exposed { .. } => Self::Exposed(error),
+        }
+    }
+}
+
 impl PeerName {
     /// Checks the labels.
     ///
@@ -127,7 +142,15 @@ impl PeerName {
         Ok(Self { name: name.to_owned(), role, region: region.to_owned() })
     }
 
-    /// The name that only this process holds.
+    /// Whether who holds this certificate may go by a name: the certificate's, or that with a dash and more behind it.
+    #[must_use]
+    pub fn covers(&self, name: &str) -> bool {
+        let rest = name.strip_prefix(&self.name);
+        let legal = Self::new(name, self.role, &self.region).is_ok();
+        legal && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    }
+
+    /// The name in its certificate.
     #[must_use]
     pub fn dns(&self) -> String {
         format!("{}.{}", self.name, shared_dns(self.role, &self.region))
@@ -138,15 +161,50 @@ impl PeerName {
     /// # Errors
     /// [`PkiError::NotOurs`].
     pub fn of_certificate(der: &[u8]) -> Result<Self, PkiError> {
-        use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
-        let (_, certificate) = X509Certificate::from_der(der).map_err(|_| PkiError::NotOurs)?;
-        let names = certificate.subject_alternative_name().map_err(|_| PkiError::NotOurs)?.ok_or(PkiError::NotOurs)?;
-        let ours = |name: &GeneralName<'_>| match name {
-            GeneralName::DNSName(dns) => dns.parse().ok(),
-            _ => None,
-        };
-        names.value.general_names.iter().find_map(ours).ok_or(PkiError::NotOurs)
+        dns_names(der)?.iter().find_map(|dns| dns.parse().ok()).ok_or(PkiError::NotOurs)
     }
+}
+
+/// The agents, `namespace/name`, that the holder of a verified certificate (DER) may serve.
+///
+/// # Errors
+/// [`PkiError::NotOurs`].
+pub fn agents_of_certificate(der: &[u8]) -> Result<Vec<String>, PkiError> {
+    let agent = |dns: &String| {
+        let (name, namespace) = dns.strip_suffix(AGENTS)?.strip_suffix('.')?.split_once('.')?;
+        let legal = |label: &str| PeerName::new(label, Role::Worker, label).is_ok();
+        (legal(name) && legal(namespace)).then(|| format!("{namespace}/{name}"))
+    };
+    Ok(dns_names(der)?.iter().filter_map(agent).collect())
+}
+
+fn dns_names(der: &[u8]) -> Result<Vec<String>, PkiError> {
+    use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|_| PkiError::NotOurs)?;
+    let names = certificate.subject_alternative_name().map_err(|_| PkiError::NotOurs)?.ok_or(PkiError::NotOurs)?;
+    let dns = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(dns) => Some((*dns).to_owned()),
+        _ => None,
+    };
+    Ok(names.value.general_names.iter().filter_map(dns).collect())
+}
+
+/// The DNS names of a process's certificate, its own first; `agent`, `namespace/name`, is what a worker serves.
+///
+/// Whoever issues certificates in our place (cert-manager) needs them, and the addresses, if any.
+///
+/// # Errors
+/// [`PkiError::BadLabel`] of the agent.
+pub fn dns_names_of(peer: &PeerName, agent: Option<&str>) -> Result<Vec<String>, PkiError> {
+    let mut names = vec![peer.dns(), shared_dns(peer.role, &peer.region)];
+    if let Some(agent) = agent {
+        let (namespace, name) = agent.split_once('/').ok_or_else(|| PkiError::BadLabel(agent.to_owned()))?;
+        for label in [namespace, name] {
+            PeerName::new(label, Role::Worker, label)?;
+        }
+        names.push(format!("{name}.{namespace}.{AGENTS}"));
+    }
+    Ok(names)
 }
 
 impl FromStr for PeerName {
@@ -179,6 +237,7 @@ pub fn shared_dns(role: Role, region: &str) -> String {
 /// The fleet's certificate authority.
 pub struct FleetCa {
     certificate_pem: String,
+    key_pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -206,7 +265,25 @@ impl FleetCa {
         params.not_before = rcgen::date_time_ymd(2024, 1, 1);
         params.not_after = rcgen::date_time_ymd(2124, 1, 1);
         let certificate_pem = params.self_signed(&key)?.pem();
-        Ok(Self { certificate_pem, issuer: Issuer::new(params, key) })
+        let key_pem = key.serialize_pem();
+        Ok(Self { certificate_pem, key_pem, issuer: Issuer::new(params, key) })
+    }
+
+    /// The authority from its key alone, PEM (PKCS #8, Ed25519): whoever has only that needs no fleet root.
+    ///
+    /// # Errors
+    /// It is no Ed25519 key in PKCS #8.
+    pub fn from_key_pem(key_pem: &str) -> Result<Self, PkiError> {
+        let key = PrivatePkcs8KeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| PkiError::Pem("issuer's key"))?;
+        let seed = key.secret_pkcs8_der().strip_prefix(&PKCS8_ED25519_PREFIX);
+        let seed = seed.and_then(|seed| seed.first_chunk()).ok_or(PkiError::Pem("Ed25519 key"))?;
+        Self::from_seed(seed)
+    }
+
+    /// The authority's own key, PEM (PKCS #8). Whoever holds it can make himself any process of the fleet.
+    #[must_use]
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
     }
 
     /// The trust anchor, PEM.
@@ -220,7 +297,21 @@ impl FleetCa {
     /// # Errors
     /// The key library refuses.
     pub fn issue(&self, peer: &PeerName, addresses: &[IpAddr], now: SystemTime) -> Result<Identity, PkiError> {
-        let mut params = CertificateParams::new(vec![peer.dns(), shared_dns(peer.role, &peer.region)])?;
+        self.issue_for(peer, None, addresses, now)
+    }
+
+    /// The same for a worker, with the agent, `namespace/name`, that it may serve.
+    ///
+    /// # Errors
+    /// The agent has a bad name, or the key library refuses.
+    pub fn issue_for(
+        &self,
+        peer: &PeerName,
+        agent: Option<&str>,
+        addresses: &[IpAddr],
+        now: SystemTime,
+    ) -> Result<Identity, PkiError> {
+        let mut params = CertificateParams::new(dns_names_of(peer, agent)?)?;
         params.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, peer.to_string());
@@ -252,6 +343,8 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), PkiError> {
 
 /// Suffix of every name in the fleet.
 pub const DOMAIN: &str = "antiphon.internal";
+/// Behind the name and the namespace of an agent that a worker may serve.
+const AGENTS: &str = "agents.worker.antiphon.internal";
 /// How long an issued certificate is valid.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 const CLOCK_SLACK: Duration = Duration::from_secs(3600);
@@ -268,6 +361,53 @@ mod tests {
         let (a, b) = (FleetCa::from_seed(&[7; 32]).unwrap(), FleetCa::from_seed(&[7; 32]).unwrap());
         assert_eq!(a.certificate_pem(), b.certificate_pem());
         assert_ne!(a.certificate_pem(), FleetCa::from_seed(&[8; 32]).unwrap().certificate_pem());
+    }
+
+    #[test]
+    fn the_issuer_is_its_key() {
+        let ca = FleetCa::from_seed(&[7; 32]).unwrap();
+        let again = FleetCa::from_key_pem(ca.key_pem()).unwrap();
+        assert_eq!(again.certificate_pem(), ca.certificate_pem());
+        let leaf = ca.issue(&PeerName::new("r", Role::Relay, "r").unwrap(), &[], SystemTime::now()).unwrap();
+        assert!(FleetCa::from_key_pem(&leaf.certificate_pem()).is_err());
+        assert!(FleetCa::from_key_pem("no").is_err());
+    }
+
+    #[test]
+    fn a_certificate_covers_its_name_and_what_a_dash_adds() {
+        let peer = PeerName::new("desk-1a2b", Role::Worker, "north").unwrap();
+        for (name, covered) in [
+            ("desk-1a2b", true),
+            ("desk-1a2b-55d9f-x7x2k", true),
+            ("desk-1a2b-", false),
+            ("desk-1a2bc", false),
+            ("desk-1a2", false),
+            ("desk", false),
+            ("other-desk-1a2b", false),
+            ("desk-1a2b-X", false),
+            ("", false),
+        ] {
+            assert_eq!(peer.covers(name), covered, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_workers_certificate_names_its_agent_and_no_other_process() {
+        let ca = FleetCa::from_seed(&[7; 32]).unwrap();
+        let peer = PeerName::new("desk", Role::Worker, "north").unwrap();
+        // A namespace that is called like a role makes nobody a process of that role.
+        for agent in ["shop/desk", "router/north", "worker/north"] {
+            let identity = ca.issue_for(&peer, Some(agent), &[], SystemTime::now()).unwrap();
+            assert_eq!(agents_of_certificate(&identity.certificate()).unwrap(), [agent]);
+            assert_eq!(PeerName::of_certificate(&identity.certificate()).unwrap(), peer);
+            let names = dns_names(&identity.certificate()).unwrap();
+            assert_eq!(names.iter().filter(|n| n.parse::<PeerName>().is_ok()).count(), 1, "{names:?}");
+        }
+        let none = ca.issue(&peer, &[], SystemTime::now()).unwrap();
+        assert!(agents_of_certificate(&none.certificate()).unwrap().is_empty());
+        for bad in ["shop", "shop/", "/desk", "shop/desk/x", "shop/desk.evil", "Shop/desk"] {
+            assert!(ca.issue_for(&peer, Some(bad), &[], SystemTime::now()).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -47,6 +47,9 @@ pub enum OpenError {
 impl PrivateDir {
     /// Makes the directory if it is absent (mode 700) and takes its lock.
     ///
+    /// The root of a volume that is mounted for this process (an `emptyDir` of Kubernetes) belongs to root and is open
+    /// to all who are in the pod: then it is a directory in it, which is the process's own.
+    ///
     /// # Errors
     /// It cannot be made or opened, is not this user's alone, or another process has it.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
@@ -54,10 +57,22 @@ impl PrivateDir {
             let path = path.to_owned();
             move |source| OpenError::File { path, source }
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file_error(path))?;
-        let found = fs::metadata(path).map_err(file_error(path))?;
-        let (mode, uid) = (found.mode() & 0o777, found.uid());
-        if mode & 0o077 != 0 || uid != rustix::process::geteuid().as_raw() {
+        let make = |path: &Path| {
+            DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file_error(path))?;
+            let found = fs::metadata(path).map_err(file_error(path))?;
+            Ok((found.mode(), found.uid()))
+        };
+        let us = rustix::process::geteuid().as_raw();
+        let (mode, uid) = make(path)?;
+        let inside = path.join(INSIDE);
+        let (path, mode, uid) = if is_volume(mode, uid, us) {
+            let (mode, uid) = make(&inside)?;
+            (inside.as_path(), mode, uid)
+        } else {
+            (path, mode, uid)
+        };
+        let mode = mode & 0o777;
+        if mode & 0o077 != 0 || uid != us {
             return Err(OpenError::NotPrivate { path: path.to_owned(), mode, uid });
         }
         let lock_path = path.join(LOCK_FILE);
@@ -107,4 +122,35 @@ impl PrivateDir {
     }
 }
 
+/// Whether this is a volume's root that was opened for us: root's, and ours to write to. Where names of others are
+/// protected from each other (the sticky bit, `/tmp`), it is a place for everybody instead.
+const fn is_volume(mode: u32, owner: u32, us: u32) -> bool {
+    owner == 0 && us != 0 && mode & 0o022 != 0 && mode & 0o1000 == 0
+}
+
 const LOCK_FILE: &str = "lock";
+/// Of a volume.
+const INSIDE: &str = "state";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_open_directory_of_root_is_a_volume() {
+        const USER: u32 = 65_532;
+        for (mode, owner, us, volume) in [
+            (0o40777, 0, USER, true),
+            // With `fsGroup`.
+            (0o42777, 0, USER, true),
+            (0o42775, 0, USER, true),
+            (0o40755, 0, USER, false),
+            (0o41777, 0, USER, false),
+            (0o40777, USER, USER, false),
+            (0o40777, 1000, USER, false),
+            (0o40777, 0, 0, false),
+        ] {
+            assert_eq!(is_volume(mode, owner, us), volume, "{mode:o} of {owner} for {us}");
+        }
+    }
+}

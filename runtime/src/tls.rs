@@ -20,7 +20,7 @@ use tonic::{
 };
 use tower::service_fn;
 
-use crate::pki::{Identity, PeerName, PkiError, Role, shared_dns};
+use crate::pki::{Identity, PeerName, PkiError, Role, agents_of_certificate, shared_dns};
 
 /// Why a TLS configuration or channel cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +196,14 @@ fn endpoint(address: &str, scheme: &str) -> Result<Endpoint, TlsError> {
 pub fn peer_of<T>(request: &tonic::Request<T>) -> Result<PeerName, PkiError> {
     let certificates = request.peer_certs().ok_or(PkiError::NotOurs)?;
     PeerName::of_certificate(certificates.first().ok_or(PkiError::NotOurs)?)
+}
+
+/// The agents, `namespace/name`, that the peer's verified certificate lets it serve.
+#[must_use]
+pub fn peer_agents_of<T>(request: &tonic::Request<T>) -> Vec<String> {
+    let certificates = request.peer_certs();
+    let first = certificates.as_ref().and_then(|certificates| certificates.first());
+    first.and_then(|certificate| agents_of_certificate(certificate).ok()).unwrap_or_default()
 }
 
 const HTTP_2: &[u8] = b"h2";

@@ -63,7 +63,8 @@ pub(crate) fn serve() -> anyhow::Result<()> {
 /// Somebody's certificate.
 pub(super) fn identity(name: &str, role: Role) -> anyhow::Result<Identity> {
     let ca = FleetCa::from_seed(&root().ca_seed())?;
-    Ok(ca.issue(&PeerName::new(name, role, REGION)?, &[], SystemTime::now())?)
+    let agent = (role == Role::Worker).then_some(AGENT);
+    Ok(ca.issue_for(&PeerName::new(name, role, REGION)?, agent, &[], SystemTime::now())?)
 }
 
 fn root() -> FleetRoot {

@@ -19,6 +19,8 @@ pub(super) struct Identities {
 #[derive(Debug)]
 struct Issued {
     peer: PeerName,
+    /// That it serves, if it is a worker.
+    agent: Option<String>,
     addresses: Vec<IpAddr>,
     dir: PathBuf,
     not_after: SystemTime,
@@ -42,10 +44,30 @@ impl Identities {
         region: &str,
         address: Option<Ipv4Addr>,
     ) -> Result<PathBuf, PkiError> {
-        let dir = self.dir.join("identities").join(region).join(name);
+        self.issue_for(PeerName::new(name, role, region)?, None, address)
+    }
+
+    /// Makes an identity for a worker of an agent, `namespace/name`.
+    pub(super) fn issue_worker(
+        &mut self,
+        name: &str,
+        region: &str,
+        agent: &str,
+        address: Ipv4Addr,
+    ) -> Result<PathBuf, PkiError> {
+        self.issue_for(PeerName::new(name, Role::Worker, region)?, Some(agent.to_owned()), Some(address))
+    }
+
+    fn issue_for(
+        &mut self,
+        peer: PeerName,
+        agent: Option<String>,
+        address: Option<Ipv4Addr>,
+    ) -> Result<PathBuf, PkiError> {
+        let dir = self.dir.join("identities").join(&peer.region).join(&peer.name);
         let addresses = address.into_iter().map(IpAddr::V4).collect();
-        let (peer, not_after) = (PeerName::new(name, role, region)?, SystemTime::UNIX_EPOCH);
-        let mut issued = Issued { peer, addresses, dir: dir.clone(), not_after };
+        let not_after = SystemTime::UNIX_EPOCH;
+        let mut issued = Issued { peer, agent, addresses, dir: dir.clone(), not_after };
         issued.renew(&self.ca)?;
         self.issued.push(issued);
         Ok(dir)
@@ -61,7 +83,7 @@ impl Identities {
 
 impl Issued {
     fn renew(&mut self, ca: &FleetCa) -> Result<(), PkiError> {
-        let identity = ca.issue(&self.peer, &self.addresses, SystemTime::now())?;
+        let identity = ca.issue_for(&self.peer, self.agent.as_deref(), &self.addresses, SystemTime::now())?;
         identity.save(Path::new(&self.dir))?;
         self.not_after = identity.not_after();
         Ok(())

@@ -10,7 +10,7 @@ use crate::field::{self, FieldError};
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct WorkerHello {
     pub(crate) name: String,
-    /// The name that only this worker's certificate carries.
+    /// The name in its certificate, which others made from the same template share.
     pub(crate) server_name: String,
     pub(crate) agent: String,
     pub(crate) gpu_class: String,
@@ -23,6 +23,19 @@ pub(crate) struct WorkerHello {
 }
 
 impl WorkerHello {
+    /// Whether the worker's certificate is for this agent: whoever can read one pool's certificate must not get the
+    /// callers of another agent.
+    pub(crate) fn check_agent(&self, certified: &[String]) -> Result<(), FieldError> {
+        if certified.contains(&self.agent) {
+            return Ok(());
+        }
+        let of = match certified {
+            [] => "names no agent: issue one that does".to_owned(),
+            agents => format!("is for {}", agents.join(", ")),
+        };
+        Err(FieldError::new("agent", format!("{:?}, but the worker's certificate {of}", self.agent)))
+    }
+
     /// Checks what a worker says of itself against its certificate and the ranges.
     pub(crate) fn check(hello: &v1::WorkerHello, peer: &PeerName) -> Result<Self, FieldError> {
         own_name(&hello.name, &hello.region, peer)?;
@@ -112,10 +125,13 @@ fn more_addresses(more: &[String]) -> Result<Vec<String>, FieldError> {
 /// Besides the first: every ticket carries all of them.
 const MORE_ADDRESSES: usize = 3;
 
-/// A process may register under the name of its certificate only.
+/// A process may register under a name that its certificate covers only.
 fn own_name(name: &str, region: &str, peer: &PeerName) -> Result<(), FieldError> {
-    for (path, said, certified) in [("name", name, &peer.name), ("region", region, &peer.region)] {
-        if said != certified {
+    field::label("name", name)?;
+    let table =
+        [("name", name, &peer.name, peer.covers(name)), ("region", region, &peer.region, region == peer.region)];
+    for (path, said, certified, fits) in table {
+        if !fits {
             let said: String = said.chars().take(80).collect();
             let problem = format!("{said:?}, but the certificate says {certified:?}");
             return Err(FieldError::new(path, problem));
@@ -153,8 +169,10 @@ mod tests {
         let peer = PeerName::new("w-1", Role::Worker, "frankfurt").unwrap();
         assert!(WorkerHello::check(&hello(), &peer).is_ok());
         type Change = fn(&mut v1::WorkerHello);
-        let table: [(&str, Change); 11] = [
+        let table: [(&str, Change); 13] = [
             ("name", |h| h.name = "w-2".into()),
+            ("name", |h| h.name = "w-12".into()),
+            ("name", |h| h.name = format!("w-1-{}", "x".repeat(60))),
             ("region", |h| h.region = "virginia".into()),
             ("agent", |h| h.agent = "desk".into()),
             ("slots", |h| h.slots = 0),
@@ -171,5 +189,23 @@ mod tests {
             change(&mut bad);
             assert_eq!(WorkerHello::check(&bad, &peer).unwrap_err().path, path);
         }
+        let sibling = v1::WorkerHello { name: "w-1-55d9f-x7x2k".into(), ..hello() };
+        let sibling = WorkerHello::check(&sibling, &peer).unwrap();
+        assert_eq!(sibling.server_name, "w-1.worker.frankfurt.antiphon.internal");
+    }
+
+    #[test]
+    fn a_worker_serves_the_agent_of_its_certificate() {
+        let peer = PeerName::new("w-1", Role::Worker, "frankfurt").unwrap();
+        let worker = WorkerHello::check(&hello(), &peer).unwrap();
+        let refused = |certified: &[&str]| {
+            let certified: Vec<_> = certified.iter().map(ToString::to_string).collect();
+            worker.check_agent(&certified).err().map(|e| e.to_string())
+        };
+        assert_eq!(refused(&["shop/desk"]), None);
+        assert_eq!(refused(&["bank/desk", "shop/desk"]), None);
+        let of_another = r#"agent: "shop/desk", but the worker's certificate is for bank/desk"#;
+        assert_eq!(refused(&["bank/desk"]).as_deref(), Some(of_another));
+        assert!(refused(&[]).unwrap().ends_with("names no agent: issue one that does"));
     }
 }

@@ -54,6 +54,9 @@ struct KnownWorker {
     report: Option<v1::WorkerReport>,
     #[prost(message, optional, tag = "4")]
     keys: Option<KnownKeys>,
+    /// The name in its certificate; empty, as earlier releases wrote it: its own.
+    #[prost(string, tag = "5")]
+    server_name: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -246,7 +249,11 @@ impl Fleet {
 
     fn worker(&self, known: &KnownWorker, times: Times) -> Result<Worker, RecallError> {
         let hello = known.hello.as_ref().ok_or(RecallError::Nameless)?;
-        let hello = super::WorkerHello::check(hello, &PeerName::new(&hello.name, Role::Worker, &self.region)?)?;
+        let certified = match known.server_name.as_str() {
+            "" => PeerName::new(&hello.name, Role::Worker, &self.region)?,
+            name => name.parse()?,
+        };
+        let hello = super::WorkerHello::check(hello, &certified)?;
         let report = known.report.as_ref().map(|report| Report {
             at: times.at(report.unix_ms),
             phase: records::phase(report.phase),
@@ -337,6 +344,7 @@ impl Fleet {
                 control_address: worker.hello.control_address.clone(),
             }),
             number: worker.number.value().into(),
+            server_name: worker.hello.server_name.clone(),
             report: worker.report.as_ref().map(|report| v1::WorkerReport {
                 phase: records::proto_phase(report.phase).into(),
                 slots: report.slots,

@@ -7,7 +7,7 @@ use antiphon_proto::v1::{
     AgentBehaviour, RelayDirective, RelayKeys, RelayMessage, RelayNeighbours, WorkerDirective, WorkerKeys,
     WorkerMessage, WorkerRelays, fleet_server, relay_directive, relay_message, worker_directive, worker_message,
 };
-use antiphon_runtime::pki::Role;
+use antiphon_runtime::{pki::Role, tls};
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
@@ -41,11 +41,13 @@ impl fleet_server::Fleet for Service {
     ) -> Result<Response<Self::RunWorkerStream>, Status> {
         let fleet = Arc::clone(&self.0.fleet);
         let peer = auth::peer(&request, Role::Worker, Some(&fleet.region))?;
+        let agents = tls::peer_agents_of(&request);
         let mut messages = request.into_inner();
         let Some(worker_message::Message::Hello(hello)) = first(&mut messages).await?.message else {
             return Err(Status::invalid_argument("the first message has to be hello"));
         };
         let hello = WorkerHello::check(&hello, &peer)?;
+        hello.check_agent(&agents)?;
         let standing = fleet.register_worker(hello).await?;
         let (directives, stream) = mpsc::channel(STREAM_QUEUE);
         let worker = WorkerStream::new(fleet, standing, directives)?;

@@ -49,6 +49,38 @@ async fn a_worker_that_stops_reporting_leaves_placement_and_stays_routed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_certificate_serves_a_pool_and_no_other_agent() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    let mut change = world.agent(&["frankfurt"]);
+    change.agents[0].behaviour.as_mut().unwrap().agent = "bank/desk".into();
+    world.apply(&region, change).await.unwrap();
+    // All of them show the certificate of "pool".
+    let pool = world.stand_in(&region, "pool", 10).await;
+    let as_named = |name: &str| v1::WorkerHello { name: name.into(), ..pool.hello() };
+    for name in ["pool-55d9f-aaaaa", "pool-55d9f-bbbbb"] {
+        let incarnation = pool.hello().incarnation ^ name.bytes().map(u32::from).sum::<u32>();
+        let hello = v1::WorkerHello { incarnation, ..as_named(name) };
+        let registered = pool.register_with(&world, &region, hello).await.unwrap();
+        assert_eq!(registered.welcome.server_name, "pool.worker.frankfurt.antiphon.internal");
+    }
+    for name in ["pool-55d9f-aaaaa", "pool-55d9f-bbbbb"] {
+        eventually("each is placed by its name", async || world.placeable(&region, name).await).await;
+    }
+    let refused = |refused: Result<crate::world::Registered, tonic::Status>| match refused {
+        Ok(_) => panic!("registered"),
+        Err(status) => (status.code(), status.message().to_owned()),
+    };
+    let foreign = pool.register_with(&world, &region, as_named("poolside")).await;
+    let problem = r#"name: "poolside", but the certificate says "pool""#;
+    assert_eq!(refused(foreign), (Code::InvalidArgument, problem.to_owned()));
+    let of_another = v1::WorkerHello { agent: "bank/desk".into(), ..pool.hello() };
+    let of_another = pool.register_with(&world, &region, of_another).await;
+    let problem = r#"agent: "bank/desk", but the worker's certificate is for shop/desk"#;
+    assert_eq!(refused(of_another), (Code::InvalidArgument, problem.to_owned()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_connected_but_silent_is_stale_after_its_lease() {
     let world = World::new();
     let region = world.region("frankfurt").await;

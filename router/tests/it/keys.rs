@@ -12,7 +12,7 @@ use crate::{
 };
 
 async fn rotate(world: &World, region: &Region, key_generation: u32) -> Result<(), tonic::Status> {
-    world.apply(region, v1::ApplyRequest { key_generation, ..v1::ApplyRequest::default() }).await
+    world.apply(region, v1::ApplyRequest { key_generation, ..v1::ApplyRequest::default() }).await.map(drop)
 }
 
 /// The generation whose key signed a new session's ticket.

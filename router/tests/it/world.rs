@@ -94,7 +94,8 @@ impl World {
 
     pub(crate) fn identity(&self, name: &str, role: Role, region: &str) -> Identity {
         let peer = PeerName::new(name, role, region).unwrap();
-        self.ca.issue(&peer, &[], SystemTime::now()).unwrap()
+        let agent = (role == Role::Worker).then_some(AGENT);
+        self.ca.issue_for(&peer, agent, &[], SystemTime::now()).unwrap()
     }
 
     /// A router without records.
@@ -163,8 +164,8 @@ impl World {
         tls::channel(&address, &identity, Role::Router, &region.name).unwrap()
     }
 
-    pub(crate) async fn apply(&self, region: &Region, change: v1::ApplyRequest) -> Result<(), Status> {
-        self.operator(region).apply(change).await.map(drop)
+    pub(crate) async fn apply(&self, region: &Region, change: v1::ApplyRequest) -> Result<v1::ApplyResponse, Status> {
+        self.operator(region).apply(change).await.map(Response::into_inner)
     }
 
     pub(crate) async fn status(&self, region: &Region) -> v1::FleetStatusResponse {
@@ -206,6 +207,7 @@ impl World {
             keys: Mutex::default(),
             oldest: AtomicU32::new(0),
             clock_ahead_s: AtomicI64::new(0),
+            order: Mutex::default(),
             stubborn: Mutex::new(false),
             changed,
         });
@@ -412,6 +414,8 @@ pub(crate) struct Shared {
     pub(crate) oldest: AtomicU32,
     /// Its clock's error.
     pub(crate) clock_ahead_s: AtomicI64,
+    /// The newest order that it was given.
+    order: Mutex<Option<v1::PhaseOrder>>,
     /// Refuses although it has room.
     pub(crate) stubborn: Mutex<bool>,
     changed: watch::Sender<()>,
@@ -484,10 +488,14 @@ impl Worker {
                 if shared.mute.load(Ordering::SeqCst) {
                     continue;
                 }
+                let order = shared.order.lock().clone();
+                let sessions = u32::try_from(shared.sessions.lock().len()).unwrap();
                 let report = v1::WorkerReport {
-                    phase: v1::Phase::Active.into(),
+                    phase: order.as_ref().map_or(v1::Phase::Active, v1::PhaseOrder::phase).into(),
+                    ordered_unix_ms: order.map_or(0, |order| order.ordered_unix_ms),
                     slots: shared.slots,
-                    reserved: u32::try_from(shared.sessions.lock().len()).unwrap(),
+                    reserved: sessions,
+                    revisions: vec![v1::RevisionSessions { revision: "r1".into(), sessions }],
                     loaded_generations: shared.loaded(),
                     oldest_generation: shared.oldest.load(Ordering::SeqCst),
                     unix_ms: shared.unix_ms(),
@@ -509,6 +517,7 @@ impl Worker {
             while let Ok(Some(directive)) = directives.message().await {
                 match &directive.directive {
                     Some(Directive::Keys(keys)) => shared.keys.lock().clone_from(keys),
+                    Some(Directive::Phase(order)) => shared.take_order(order),
                     Some(Directive::Relays(relays)) => shared.keys.lock().relays.clone_from(&relays.relays),
                     _ => {}
                 }
@@ -518,6 +527,13 @@ impl Worker {
             Ok(())
         });
         Ok(Registered { welcome, directives: look })
+    }
+
+    /// Another process takes its name.
+    pub(crate) fn begin_life(&self, incarnation: Incarnation) {
+        self.disconnect();
+        *self.incarnation.lock() = incarnation;
+        *self.shared.order.lock() = None;
     }
 
     /// Breaks the registrations' streams.
@@ -565,6 +581,14 @@ impl Worker {
 }
 
 impl Shared {
+    /// As a worker does: what is not newer changes nothing.
+    fn take_order(&self, order: &v1::PhaseOrder) {
+        let mut present = self.order.lock();
+        if present.as_ref().is_none_or(|present| present.ordered_unix_ms < order.ordered_unix_ms) {
+            *present = Some(order.clone());
+        }
+    }
+
     /// The key generations that it holds.
     pub(crate) fn loaded(&self) -> Vec<u32> {
         self.keys.lock().cid_configs.iter().map(|c| c.generation).collect()

@@ -148,3 +148,12 @@ fn what_is_missing_or_does_not_fit_is_named_when_it_is_read() {
     let mixed = Identity::load(dir.path()).unwrap_err().to_string();
     assert!(mixed.starts_with(&dir.path().display().to_string()) && mixed.contains("key"), "{mixed}");
 }
+
+#[test]
+fn a_key_that_others_can_read_is_not_used() {
+    let dir = tempfile::tempdir().unwrap();
+    issue(&ca(), "w-3").save(dir.path()).unwrap();
+    fs::set_permissions(dir.path().join(KEY_FILE), fs::Permissions::from_mode(0o644)).unwrap();
+    let exposed = Identity::load(dir.path()).unwrap_err().to_string();
+    assert!(exposed.contains("key.pem has mode 644: everybody can read it"), "{exposed}");
+}

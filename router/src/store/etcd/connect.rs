@@ -2,11 +2,11 @@
 
 use std::{
     fmt, fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use antiphon_runtime::private_file::read_secret;
 use anyhow::{Context as _, bail, ensure};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use tokio::time::timeout;
@@ -139,10 +139,7 @@ fn read(path: &Path, option: &str) -> anyhow::Result<String> {
 
 fn password(path: &Path) -> anyhow::Result<String> {
     let shown = path.display();
-    let mode = fs::metadata(path).with_context(|| format!("--etcd-password-file {shown}"))?.permissions().mode();
-    let mode = mode & 0o777;
-    ensure!(mode & 0o077 == 0, "--etcd-password-file {shown} has mode {mode:o}: others can read it; chmod 600 it");
-    let text = read(path, "--etcd-password-file")?;
+    let text = read_secret(path).context("--etcd-password-file")?;
     let text = text.strip_suffix('\n').unwrap_or(&text);
     ensure!(!text.is_empty(), "--etcd-password-file {shown} is empty");
     Ok(text.to_owned())
@@ -155,6 +152,8 @@ const PONG: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
     use clap::Parser as _;
 
