@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{bail, ensure};
 use k8s_openapi::api::core::v1::ResourceRequirements;
+
+use crate::args::{CertificateArgs, EtcdArgs};
 
 /// What the command line said, in the form that controllers use.
 #[derive(Clone, Debug)]
@@ -56,6 +59,8 @@ pub struct Etcd {
     pub endpoints: Vec<String>,
     /// Secret (`ca.crt`, `tls.crt`, `tls.key`) to reach it with.
     pub secret: Option<String>,
+    /// Whether that Secret has a client certificate.
+    pub client_certificate: bool,
     /// Secret (`username`, `password`) to log in with.
     pub user_secret: Option<String>,
     /// Path that keys are under, before the region's name.
@@ -74,6 +79,47 @@ pub enum Certificates {
         /// Its name.
         name: String,
     },
+}
+
+impl Etcd {
+    /// What the command line says; nothing without endpoints.
+    ///
+    /// # Errors
+    /// The prefix is no path, or endpoints and Secret do not go together.
+    pub fn of(args: &EtcdArgs) -> anyhow::Result<Option<Self>> {
+        let EtcdArgs { etcd_endpoints, etcd_secret, etcd_ca_only, etcd_user_secret, etcd_prefix } = args;
+        if etcd_endpoints.is_empty() {
+            return Ok(None);
+        }
+        ensure!(etcd_prefix.starts_with('/'), "--etcd-prefix {etcd_prefix:?} does not begin with '/'");
+        let secured = etcd_endpoints.iter().any(|endpoint| endpoint.starts_with("https://"));
+        ensure!(!secured || etcd_secret.is_some(), "--etcd-secret is needed for etcd endpoints with https");
+        Ok(Some(Self {
+            endpoints: etcd_endpoints.clone(),
+            secret: etcd_secret.clone(),
+            client_certificate: !etcd_ca_only,
+            user_secret: etcd_user_secret.clone(),
+            prefix: etcd_prefix.trim_end_matches('/').to_owned(),
+        }))
+    }
+}
+
+impl Certificates {
+    /// What the command line says.
+    ///
+    /// # Errors
+    /// The issuer is not `Issuer/NAME` or `ClusterIssuer/NAME`.
+    pub fn of(args: &CertificateArgs) -> anyhow::Result<Self> {
+        let Some(text) = &args.cert_manager_issuer else {
+            return Ok(Self::Own);
+        };
+        match text.split_once('/') {
+            Some((kind @ ("Issuer" | "ClusterIssuer"), name)) if !name.is_empty() => {
+                Ok(Self::CertManager { kind: kind.to_owned(), name: name.to_owned() })
+            }
+            _ => bail!("--cert-manager-issuer {text:?}: expected Issuer/NAME or ClusterIssuer/NAME"),
+        }
+    }
 }
 
 impl Config {

@@ -15,9 +15,12 @@ use kube::{Api, Client, runtime::watcher};
 use crate::{
     apply::{Applier, Owned},
     cache::Cache,
-    config::Config,
+    config::{Certificates, Config},
+    credentials::Credentials,
     events::Events,
+    identity::Certificate,
     labels,
+    links::RouterLinks,
     metrics::Metrics,
     queue::Queue,
     trim,
@@ -35,6 +38,10 @@ pub struct Context {
     pub events: Events,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Connections to routers.
+    pub links: RouterLinks,
+    /// Who the operator is, and how it makes certificates.
+    pub credentials: Arc<Credentials>,
     /// What the API server holds.
     pub caches: Caches,
     /// What is to be reconciled.
@@ -72,6 +79,8 @@ pub struct Caches {
     pub service_accounts: Cache<ServiceAccount>,
     /// The operator's own identities; of keys their hash only ([`trim::identity`]).
     pub identities: Cache<Secret>,
+    /// The operator's own requests to cert-manager. Empty unless that issues certificates.
+    pub certificates: Cache<Certificate>,
     /// API keys, in Antiphon's namespace.
     pub api_keys: Cache<Secret>,
     /// The operator's own.
@@ -112,6 +121,12 @@ impl Caches {
         follow.cache("services", &self.services, &here, &own, |_| {});
         follow.cache("service accounts", &self.service_accounts, &everywhere, &own, |_| {});
         follow.cache("identities", &self.identities, &everywhere, &own, trim::identity);
+        match &config.certificates {
+            Certificates::Own => follow.nothing("certificates", &self.certificates),
+            Certificates::CertManager { .. } => {
+                follow.cache("certificates", &self.certificates, &everywhere, &own, |_| {});
+            }
+        }
         follow.cache("API keys", &self.api_keys, &here, &api_keys, |_| {});
         follow.cache("disruption budgets", &self.disruption_budgets, &everywhere, &own, |_| {});
         follow.cache("network policies", &self.network_policies, &everywhere, &own, |_| {});
@@ -130,6 +145,7 @@ impl Caches {
         self.services.ready().await;
         self.service_accounts.ready().await;
         self.identities.ready().await;
+        self.certificates.ready().await;
         self.api_keys.ready().await;
         self.disruption_budgets.ready().await;
         self.network_policies.ready().await;
@@ -156,6 +172,12 @@ impl Follow<'_> {
             namespaces => namespaces.iter().map(within).collect(),
         };
         self.tasks.service(name, cache.clone().follow(sources, config.clone(), trim, self.tasks.stopping()));
+    }
+
+    /// A cache of what is not there.
+    fn nothing<K: Owned>(&self, name: &'static str, cache: &Cache<K>) {
+        let follow = cache.clone().follow(Vec::new(), watcher::Config::default(), |_| {}, self.tasks.stopping());
+        self.tasks.service(name, follow);
     }
 
     fn nodes(&self, cache: &Cache<Node>, watch: bool) {

@@ -1,5 +1,6 @@
 //! Events: what happened to an object, for people who look at it.
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Client, Resource,
     runtime::events::{Event, Recorder, Reporter},
@@ -34,7 +35,17 @@ impl Events {
     where
         K: Resource<DynamicType = ()>,
     {
-        self.publish(object, EventType::Normal, reason, action, note.into()).await;
+        self.publish(object, None, EventType::Normal, reason, action, note.into()).await;
+    }
+
+    /// Something was done to `related`, which belongs to `object`.
+    pub async fn about<K, R>(&self, object: &K, related: &R, reason: &str, action: &str, note: impl Into<String>)
+    where
+        K: Resource<DynamicType = ()>,
+        R: Resource<DynamicType = ()>,
+    {
+        let related = Some(related.object_ref(&()));
+        self.publish(object, related, EventType::Normal, reason, action, note.into()).await;
     }
 
     /// Something is wrong; the note says what to do.
@@ -42,17 +53,22 @@ impl Events {
     where
         K: Resource<DynamicType = ()>,
     {
-        self.publish(object, EventType::Warning, reason, action, note.into()).await;
+        self.publish(object, None, EventType::Warning, reason, action, note.into()).await;
     }
 
-    async fn publish<K>(&self, object: &K, type_: EventType, reason: &str, action: &str, note: String)
-    where
+    async fn publish<K>(
+        &self,
+        object: &K,
+        secondary: Option<ObjectReference>,
+        type_: EventType,
+        reason: &str,
+        action: &str,
+        mut note: String,
+    ) where
         K: Resource<DynamicType = ()>,
     {
-        let mut note = note;
         note.truncate(note.floor_char_boundary(LONGEST_NOTE));
-        let event =
-            Event { type_, reason: reason.to_owned(), note: Some(note), action: action.to_owned(), secondary: None };
+        let event = Event { type_, reason: reason.to_owned(), note: Some(note), action: action.to_owned(), secondary };
         if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
             tracing::warn!(reason, %error, "an event could not be published");
         }

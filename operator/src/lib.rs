@@ -6,6 +6,7 @@
 //! are placed, and nothing is scaled, healed or drained.
 #![forbid(unsafe_code)]
 
+pub mod api_keys;
 pub mod apply;
 pub mod args;
 pub mod cache;
@@ -13,15 +14,37 @@ pub mod conditions;
 pub mod config;
 mod context;
 pub mod controller;
+pub mod credentials;
 pub mod election;
 mod error;
 pub mod etcd_member;
 pub mod events;
 pub mod fence;
+pub mod identity;
 pub mod labels;
+pub mod links;
 pub mod metrics;
+pub mod owned;
 pub mod queue;
+pub mod records;
+pub mod region;
+mod run;
 pub mod trim;
 
 pub use context::{Caches, Context, Queues};
 pub use error::{Error, Reason};
+
+use antiphon_runtime::telemetry;
+use args::{Cli, Command};
+
+/// Does what the command line says.
+///
+/// # Errors
+/// Why it could not be done.
+pub async fn execute(cli: Cli) -> anyhow::Result<()> {
+    telemetry::init(cli.log_json);
+    match cli.command {
+        Command::Run(args) => run::run(*args).await,
+        _ => anyhow::bail!("not there yet"),
+    }
+}

@@ -1,4 +1,12 @@
 //! `antiphon-operator`: see the library.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+use antiphon_operator::args::Cli;
+use clap::Parser as _;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    antiphon_runtime::shutdown::exit_code(&antiphon_operator::execute(Cli::parse()).await)
+}

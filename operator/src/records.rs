@@ -1,0 +1,299 @@
+//! What the store of each region is to hold: all regions, all agents of this cluster, all API keys.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use antiphon_crds::{VoiceAgent, VoiceRegion, compile};
+use antiphon_proto::v1::{AgentRecord, ApplyRequest, KeyRecord, RegionRecord};
+use antiphon_records as convert;
+use kube::ResourceExt as _;
+use prost::Message as _;
+
+/// Records of one region's store, by name or id.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Records {
+    /// All regions of the fleet.
+    pub regions: BTreeMap<String, RegionRecord>,
+    /// All agents of this cluster.
+    pub agents: BTreeMap<String, AgentRecord>,
+    /// All API keys.
+    pub keys: BTreeMap<String, KeyRecord>,
+    /// Agents that are being deleted: who connects anew cannot know whether a store still has them.
+    pub gone: BTreeSet<String>,
+}
+
+impl Records {
+    /// The changes that make a store of `from` one of these; none if they are the same. Without `from` everything is
+    /// written, and keys that the store has (`present`) and that are not among these are removed.
+    ///
+    /// Each request stays well below what a router and its store take at a time; the first one holds regions and keys.
+    #[must_use]
+    pub fn changes(&self, from: Option<&Self>, present: &[String]) -> Vec<ApplyRequest> {
+        let nothing = Self::default();
+        let old = from.unwrap_or(&nothing);
+        let removed_keys = old.keys.keys().chain(present).filter(|id| !self.keys.contains_key(*id));
+        let removed_agents = old.agents.keys().chain(&self.gone).filter(|name| !self.agents.contains_key(*name));
+        let removed_agents: BTreeSet<_> =
+            removed_agents.filter(|name| from.is_none() || old.agents.contains_key(*name)).collect();
+        let first = ApplyRequest {
+            regions: changed(&self.regions, &old.regions),
+            keys: changed(&self.keys, &old.keys),
+            removed_keys: removed_keys.cloned().collect::<BTreeSet<_>>().into_iter().collect(),
+            removed_agents: removed_agents.into_iter().cloned().collect(),
+            ..ApplyRequest::default()
+        };
+        let mut requests = vec![first];
+        let mut size = requests[0].encoded_len();
+        for agent in changed(&self.agents, &old.agents) {
+            let more = agent.encoded_len();
+            if size + more > LARGEST {
+                requests.push(ApplyRequest::default());
+                size = 0;
+            }
+            size += more;
+            requests.last_mut().expect("the first one is there").agents.push(agent);
+        }
+        requests.retain(|request| from.is_none() || *request != ApplyRequest::default());
+        requests
+    }
+}
+
+fn changed<T: Clone + PartialEq>(new: &BTreeMap<String, T>, old: &BTreeMap<String, T>) -> Vec<T> {
+    new.iter().filter(|(name, record)| old.get(*name) != Some(*record)).map(|(_, record)| record.clone()).collect()
+}
+
+/// What all regions' stores are made of.
+#[derive(Debug)]
+pub struct Sources<'a> {
+    /// All VoiceRegions, by name, those included that are being deleted.
+    pub regions: &'a BTreeMap<String, Arc<VoiceRegion>>,
+    /// The numbers that they have; one without a number is not recorded yet.
+    pub numbers: &'a BTreeMap<String, u16>,
+    /// All VoiceAgents.
+    pub agents: &'a [Arc<VoiceAgent>],
+    /// All API keys.
+    pub keys: &'a BTreeMap<String, KeyRecord>,
+    /// Antiphon's namespace.
+    pub namespace: &'a str,
+    /// This cluster.
+    pub cluster: &'a str,
+}
+
+/// What every store of this cluster is to hold. Resources that are wrong in themselves are left out: their own conditions
+/// say what is wrong, and nobody else has to suffer from them.
+#[must_use]
+pub fn compile(sources: &Sources<'_>) -> Records {
+    let valid: BTreeMap<String, &VoiceRegion> = sources
+        .regions
+        .iter()
+        .filter(|(_, region)| region.metadata.deletion_timestamp.is_none() && region.validate().is_empty())
+        .map(|(name, region)| (name.clone(), region.as_ref()))
+        .collect();
+    let plans = compile::plan_regions(&valid).unwrap_or_default();
+    let mut records = Records { keys: sources.keys.clone(), ..Records::default() };
+    for mut plan in plans {
+        let Some(number) = sources.numbers.get(&plan.name) else {
+            continue;
+        };
+        plan.number = *number;
+        let routers = match plan.cluster == sources.cluster {
+            true => vec![fleet_address(&plan.name, sources.namespace)],
+            false => plan.router_addresses.clone(),
+        };
+        records.regions.insert(plan.name.clone(), convert::region(&plan, routers));
+    }
+    for agent in sources.agents {
+        let name = agent.qualified_name();
+        if agent.metadata.deletion_timestamp.is_some() {
+            records.gone.insert(name);
+        } else if agent.validate().is_empty() {
+            records.agents.insert(name, convert::agent(&compile::plan_agent(agent)));
+        }
+    }
+    records
+}
+
+/// The numbers that regions have: given by their specification or, once, by the operator and kept in their status. Of two
+/// with the same number the one that comes first by name has it, and one whose specification says so before any other.
+#[must_use]
+pub fn numbers(regions: &BTreeMap<String, Arc<VoiceRegion>>) -> BTreeMap<String, u16> {
+    let mut taken = BTreeSet::new();
+    let mut numbers = BTreeMap::new();
+    let given = |region: &VoiceRegion| region.spec.number;
+    let kept = |region: &VoiceRegion| region.status.as_ref().and_then(|status| status.number);
+    for number_of in [&given as &dyn Fn(&VoiceRegion) -> Option<u16>, &kept] {
+        for (name, region) in regions {
+            if let Some(number) = number_of(region)
+                && !numbers.contains_key(name)
+                && taken.insert(number)
+            {
+                numbers.insert(name.clone(), number);
+            }
+        }
+    }
+    numbers
+}
+
+/// The number for a region that has none: the lowest free one after those that are due to regions before it by name.
+/// Only in a fleet of one cluster: in another one nobody could settle who takes which.
+///
+/// # Errors
+/// Why there is none, for the region's conditions.
+pub fn free_number(region: &VoiceRegion, regions: &BTreeMap<String, Arc<VoiceRegion>>) -> Result<u16, &'static str> {
+    if region.spec.number.is_some() {
+        return Err("another region has this number: create the region anew with a number of its own");
+    }
+    if regions.values().any(|other| other.spec.cluster != region.spec.cluster) {
+        return Err(
+            "spec.number is required in a fleet of several clusters: create the region anew with a number that no \
+                    other one has",
+        );
+    }
+    let numbers = numbers(regions);
+    let taken: BTreeSet<u16> = numbers.values().copied().collect();
+    let before = regions.keys().filter(|name| **name < region.name_any() && !numbers.contains_key(*name)).count();
+    (0..REGION_NUMBERS).filter(|number| !taken.contains(number)).nth(before).ok_or("a fleet has at most 1024 regions")
+}
+
+/// Where all routers of a region of this cluster are reached, also by workers and relays.
+#[must_use]
+pub fn fleet_address(region: &str, namespace: &str) -> String {
+    format!("{region}-router-fleet.{namespace}.svc:{INTERNAL_PORT}")
+}
+
+/// All regions by name.
+#[must_use]
+pub fn by_name(regions: Vec<Arc<VoiceRegion>>) -> BTreeMap<String, Arc<VoiceRegion>> {
+    regions.into_iter().map(|region| (region.name_any(), region)).collect()
+}
+
+/// Of routers, for the fleet's own processes.
+pub const INTERNAL_PORT: u16 = 7_444;
+/// Region numbers have ten bits.
+const REGION_NUMBERS: u16 = 1_024;
+/// Bytes of a request. A store takes 1 MiB at a time.
+const LARGEST: usize = 400 << 10;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn region(name: &str, cluster: &str, number: Option<u16>, kept: Option<u16>) -> (String, Arc<VoiceRegion>) {
+        let mut spec = json!({"cluster": cluster, "cloud": "n", "location": {"latitude": 1, "longitude": 2},
+            "router": {"addresses": ["far.example:7444"]}});
+        if let Some(number) = number {
+            spec["number"] = number.into();
+        }
+        let status = kept.map_or(json!(null), |kept| json!({"number": kept}));
+        let region = json!({"apiVersion": "antiphon.dev/v1alpha1", "kind": "VoiceRegion",
+            "metadata": {"name": name, "namespace": "ns"}, "spec": spec, "status": status});
+        (name.to_owned(), Arc::new(serde_json::from_value(region).unwrap()))
+    }
+
+    fn agent(name: &str) -> Arc<VoiceAgent> {
+        Arc::new(
+            serde_json::from_value(json!({"apiVersion": "antiphon.dev/v1alpha1", "kind": "VoiceAgent",
+            "metadata": {"name": name, "namespace": "shop"},
+            "spec": {"engine": {"type": "Echo"}, "regions": [{"name": "a"}]}}))
+            .unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_number_that_was_given_out_stays() {
+        let regions: BTreeMap<_, _> = [
+            region("a", "c", None, None),
+            region("b", "c", Some(0), None),
+            region("c", "c", None, Some(1)),
+            region("d", "c", None, None),
+        ]
+        .into();
+        assert_eq!(numbers(&regions), [("b".into(), 0), ("c".into(), 1)].into());
+        assert_eq!(free_number(&regions["a"], &regions), Ok(2));
+        assert_eq!(free_number(&regions["d"], &regions), Ok(3), "2 is a's");
+    }
+
+    #[test]
+    fn two_regions_never_have_one_number() {
+        let regions: BTreeMap<_, _> =
+            [region("a", "c", None, Some(4)), region("b", "c", Some(4), None), region("c", "c", Some(4), None)].into();
+        assert_eq!(numbers(&regions), [("b".into(), 4)].into());
+        assert!(free_number(&regions["c"], &regions).unwrap_err().contains("another region"));
+        assert_eq!(free_number(&regions["a"], &regions), Ok(0));
+    }
+
+    #[test]
+    fn with_several_clusters_numbers_have_to_be_given() {
+        let regions: BTreeMap<_, _> = [region("a", "c", None, None), region("b", "other", Some(4), None)].into();
+        assert_eq!(numbers(&regions), [("b".into(), 4)].into());
+        assert!(free_number(&regions["a"], &regions).unwrap_err().contains("spec.number is required"));
+    }
+
+    fn compiled(agents: &[Arc<VoiceAgent>], keys: &[&str]) -> Records {
+        let regions = [region("a", "c", Some(1), None), region("far", "other", Some(2), None)].into();
+        let keys =
+            keys.iter().map(|id| ((*id).to_owned(), KeyRecord { id: (*id).into(), ..Default::default() })).collect();
+        compile(&Sources {
+            regions: &regions,
+            numbers: &numbers(&regions),
+            agents,
+            keys: &keys,
+            namespace: "ns",
+            cluster: "c",
+        })
+    }
+
+    #[test]
+    fn peers_are_reached_where_their_region_says() {
+        let records = compiled(&[], &[]);
+        assert_eq!(records.regions["a"].router_addresses, ["a-router-fleet.ns.svc:7444"]);
+        assert_eq!(records.regions["far"].router_addresses, ["far.example:7444"]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_left_out_and_holds_up_nothing() {
+        let mut broken = agent("broken");
+        Arc::make_mut(&mut broken).metadata.name = Some("Not A Name".into());
+        let records = compiled(&[agent("x"), broken], &[]);
+        assert_eq!(records.agents.keys().collect::<Vec<_>>(), ["shop/x"]);
+        assert_eq!(records.regions.len(), 2);
+    }
+
+    #[test]
+    fn changes_name_what_changed_and_what_is_gone() {
+        let old = compiled(&[agent("x"), agent("y")], &["k1", "k2"]);
+        let new = compiled(&[agent("y"), agent("z")], &["k2"]);
+        let changes = new.changes(Some(&old), &[]);
+        assert_eq!(changes.len(), 1);
+        assert_eq!((changes[0].regions.len(), changes[0].keys.len()), (0, 0));
+        assert_eq!(changes[0].agents[0].behaviour.as_ref().unwrap().agent, "shop/z");
+        assert_eq!(
+            (&changes[0].removed_agents[..], &changes[0].removed_keys[..]),
+            (&["shop/x".into()][..], &["k1".into()][..])
+        );
+        assert_eq!(old.changes(Some(&old), &[]), []);
+    }
+
+    #[test]
+    fn who_knows_nothing_writes_everything_and_removes_strange_keys() {
+        let mut dying = agent("dying");
+        Arc::make_mut(&mut dying).metadata.deletion_timestamp =
+            serde_json::from_value(json!("2026-01-01T00:00:00Z")).ok();
+        let changes = compiled(&[agent("x"), dying], &["k1"]).changes(None, &["k1".into(), "strange".into()]);
+        assert_eq!((changes[0].regions.len(), changes[0].agents.len(), changes[0].keys.len()), (2, 1, 1));
+        assert_eq!(changes[0].removed_keys, ["strange"]);
+        assert_eq!(changes[0].removed_agents, ["shop/dying"]);
+    }
+
+    #[test]
+    fn many_agents_are_written_in_several_requests() {
+        let agents: Vec<_> = (0..5_000).map(|index| agent(&format!("agent-{index}"))).collect();
+        let changes = compiled(&agents, &[]).changes(None, &[]);
+        assert!(changes.len() > 1 && changes.iter().all(|change| change.encoded_len() <= LARGEST + 1_000));
+        assert_eq!(changes.iter().map(|change| change.agents.len()).sum::<usize>(), 5_000);
+    }
+}
