@@ -4,9 +4,7 @@ mod callers;
 
 use std::time::Duration;
 
-use antiphon_cli::fleet::{Fleet, Kind, Options, Process};
-use antiphon_client::Router;
-use antiphon_crds::{compile, manifest};
+use antiphon_cli::fleet::{Fleet, Kind, Process};
 use antiphon_media::{
     format::{AudioFormat, FRAME},
     speech::Utterance,
@@ -20,6 +18,7 @@ use tokio::{
 };
 
 use crate::{
+    fleet::{REGION, application, with_fleet},
     machine::{Cpus, cpu_of_process, rss_kib, with_cpus},
     report::{Goal, Row},
     sessions,
@@ -32,7 +31,7 @@ pub(crate) fn sessions() -> anyhow::Result<Vec<Row>> {
         let mut rows = Vec::new();
         for subject in SUBJECTS {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-            rows.extend(runtime.block_on(of(subject, cpus))?);
+            rows.extend(runtime.block_on(with_fleet(SLOTS, async |fleet| measure(subject, fleet, cpus).await))?);
         }
         Ok(rows)
     })
@@ -46,23 +45,12 @@ struct Subject {
     format: AudioFormat,
     callers: usize,
     goal: f64,
-}
-
-async fn of(subject: Subject, cpus: Cpus) -> anyhow::Result<Vec<Row>> {
-    let dir = tempfile::tempdir()?;
-    let plan = compile::compile(&manifest::parse(&[("bench.yaml", MANIFEST)])?)?;
-    let options = Options { dir: dir.path().to_owned(), stop_deadline: Duration::from_secs(1), tenant: "bench".into() };
-    let mut fleet = Fleet::start(plan, options, &|_| ()).await?;
-    let measured = measure(subject, &mut fleet, cpus).await;
-    fleet.stop().await;
-    measured
+    /// The goal's own number of callers: what counts is that nothing is late.
+    at_goal: bool,
 }
 
 async fn measure(subject: Subject, fleet: &mut Fleet, cpus: Cpus) -> anyhow::Result<Vec<Row>> {
-    let context = fleet.context();
-    let router = &context.routers[0];
-    let api_key = context.api_key()?;
-    let client = Router::new(&router.public, &context.ca_pem, &router.server_name, api_key.text())?;
+    let client = application(fleet)?;
     let worker = fleet.process(Kind::Worker, REGION, 0).context("the fleet has no worker")?;
     cpus.measure(worker.pid().context("the worker has ended")?)?;
     let datagrams = sessions::caller(subject.format, &[Utterance::ALL[0]], CYCLE, CYCLES)?;
@@ -118,6 +106,13 @@ fn rows(subject: Subject, empty: &Window, idle: &Window, talking: &Window) -> Ve
     let row = |what: &str, value, unit| Row::new(format!("density-{}{what}", subject.name), value, unit);
     let step = |window: &Window| (window.cpu_us_per_frame() - empty.cpu_us_per_frame()) / callers;
     let memory = |window: &Window| (window.rss_kib - empty.rss_kib) / callers;
+    if subject.at_goal {
+        let core = talking.cpu.as_secs_f64() / talking.length.as_secs_f64();
+        return vec![
+            row("-late", talking.late_ticks, "ticks").goal(Goal::AtMost(0.0)),
+            row("-core", core, "cores").goal(Goal::AtMost(1.0)),
+        ];
+    }
     let memory = [row("-memory", memory(talking), "KiB/session"), row("-memory-idle", memory(idle), "KiB/session")];
     // What comes late costs less, or nothing in this window.
     if talking.late_ticks > callers * CYCLE as f64 / 100.0 {
@@ -165,10 +160,28 @@ async fn late_ticks(worker: &Process) -> anyhow::Result<f64> {
     Ok(line.context("the worker counts no late ticks")?.parse()?)
 }
 
-const SUBJECTS: [Subject; 2] = [
-    Subject { name: "pcm-16k", codec: Codec::L1616k, format: AudioFormat::L16At16k, callers: 200, goal: 500.0 },
-    Subject { name: "opus", codec: Codec::Opus, format: AudioFormat::Opus, callers: 120, goal: 200.0 },
+const SUBJECTS: [Subject; 4] = [
+    Subject { name: "pcm-16k", callers: 200, at_goal: false, ..PCM },
+    Subject { name: "opus", callers: 120, at_goal: false, ..OPUS },
+    PCM,
+    OPUS,
 ];
+const PCM: Subject = Subject {
+    name: "pcm-16k-500",
+    codec: Codec::L1616k,
+    format: AudioFormat::L16At16k,
+    callers: 500,
+    goal: 500.0,
+    at_goal: true,
+};
+const OPUS: Subject = Subject {
+    name: "opus-200",
+    codec: Codec::Opus,
+    format: AudioFormat::Opus,
+    callers: 200,
+    goal: 200.0,
+    at_goal: true,
+};
 
 /// In frames: a turn, its answer and a little silence.
 const CYCLE: usize = 325;
@@ -181,24 +194,4 @@ const SETTLING: Duration = Duration::from_millis(500);
 const QUIET: Duration = Duration::from_secs(2);
 const SHORT: Duration = Duration::from_secs(2);
 
-const REGION: &str = "bench";
-const MANIFEST: &str = "
-apiVersion: antiphon.dev/v1alpha1
-kind: VoiceRegion
-metadata: {name: bench, namespace: antiphon-system}
-spec:
-  number: 7
-  cluster: here
-  cloud: bench
-  location: {latitude: 52.5, longitude: 13.4}
-  relay: {replicas: 1}
----
-apiVersion: antiphon.dev/v1alpha1
-kind: VoiceAgent
-metadata: {name: echo, namespace: default}
-spec:
-  engine: {type: Echo}
-  regions:
-    - {name: bench, minReplicas: 1, maxReplicas: 1}
-  sessions: {slotsPerWorker: 1000}
-";
+const SLOTS: u32 = 1_000;

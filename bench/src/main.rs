@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod density;
+mod fleet;
+mod flood;
 mod machine;
 mod measure;
 mod packet;
@@ -60,6 +62,8 @@ enum Measurement {
     Sessions,
     /// Sessions per worker core.
     Density,
+    /// A live call and new ones during a flood of forged handshakes.
+    Flood,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -67,6 +71,7 @@ enum Served {
     Relay,
     Plain,
     Router,
+    RouterOnEtcd,
 }
 
 fn main() -> ExitCode {
@@ -84,7 +89,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         return match served {
             Served::Relay => relay::fleet::serve(sink),
             Served::Plain => relay::plain::serve(sink),
-            Served::Router => tickets::region::serve(),
+            Served::Router => tickets::region::serve(None),
+            Served::RouterOnEtcd => tickets::region::serve(Some(sink)),
         };
     }
     if cfg!(debug_assertions) {
@@ -114,6 +120,7 @@ impl Measurement {
             Self::Setup => setup::round_trips(),
             Self::Sessions => sessions::steps(),
             Self::Density => density::sessions(),
+            Self::Flood => flood::initials(),
         }
     }
 }

@@ -7,16 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use antiphon_cli::fleet::{Fleet, Options};
-use antiphon_client::{ClientKey, Dial, Router, SessionRequest};
-use antiphon_core::id::{Epoch, SessionId};
-use antiphon_crds::{compile, manifest};
+use antiphon_cli::fleet::Fleet;
+use antiphon_client::{ClientKey, Dial};
 use antiphon_proto::v1::Codec;
 use antiphon_runtime::Tasks;
 use anyhow::Context as _;
 use tokio::runtime;
 
 use crate::{
+    fleet::{application_at, request, with_fleet},
     measure::median,
     report::{Goal, Row},
 };
@@ -24,30 +23,18 @@ use crate::{
 /// Round trips until a session is set up, from the request for a ticket on a warm connection.
 pub(crate) fn round_trips() -> anyhow::Result<Vec<Row>> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
-        let dir = tempfile::tempdir()?;
-        let plan = compile::compile(&manifest::parse(&[("bench.yaml", MANIFEST)])?)?;
-        let stop_deadline = Duration::from_secs(1);
-        let options = Options { dir: dir.path().to_owned(), stop_deadline, tenant: "bench".into() };
-        let fleet = Fleet::start(plan, options, &|_| ()).await?;
-        let measured = measure(&fleet).await;
-        fleet.stop().await;
-        measured
-    })
+    runtime.block_on(with_fleet(4, async |fleet| measure(fleet).await))
 }
 
 async fn measure(fleet: &Fleet) -> anyhow::Result<Vec<Row>> {
     let tasks = Tasks::new();
-    let context = fleet.context();
-    let router = &context.routers[0];
-    let delayed = delay::tcp(router.public.parse()?, ONE_WAY, &tasks).await?;
-    let api_key = context.api_key()?;
-    let client = Router::new(&delayed.to_string(), &context.ca_pem, &router.server_name, api_key.text())?;
+    let delayed = delay::tcp(fleet.context().routers[0].public.parse()?, ONE_WAY, &tasks).await?;
+    let client = application_at(fleet, &delayed.to_string())?;
     let (mut tickets, mut speaking, mut confirmed) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=2 * ROUNDS {
         let key = ClientKey::generate()?;
         let begin = Instant::now();
-        let mut session = client.create(&request(&key)).await.context("ticket")?;
+        let mut session = client.create(&request(&key, Codec::Opus)).await.context("ticket")?;
         let ticket = begin.elapsed();
         session.relays.truncate(1);
         let relay: SocketAddr = session.relays[0].address.parse()?;
@@ -77,41 +64,7 @@ async fn measure(fleet: &Fleet) -> anyhow::Result<Vec<Row>> {
     ])
 }
 
-fn request(key: &ClientKey) -> SessionRequest {
-    SessionRequest {
-        agent: "default/echo".into(),
-        location: Some((52.5, 13.4)),
-        client_key: key.public(),
-        codec: Codec::Opus,
-        regions: Vec::new(),
-        max_rtt_ms: 0,
-        session: SessionId::from_bytes(rand::random()),
-        epoch: Epoch::FIRST,
-    }
-}
-
 /// One way.
 const ONE_WAY: Duration = Duration::from_millis(50);
 
 const ROUNDS: usize = 9;
-
-const MANIFEST: &str = "
-apiVersion: antiphon.dev/v1alpha1
-kind: VoiceRegion
-metadata: {name: bench, namespace: antiphon-system}
-spec:
-  number: 7
-  cluster: here
-  cloud: bench
-  location: {latitude: 52.5, longitude: 13.4}
-  relay: {replicas: 1}
----
-apiVersion: antiphon.dev/v1alpha1
-kind: VoiceAgent
-metadata: {name: echo, namespace: default}
-spec:
-  engine: {type: Echo}
-  regions:
-    - {name: bench, minReplicas: 1, maxReplicas: 1}
-  sessions: {slotsPerWorker: 4}
-";

@@ -1,5 +1,6 @@
 //! Tickets per second over gRPC: a router on one CPU; applications and workers on the other.
 
+mod etcd;
 pub(crate) mod region;
 mod workers;
 
@@ -28,19 +29,31 @@ use crate::{
     measure::{median, quantile},
     report::{Goal, Row},
 };
+use etcd::Etcd;
 use region::{AGENT, REGION, Router, identity};
 
-/// Tickets per second, their 99th percentile, and the router's CPU time for one.
+/// Tickets per second, their 99th percentile, and the router's CPU time for one: with the records in memory, then in
+/// etcd.
 pub(crate) fn rate() -> anyhow::Result<Vec<Row>> {
     with_cpus(|cpus| {
-        let router = Router::start(cpus)?;
-        // Its threads inherit this thread's CPU.
-        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        runtime.block_on(measure(&router))
+        let mut rows = of(&Router::start(cpus, None)?, "tickets")?;
+        match Etcd::start() {
+            Ok(etcd) => {
+                rows.extend(of(&Router::start(cpus, Some(&etcd))?, "tickets-etcd")?);
+            }
+            Err(error) => eprintln!("  no etcd, no figures with it: {error:#}"),
+        }
+        Ok(rows)
     })
 }
 
-async fn measure(router: &Router) -> anyhow::Result<Vec<Row>> {
+fn of(router: &Router, name: &str) -> anyhow::Result<Vec<Row>> {
+    // Its threads inherit this thread's CPU.
+    let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(measure(router, name))
+}
+
+async fn measure(router: &Router, name: &str) -> anyhow::Result<Vec<Row>> {
     let tasks = Tasks::new();
     let key = ApiKey::from_random(&[9; ApiKey::RANDOM]);
     let mut operator = AdminClient::new(internal(router, "bench", Role::Operator)?);
@@ -68,9 +81,9 @@ async fn measure(router: &Router) -> anyhow::Result<Vec<Row>> {
     }
     tasks.stopping().cancel();
     Ok(vec![
-        Row::new("tickets", median(rates), "1/s").goal(Goal::AtLeast(5000.0)),
-        Row::new("tickets-p99", median(tails), "ms").goal(Goal::AtMost(5.0)),
-        Row::new("tickets-router-cpu", median(costs), "µs/ticket"),
+        Row::new(name, median(rates), "1/s").goal(Goal::AtLeast(5000.0)),
+        Row::new(format!("{name}-p99"), median(tails), "ms").goal(Goal::AtMost(5.0)),
+        Row::new(format!("{name}-router-cpu"), median(costs), "µs/ticket"),
     ])
 }
 

@@ -10,8 +10,7 @@ use std::{
     time::Duration,
 };
 
-use antiphon_client::{ClientKey, Router, SessionRequest};
-use antiphon_core::id::{Epoch, SessionId};
+use antiphon_client::{ClientKey, Router};
 use antiphon_media::format::FRAME;
 use antiphon_proto::v1::{
     Activate, ClientMessage, Codec, ServerMessage, Session, client_message::Message as ToWorker,
@@ -29,7 +28,7 @@ use quinn::{ClientConfig, Connection, ConnectionId, Endpoint};
 use rustls_pki_types::CertificateDer;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use crate::sessions::FORMATS;
+use crate::{fleet::request, sessions::FORMATS};
 
 /// Connected callers, silent so far.
 #[derive(Debug)]
@@ -153,16 +152,7 @@ struct Caller {
 impl Caller {
     async fn connect(router: &Router, codec: Codec, endpoint: &Endpoint) -> anyhow::Result<Self> {
         let key = ClientKey::generate()?;
-        let request = SessionRequest {
-            agent: "default/echo".into(),
-            location: Some((52.5, 13.4)),
-            client_key: key.public(),
-            codec,
-            regions: Vec::new(),
-            max_rtt_ms: 0,
-            session: SessionId::from_bytes(rand::random()),
-            epoch: Epoch::FIRST,
-        };
+        let request = request(&key, codec);
         let session = router.create(&request).await.context("ticket")?;
         let relay = session.relays.first().context("a ticket without a relay")?.address.parse()?;
         let connecting = endpoint.connect_with(client_config(&session)?, relay, &session.server_name)?;

@@ -1,16 +1,21 @@
 //! The router to be measured, in a process of its own.
 
-use std::{net::SocketAddr, process::Child, sync::Arc, time::SystemTime};
+use std::{
+    net::SocketAddr,
+    process::Child,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use antiphon_core::keys::FleetRoot;
-use antiphon_router::{Memory, Ports};
+use antiphon_router::{EtcdConfig, Memory, Owner, Ports, Store, StoreArgs};
 use antiphon_runtime::{
     Tasks,
     pki::{FleetCa, Identity, PeerName, Role},
 };
 use anyhow::Context as _;
 
-use super::any_port;
+use super::{any_port, etcd::Etcd};
 use crate::{Served, machine::Cpus, relay::fleet::until_input_ends, relay::start};
 
 /// A running router. Ends with the value.
@@ -22,8 +27,11 @@ pub(super) struct Router {
 }
 
 impl Router {
-    pub(super) fn start(cpus: Cpus) -> anyhow::Result<Self> {
-        let (child, line) = start(Served::Router, any_port(), cpus)?;
+    /// With its store in this etcd, or in its memory.
+    pub(super) fn start(cpus: Cpus, etcd: Option<&Etcd>) -> anyhow::Result<Self> {
+        // The store's address is where its records go.
+        let (served, sink) = etcd.map_or((Served::Router, any_port()), |etcd| (Served::RouterOnEtcd, etcd.address));
+        let (child, line) = start(served, sink, cpus)?;
         let addresses = line.trim().split_once(' ').with_context(|| format!("the router says {line:?}"))?;
         Ok(Self { public: addresses.0.parse()?, internal: addresses.1.parse()?, child })
     }
@@ -41,20 +49,24 @@ impl Drop for Router {
     }
 }
 
-/// Runs a router with a store in memory, until standard input ends. Says its public and its internal address.
-pub(crate) fn serve() -> anyhow::Result<()> {
+/// Runs a router with a store in memory or in the etcd at this address, until standard input ends. Says its public and
+/// its internal address.
+pub(crate) fn serve(etcd: Option<SocketAddr>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     let tasks = Tasks::new();
     let line = runtime.block_on(async {
         let ports = Ports::bind(any_port(), any_port(), any_port()).await?;
         let line = format!("{} {}", ports.public.local_addr()?, ports.internal.local_addr()?);
-        antiphon_router::start(
-            identity("router-1", Role::Router)?,
-            root(),
-            Arc::new(Memory::default()),
-            ports,
-            &tasks,
-        )?;
+        let identity = identity("router-1", Role::Router)?;
+        let store: Arc<dyn Store> = match etcd {
+            None => Arc::new(Memory::default()),
+            Some(address) => {
+                let args = StoreArgs { etcd: vec![format!("http://{address}")], ..StoreArgs::default() };
+                let config = EtcdConfig::new(&args, REGION)?.context("an etcd was named")?;
+                antiphon_router::Etcd::start(config, Owner::of(&identity), None, Duration::ZERO, &tasks)
+            }
+        };
+        antiphon_router::start(identity, root(), store, ports, &tasks)?;
         anyhow::Ok(line)
     })?;
     until_input_ends(&line)
