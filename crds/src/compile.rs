@@ -10,6 +10,7 @@
 mod worker;
 
 use std::{
+    borrow::Borrow,
     collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
@@ -223,26 +224,26 @@ impl PoolLimits {
 }
 
 /// Everything about an agent that does not fit the regions of its fleet, by their names.
-pub fn check_agent(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<FieldError> {
+pub fn check_agent<R: Borrow<VoiceRegion>>(agent: &VoiceAgent, regions: &BTreeMap<String, R>) -> Vec<FieldError> {
     rules::check_regions(agent, regions)
 }
 
 /// The regions of a fleet, in order of their names. Those without a number get the lowest free ones.
-pub fn plan_regions(regions: &BTreeMap<String, &VoiceRegion>) -> Result<Vec<RegionPlan>, CompileError> {
+pub fn plan_regions<R: Borrow<VoiceRegion>>(regions: &BTreeMap<String, R>) -> Result<Vec<RegionPlan>, CompileError> {
     if regions.is_empty() {
         return Err(CompileError::NoRegions);
     }
     if regions.len() > usize::from(REGION_NUMBERS) {
         return Err(CompileError::TooManyRegions(regions.len()));
     }
-    if regions.values().all(|region| region.spec.relay.replicas == 0) {
+    if regions.values().all(|region| region.borrow().spec.relay.replicas == 0) {
         return Err(CompileError::NoRelays);
     }
-    let taken: BTreeSet<u16> = regions.values().filter_map(|region| region.spec.number).collect();
+    let taken: BTreeSet<u16> = regions.values().filter_map(|region| region.borrow().spec.number).collect();
     let mut free = (0..REGION_NUMBERS).filter(|number| !taken.contains(number));
     let mut plans = Vec::with_capacity(regions.len());
     for (name, region) in regions {
-        let spec = &region.spec;
+        let spec = &region.borrow().spec;
         let number = spec.number.or_else(|| free.next());
         plans.push(RegionPlan {
             name: name.clone(),
@@ -310,13 +311,13 @@ fn revision(content: &impl Serialize) -> String {
 }
 
 /// The pools of one agent, in order of their regions' names. A region that is not there has no capacity.
-pub fn plan_pools(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<PoolPlan> {
+pub fn plan_pools<R: Borrow<VoiceRegion>>(agent: &VoiceAgent, regions: &BTreeMap<String, R>) -> Vec<PoolPlan> {
     let spec = &agent.spec;
     let plan = |pool: &RegionPool| {
         let limits = PoolLimits {
             min_replicas: pool.min_replicas,
             max_replicas: pool.max_replicas,
-            capacity_percent: regions.get(&pool.name).map_or(0, |found| found.spec.capacity_percent),
+            capacity_percent: regions.get(&pool.name).map_or(0, |found| found.borrow().spec.capacity_percent),
             suspended: spec.suspend,
         };
         PoolPlan {

@@ -24,6 +24,7 @@ use crate::{
     status = "DrainStatus",
     derive = "PartialEq",
     doc = "Takes a worker, a pool, a node or a region out of service: it gets no new calls, and those it holds end by themselves or at the deadline. Deleting the Drain is the undo, also half-way: its target takes calls again.",
+    validation = Rule::new("self.metadata.name.size() <= 63").message("metadata.name must have at most 63 characters"),
     printcolumn(name = "Target", type_ = "string", json_path = ".status.target"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Policy", type_ = "string", json_path = ".spec.policy"),
@@ -49,6 +50,7 @@ pub struct DrainSpec {
 
     /// What becomes of the calls. Absent: as the `disruption.policy` of each agent says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "DrainPolicy")]
     pub policy: Option<DrainPolicy>,
 
     /// How long calls may go on, 0s to 24h from when draining began. Absent: the `disruption.deadline` of each agent. It
@@ -72,7 +74,7 @@ pub struct DrainSpec {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("(has(self.worker) ? 1 : 0) + (has(self.pool) ? 1 : 0) + (has(self.node) ? 1 : 0) + (has(self.region) ? 1 : 0) == 1").message("set exactly one of worker, pool, node and region"))]
-#[x_kube(validation = Rule::new("!has(self.namespace) || has(self.worker) || has(self.pool)").message("namespace goes with worker or pool: nodes and regions are not in a namespace").field_path(".namespace"))]
+#[x_kube(validation = Rule::new("!has(self.__namespace__) || has(self.worker) || has(self.pool)").message("namespace goes with worker or pool: nodes and regions are not in a namespace").field_path(".namespace"))]
 pub struct DrainTarget {
     /// Name of a worker, which is that of its pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -129,6 +131,7 @@ pub struct DrainStatus {
     /// Failed: it cannot be carried out, and the conditions say why. Undoing: it is being deleted and workers go back to
     /// work.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "DrainPhase")]
     pub phase: Option<DrainPhase>,
 
     /// The proof that there is room elsewhere.

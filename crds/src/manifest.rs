@@ -267,6 +267,9 @@ fn unknown_kind(value: &Value, api_version: &str) -> FieldError {
         let path = FieldPath::of("apiVersion");
         return FieldError::new(path, &value["apiVersion"], "is not a known version", hint);
     }
+    if let Some((_, hint)) = OF_CLUSTERS.iter().find(|(of_clusters, _)| *of_clusters == kind) {
+        return FieldError::new(FieldPath::of("kind"), &value["kind"], "is for clusters only", *hint);
+    }
     let hint = match schema::nearest(kind, kinds.into_iter()) {
         Some(near) => format!("did you mean {near}?"),
         None => format!("only {} are read; remove other resources", kinds.join(" and ")),
@@ -358,6 +361,12 @@ impl ManifestErrors {
         lines.join("\n")
     }
 }
+
+/// Kinds that a fleet on one machine has no use for, and what to do instead.
+const OF_CLUSTERS: [(&str, &str); 2] = [
+    ("WorkerPool", "remove it, and set minReplicas in spec.regions of the VoiceAgent instead"),
+    ("Drain", "remove it; `kubectl apply` takes it"),
+];
 
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 

@@ -4,33 +4,18 @@
 //! judged by the API server when the pod's owner is applied.
 #![expect(unreachable_pub, reason = "KubeSchema copies the types, with their visibility, into functions")]
 
-use std::{borrow::Cow, collections::BTreeMap, fmt};
+mod value;
+
+use std::collections::BTreeMap;
 
 use kube::KubeSchema;
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, Serialize, de};
-use serde_json::{Map, Value};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::form;
 
-/// An object of Kubernetes' own, kept as it is written. The API server checks it when pods are made.
-#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
-#[serde(transparent)]
-pub struct Fragment(pub Map<String, Value>);
-
-/// An amount, as Kubernetes writes it: `500m`, `2`, `8Gi`. A whole number may be written without quotes.
-#[derive(Serialize, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[serde(transparent)]
-pub struct Quantity(pub String);
-
-/// A number of things, or a share of them in percent, such as `2` or `25%`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Amount {
-    /// So many.
-    Count(u32),
-    /// So many of a hundred, 0..=100.
-    Percent(u8),
-}
+pub use value::{Amount, Fragment, Quantity, Volume};
+pub(crate) use value::{OWN_PREFIXES, annotation_values, label_values, pod_annotations, pod_labels};
 
 /// When a node fetches an image.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +175,7 @@ pub struct Toleration {
 
     /// Equal (as if absent) compares key and value, Exists the key alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "TolerationOperator")]
     pub operator: Option<TolerationOperator>,
 
     /// The taint's value, for operator Equal.
@@ -199,6 +185,7 @@ pub struct Toleration {
 
     /// The taint's effect. Absent: every effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "TaintEffect")]
     pub effect: Option<TaintEffect>,
 
     /// How long a pod stays after a NoExecute taint appeared, 0 to 31536000 seconds. Absent: forever.
@@ -297,18 +284,6 @@ pub struct ResourceClaim {
     pub resource_claim_name: Option<String>,
 }
 
-/// Storage that containers of a pod can mount: a name and exactly one source of those of core/v1, such as `emptyDir`,
-/// `persistentVolumeClaim`, `ephemeral`, `image`, `nfs`, `csi`, `configMap`, `secret` or `hostPath`.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-pub struct Volume {
-    /// What `volumeMounts` call it.
-    pub name: String,
-    /// The source under its name in core/v1, as it is written.
-    #[serde(flatten)]
-    pub source: Map<String, Value>,
-}
-
 /// Where a container sees a volume.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
@@ -390,173 +365,11 @@ pub struct PodSettings {
 
     /// Labels of the pods besides Antiphon's own, at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(schema_with = "label_values")]
+    #[schemars(schema_with = "pod_labels")]
     pub labels: BTreeMap<String, String>,
 
     /// Annotations of the pods, at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(schema_with = "annotation_values")]
+    #[schemars(schema_with = "pod_annotations")]
     pub annotations: BTreeMap<String, String>,
-}
-
-/// Values of labels (core/v1: at most 63 characters), at most 32 of them.
-pub(crate) fn label_values(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "type": "object",
-        "maxProperties": 32,
-        "additionalProperties": {"type": "string", "maxLength": 63},
-    })
-}
-
-/// Values of annotations, at most 32 of them.
-pub(crate) fn annotation_values(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "type": "object",
-        "maxProperties": 32,
-        "additionalProperties": {"type": "string", "maxLength": 4_096},
-    })
-}
-
-impl Fragment {
-    /// The same as a type of Kubernetes. Fields that the type does not know are lost.
-    pub fn parse<T: de::DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_value(Value::Object(self.0.clone()))
-    }
-}
-
-impl JsonSchema for Fragment {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Fragment".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
-    }
-}
-
-impl JsonSchema for Volume {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Volume".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {
-                    "description": "What `volumeMounts` call it. Besides it, write exactly one source as in `kubectl explain pod.spec.volumes`: `emptyDir`, `persistentVolumeClaim`, `ephemeral`, `image`, `nfs`, `csi`, `configMap`, `secret`, `hostPath` and so on. Names that begin with `antiphon` are Antiphon's own.",
-                    "type": "string",
-                    "minLength": 1,
-                    "maxLength": 63,
-                    "pattern": form::LABEL.pattern,
-                },
-            },
-            "x-kubernetes-preserve-unknown-fields": true,
-            "x-kubernetes-validations": [{
-                "rule": "!self.name.startsWith('antiphon')",
-                "message": "names that begin with antiphon are Antiphon's own: choose another one",
-                "fieldPath": ".name",
-            }],
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for Quantity {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match Value::deserialize(deserializer)? {
-            Value::String(text) => Ok(Self(text)),
-            Value::Number(number) if !number.is_f64() => Ok(Self(number.to_string())),
-            _ => Err(de::Error::custom("a quantity is a string or a whole number")),
-        }
-    }
-}
-
-impl JsonSchema for Quantity {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Quantity".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "x-kubernetes-int-or-string": true,
-            "maxLength": 32,
-            "pattern": form::QUANTITY.pattern,
-        })
-    }
-}
-
-impl Amount {
-    /// So many of `whole`, rounded up.
-    pub fn of(self, whole: u32) -> u32 {
-        match self {
-            Self::Count(count) => count,
-            Self::Percent(percent) => {
-                let share = (u64::from(whole) * u64::from(percent)).div_ceil(100);
-                u32::try_from(share).unwrap_or(u32::MAX)
-            }
-        }
-    }
-}
-
-impl fmt::Display for Amount {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Count(count) => write!(f, "{count}"),
-            Self::Percent(percent) => write!(f, "{percent}%"),
-        }
-    }
-}
-
-impl Serialize for Amount {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Count(count) => serializer.serialize_u32(*count),
-            Self::Percent(_) => serializer.collect_str(self),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Amount {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let percent = |text: &str| text.strip_suffix('%')?.parse().ok().filter(|percent| *percent <= 100);
-        let found = match Value::deserialize(deserializer)? {
-            Value::String(text) => percent(&text).map(Self::Percent),
-            Value::Number(number) => number.as_u64().and_then(|count| u32::try_from(count).ok()).map(Self::Count),
-            _ => None,
-        };
-        found.ok_or_else(|| de::Error::custom("a number or a percentage such as 25% is needed"))
-    }
-}
-
-impl JsonSchema for Amount {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Amount".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "x-kubernetes-int-or-string": true,
-            "minimum": 0,
-            "maximum": 10_000,
-            "maxLength": 4,
-            "pattern": form::PERCENT.pattern,
-        })
-    }
 }

@@ -20,6 +20,7 @@ use crate::{RevisionStatus, WorkerRevisionStatus, form};
     status = "WorkerPoolStatus",
     derive = "PartialEq",
     doc = "The workers of one VoiceAgent in one region. The operator makes one for each region of an agent that its cluster builds, next to the agent and named AGENT-REGION; people and autoscalers set how many workers it has. What the workers are is said by the agent alone.",
+    validation = Rule::new("self.metadata.name == self.spec.agent + '-' + self.spec.region").message("metadata.name must be AGENT-REGION: a pool is the only one of its agent in its region"),
     scale(
         spec_replicas_path = ".spec.replicas",
         status_replicas_path = ".status.replicas",

@@ -1,14 +1,17 @@
 //! What the schema of one field cannot say: rules within a resource, the same that the API server evaluates as CEL, and
 //! rules between the resources of a fleet.
 
-use std::collections::BTreeMap;
+mod pod;
+
+use std::{borrow::Borrow, collections::BTreeMap};
 
 use kube::ResourceExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    EngineType, TimeSpan, Tunnel, VoiceAgent, VoiceRegion, Workload, agent,
+    EngineType, IngressType, RelayServiceType, RouterServiceType, TimeSpan, Tunnel, VoiceAgent, VoiceRegion, Workload,
+    agent,
     field::{FieldError, FieldPath},
     form,
     schema::{self, Checked},
@@ -88,6 +91,8 @@ impl VoiceAgent {
                     "raise maxReplicas or lower minReplicas",
                 ));
             }
+            let path = at("spec.regions").item(index);
+            errors.extend(pod::check_tolerations(&path, &region.tolerations));
         }
         match (spec.engine.engine_type, spec.workload) {
             (EngineType::Echo, Workload::Translation | Workload::Transcription) => {
@@ -99,6 +104,11 @@ impl VoiceAgent {
                 ));
             }
             (EngineType::Echo, Workload::Conversation) => {}
+        }
+        errors.extend(pod::check_worker(&at("spec.worker"), &spec.worker));
+        if let Some(canary) = &spec.rollout.canary {
+            let set = [("count", canary.count.is_some()), ("percent", canary.percent.is_some())];
+            errors.extend(exactly_one(&at("spec.rollout.canary"), &set));
         }
         errors.extend(self.time_spans().into_iter().filter_map(|(path, value, range)| {
             let hint = "choose a duration in this range";
@@ -147,13 +157,57 @@ impl VoiceRegion {
 
     /// The rules of the API server that are not the schema's.
     pub(crate) fn rules(&self) -> Vec<FieldError> {
-        if self.spec.tunnel == Tunnel::Direct || self.spec.relay.replicas > 0 {
-            return Vec::new();
+        let spec = &self.spec;
+        let at = FieldPath::of;
+        let mut errors = Vec::new();
+        if spec.tunnel == Tunnel::ViaRelays && spec.relay.replicas == 0 {
+            let hint = "raise spec.relay.replicas or set tunnel to Direct";
+            let problem = "needs a relay in this region, which has none";
+            errors.push(FieldError::new(at("spec.tunnel"), &json!(spec.tunnel), problem, hint));
         }
-        let path = FieldPath::of("spec.tunnel");
-        let hint = "raise spec.relay.replicas or set tunnel to Direct";
-        vec![FieldError::new(path, &json!(self.spec.tunnel), "needs a relay in this region, which has none", hint)]
+        errors.extend(pod::check_settings(&at("spec.relay.pod"), &spec.relay.pod));
+        errors.extend(pod::check_settings(&at("spec.router.pod"), &spec.router.pod));
+        errors.extend(self.misplaced());
+        errors
     }
+
+    /// Fields that go with another type of ingress or Service than theirs.
+    fn misplaced(&self) -> Vec<FieldError> {
+        let ingress = &self.spec.relay.ingress;
+        let router = &self.spec.router.service;
+        let behind = ingress.ingress_type == IngressType::Service;
+        let (balanced, relay_ports, class) = ingress.service.as_ref().map_or((true, false, false), |service| {
+            let balanced = service.service_type == RelayServiceType::LoadBalancer;
+            (balanced, service.node_port.is_some(), service.load_balancer_class.is_some())
+        });
+        let router_ports = router.service_type == RouterServiceType::NodePort;
+        let misplaced = [
+            ("spec.relay.ingress.service", ingress.service.is_some() && !behind, "Service"),
+            ("spec.relay.ingress.service.nodePort", relay_ports && balanced, "NodePort"),
+            ("spec.relay.ingress.service.loadBalancerClass", class && !balanced, "LoadBalancer"),
+            ("spec.router.service.apiNodePort", router.api_node_port.is_some() && !router_ports, "NodePort"),
+            ("spec.router.service.internalNodePort", router.internal_node_port.is_some() && !router_ports, "NodePort"),
+        ];
+        let misplaced = misplaced.into_iter().filter(|(_, wrong, _)| *wrong);
+        misplaced
+            .map(|(path, _, goes_with)| {
+                let problem = format!("goes with type {goes_with}");
+                FieldError::without_value(FieldPath::of(path), problem, "remove it or change the type")
+            })
+            .collect()
+    }
+}
+
+/// What is wrong with an object of which exactly one field has to be set.
+fn exactly_one(path: &FieldPath, fields: &[(&str, bool)]) -> Option<FieldError> {
+    let set: Vec<&str> = fields.iter().filter(|(_, set)| *set).map(|(name, _)| *name).collect();
+    let problem = match set[..] {
+        [_] => return None,
+        [] => "says nothing".to_owned(),
+        _ => format!("has {}", set.join(" and ")),
+    };
+    let names: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
+    Some(FieldError::without_value(path.clone(), problem, format!("set exactly one of {}", names.join(", "))))
 }
 
 /// What is wrong with the name of a resource.
@@ -222,7 +276,10 @@ fn number_taken(number: u16, other: &str) -> FieldError {
 }
 
 /// Whether the regions of an agent exist and offer what it needs.
-pub(crate) fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &VoiceRegion>) -> Vec<FieldError> {
+pub(crate) fn check_regions<R: Borrow<VoiceRegion>>(
+    agent: &VoiceAgent,
+    regions: &BTreeMap<String, R>,
+) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let residency = &agent.spec.placement.residency;
     for (index, pool) in agent.spec.regions.iter().enumerate() {
@@ -240,7 +297,8 @@ pub(crate) fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &Voic
             errors.push(FieldError::new(path, &name, "is no VoiceRegion", hint));
             continue;
         };
-        let offered = &region.spec.residency;
+        let offer = &region.borrow().spec;
+        let offered = &offer.residency;
         if !residency.is_empty() && !residency.iter().any(|zone| offered.contains(zone)) {
             let problem = format!("lies in {}, not in {}", list(offered, "no residency zone"), list(residency, "any"));
             let hint = "remove the region from the agent, or change spec.placement.residency";
@@ -251,7 +309,7 @@ pub(crate) fn check_regions(agent: &VoiceAgent, regions: &BTreeMap<String, &Voic
             let hint = "remove the region from the agent, or change its residency there";
             errors.push(FieldError::new(path.clone(), &name, problem, hint));
         }
-        let classes = &region.spec.gpu_classes;
+        let classes = &offer.gpu_classes;
         if let Some(class) = agent.spec.worker.gpu_class.as_ref().filter(|class| !classes.contains(class)) {
             let problem = format!("has no GPU class {class}, only {}", list(classes, "machines without a GPU"));
             let hint = "add the class to the region's gpuClasses, or change spec.worker.gpuClass";
@@ -269,147 +327,4 @@ fn list(names: &[String], none: &str) -> String {
 const LONGEST_NAME: usize = 40;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn agent() -> Value {
-        json!({
-            "apiVersion": "antiphon.dev/v1alpha1",
-            "kind": "VoiceAgent",
-            "metadata": {"name": "frontdesk"},
-            "spec": {"engine": {"type": "Echo"}, "regions": [{"name": "frankfurt"}]},
-        })
-    }
-
-    fn region() -> Value {
-        json!({
-            "apiVersion": "antiphon.dev/v1alpha1",
-            "kind": "VoiceRegion",
-            "metadata": {"name": "frankfurt"},
-            "spec": {
-                "number": 7,
-                "cluster": "eu-1",
-                "cloud": "nimbus",
-                "location": {"latitude": 50.1, "longitude": 8.7},
-            },
-        })
-    }
-
-    fn with<K: serde::de::DeserializeOwned>(mut resource: Value, pointer: &str, value: Value) -> K {
-        let (parent, field) = pointer.rsplit_once('/').unwrap();
-        // Fields with defaults may be absent on the way.
-        let mut node = &mut resource;
-        for step in parent.split('/').skip(1) {
-            node = match step.parse::<usize>() {
-                Ok(index) => &mut node[index],
-                Err(_) => &mut node[step],
-            };
-        }
-        node[field] = value;
-        serde_json::from_value(resource).unwrap()
-    }
-
-    /// What the API server's rules and ours say of the same resource: the paths of the fields that are wrong.
-    fn verdicts(agent: &VoiceAgent) -> (Vec<String>, Vec<String>) {
-        let ours = agent.validate().iter().map(|error| error.path.to_string()).collect();
-        let theirs = match agent.validate_cel() {
-            Ok(()) => Vec::new(),
-            Err(errors) => errors.iter().map(|error| error.message.clone()).collect(),
-        };
-        (ours, theirs)
-    }
-
-    #[test]
-    fn the_api_server_and_we_agree_on_agents() {
-        let long = "a".repeat(41);
-        for (pointer, value, valid) in [
-            ("/metadata/name", json!("frontdesk"), true),
-            ("/metadata/name", json!("a"), true),
-            ("/metadata/name", json!("a".repeat(40)), true),
-            ("/metadata/name", json!(long), false),
-            ("/metadata/name", json!("7up"), false),
-            ("/metadata/name", json!("a-"), false),
-            ("/metadata/name", json!("a.b"), false),
-            ("/spec/regions/0/minReplicas", json!(10), true),
-            ("/spec/regions/0/minReplicas", json!(11), false),
-            ("/spec/regions/0/maxReplicas", json!(1), true),
-            ("/spec/regions/0/maxReplicas", json!(0), false),
-            ("/spec/workload", json!("Conversation"), true),
-            ("/spec/workload", json!("Translation"), false),
-            ("/spec/workload", json!("Transcription"), false),
-            ("/spec/sessions/longest", json!("10s"), true),
-            ("/spec/sessions/longest", json!("9s999ms"), false),
-            ("/spec/sessions/longest", json!("24h"), true),
-            ("/spec/sessions/longest", json!("24h1ms"), false),
-            ("/spec/turnTaking/endSilence", json!("100ms"), true),
-            ("/spec/turnTaking/endSilence", json!("99ms"), false),
-            ("/spec/turnTaking/endSilence", json!("5s"), true),
-            ("/spec/turnTaking/endSilence", json!("5001ms"), false),
-            ("/spec/turnTaking/minSpeech", json!("20ms"), true),
-            ("/spec/turnTaking/minSpeech", json!("19ms"), false),
-            ("/spec/turnTaking/minSpeech", json!("2s1ms"), false),
-            ("/spec/latency/budget", json!("50ms"), true),
-            ("/spec/latency/budget", json!("49ms"), false),
-            ("/spec/latency/budget", json!("1h"), false),
-            ("/spec/latency/rttCeiling", json!("300ms"), true),
-            ("/spec/latency/rttCeiling", json!("301ms"), false),
-            ("/spec/latency/rttCeiling", json!("4ms"), false),
-            ("/spec/latency/rttCeilingMax", json!("80ms"), true),
-            ("/spec/latency/rttCeilingMax", json!("79ms"), false),
-            ("/spec/latency/rttCeilingMax", json!("5001ms"), false),
-            ("/spec/disruption/deadline", json!("0s"), true),
-            ("/spec/disruption/deadline", json!("24h1s"), false),
-        ] {
-            let agent: VoiceAgent = with(agent(), pointer, value.clone());
-            let (ours, theirs) = verdicts(&agent);
-            assert_eq!(ours.is_empty(), valid, "{pointer} {value}: {ours:?}");
-            assert_eq!(theirs.is_empty(), valid, "{pointer} {value}: {theirs:?}");
-        }
-    }
-
-    #[test]
-    fn the_api_server_and_we_agree_on_regions() {
-        for (name, valid) in [("frankfurt", true), ("Frankfurt", false), ("a.b", false)] {
-            let region: VoiceRegion = with(region(), "/metadata/name", json!(name));
-            assert_eq!(region.validate().is_empty(), valid, "{name}");
-            assert_eq!(region.validate_cel().is_ok(), valid, "{name}");
-        }
-        for (tunnel, relays, valid) in
-            [("Direct", 0, true), ("Direct", 1, true), ("ViaRelays", 0, false), ("ViaRelays", 1, true)]
-        {
-            let mut document = region();
-            document["spec"]["tunnel"] = json!(tunnel);
-            let region: VoiceRegion = with(document, "/spec/relay", json!({"replicas": relays}));
-            assert_eq!(region.validate().is_empty(), valid, "{tunnel} {relays}");
-            assert_eq!(region.validate_cel().is_ok(), valid, "{tunnel} {relays}");
-        }
-    }
-
-    #[test]
-    fn cluster_and_number_of_a_region_never_change() {
-        let old: VoiceRegion = serde_json::from_value(region()).unwrap();
-        assert!(old.validate_cel_update(&old).is_ok());
-        for (pointer, value) in
-            [("/spec/cluster", json!("eu-2")), ("/spec/number", json!(8)), ("/spec/number", Value::Null)]
-        {
-            let new: VoiceRegion = with(region(), pointer, value.clone());
-            assert!(new.validate().is_empty(), "{pointer}: {value} is valid by itself");
-            assert!(new.validate_cel_update(&old).is_err(), "{pointer}: {value}");
-        }
-        let unnumbered: VoiceRegion = with(region(), "/spec/number", Value::Null);
-        assert!(old.validate_cel_update(&unnumbered).is_err(), "a number cannot be added");
-        let scaled: VoiceRegion = with(region(), "/spec/capacityPercent", json!(50));
-        assert!(scaled.validate_cel_update(&old).is_ok());
-    }
-
-    #[test]
-    fn bounds_hold_for_resources_that_no_schema_has_seen() {
-        let agent: VoiceAgent = with(agent(), "/spec/sessions/slotsPerWorker", json!(0));
-        assert_eq!(
-            agent.validate()[0].to_string(),
-            "spec.sessions.slotsPerWorker: 0 does not lie between 1 and 4096: Calls one worker holds at a time, 1 to 4096. A worker never grants more, whatever it is asked for"
-        );
-        let region: VoiceRegion = with(region(), "/spec/number", json!(1024));
-        assert_eq!(region.validate()[0].path.to_string(), "spec.number");
-    }
-}
+mod tests;

@@ -34,6 +34,7 @@ pub struct Worker {
     /// When a node fetches the worker's image. Absent: as Kubernetes decides, which is IfNotPresent unless the image's
     /// tag is `latest`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PullPolicy")]
     pub image_pull_policy: Option<PullPolicy>,
 
     /// Secrets of the agent's namespace with the credentials of registries, at most 16.
@@ -145,12 +146,12 @@ pub struct Worker {
 
     /// Labels of the workers' pods besides Antiphon's own, at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(schema_with = "pod::label_values")]
+    #[schemars(schema_with = "pod::pod_labels")]
     pub labels: BTreeMap<String, String>,
 
     /// Annotations of the workers' pods, at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(schema_with = "pod::annotation_values")]
+    #[schemars(schema_with = "pod::pod_annotations")]
     pub annotations: BTreeMap<String, String>,
 }
 
@@ -164,6 +165,7 @@ pub struct EngineContainer {
 
     /// When a node fetches the engine's image. Absent: as Kubernetes decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PullPolicy")]
     pub image_pull_policy: Option<PullPolicy>,
 
     /// Replaces the image's entry point, at most 64 words.

@@ -129,6 +129,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "fleet.yaml:2: Deployment frontdesk: kind: \"Deployment\" is not a kind of Antiphon's: only VoiceAgent and VoiceRegion are read; remove other resources",
     ),
     (
+        "kind: VoiceAgent",
+        "kind: WorkerPool",
+        "fleet.yaml:2: WorkerPool frontdesk: kind: \"WorkerPool\" is for clusters only: remove it, and set minReplicas in spec.regions of the VoiceAgent instead",
+    ),
+    (
+        "kind: VoiceAgent",
+        "kind: Drain",
+        "fleet.yaml:2: Drain frontdesk: kind: \"Drain\" is for clusters only: remove it; `kubectl apply` takes it",
+    ),
+    (
         "antiphon.dev/v1alpha1",
         "antiphon.dev/v1",
         "fleet.yaml:1: VoiceAgent default/frontdesk: apiVersion: \"antiphon.dev/v1\" is not a known version: write antiphon.dev/v1alpha1",

@@ -20,6 +20,7 @@ pub struct VoiceRegionStatus {
 
     /// Active, Cordoned, Draining, or Peer where another cluster builds the region.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "RegionPhase")]
     pub phase: Option<RegionPhase>,
 
     /// Relays that forward packets.
