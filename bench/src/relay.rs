@@ -100,11 +100,17 @@ impl Case {
     }
 }
 
-/// Memory of a relay after as many packets of few clients as of a million.
+/// Memory of a relay after a million packets of few clients, and after as many more of a million clients.
 pub(crate) fn rss() -> anyhow::Result<Vec<Row>> {
     with_cpus(|cpus| {
-        let few = resident(100, cpus)?;
-        let many = resident(MANY_CLIENTS, cpus)?;
+        let mut sink = Wires::bind(&[Ipv4Addr::LOCALHOST])?;
+        let relay = Forwarder::own("relay", Served::Relay, sink.address(0), cpus)?;
+        // The same process: two differ by more than clients could cost.
+        let mut after = |clients| -> anyhow::Result<f64> {
+            forward(&relay, &mut sink, clients)?;
+            Ok(rss_kib(relay.pid())? as f64)
+        };
+        let (few, many) = (after(100)?, after(MANY_CLIENTS)?);
         Ok(vec![
             Row::new("relay-rss-100-clients", few, "KiB"),
             Row::new("relay-rss-1000000-clients", many, "KiB"),
@@ -113,10 +119,8 @@ pub(crate) fn rss() -> anyhow::Result<Vec<Row>> {
     })
 }
 
-/// A fresh relay's resident memory after [`MANY_CLIENTS`] packets from `clients` addresses in turn.
-fn resident(clients: u32, cpus: Cpus) -> anyhow::Result<f64> {
-    let mut sink = Wires::bind(&[Ipv4Addr::LOCALHOST])?;
-    let relay = Forwarder::own("relay", Served::Relay, sink.address(0), cpus)?;
+/// Has [`MANY_CLIENTS`] packets from `clients` addresses in turn forwarded.
+fn forward(relay: &Forwarder, sink: &mut Wires, clients: u32) -> anyhow::Result<()> {
     let source = Wire::bind(Ipv4Addr::UNSPECIFIED)?;
     // No connection ID comes more often than a relay lets it.
     let packets: Vec<_> = (0..CONNECTIONS).map(packet).collect();
@@ -136,7 +140,7 @@ fn resident(clients: u32, cpus: Cpus) -> anyhow::Result<f64> {
         }
         ensure!(progress.elapsed() < PATIENCE, "{received} of {sent} packets of {clients} clients came through");
     }
-    Ok(rss_kib(relay.pid())? as f64)
+    Ok(())
 }
 
 /// A voice packet with its QUIC header.
