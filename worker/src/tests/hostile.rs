@@ -35,8 +35,9 @@ fn flood(
     (stop, sent)
 }
 
-/// What an unoptimised build keeps up with on a machine that does other things; an optimised one takes 100,000.
-const INITIALS: usize = 20_000;
+/// What an unoptimised build keeps up with on a machine that does other things: attacker, callers and worker share this
+/// process. `cargo xtask bench flood` sends 100,000 to processes of an optimised one.
+const INITIALS: usize = 8_000;
 const TICK: Duration = Duration::from_millis(2);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -97,7 +98,7 @@ async fn a_flood_of_forged_initials_costs_no_handshake_and_a_live_call_no_frame(
     };
     let ((report, outcome), connected) = tokio::join!(talking, connecting);
     stop.cancel();
-    assert!(sent.load(Relaxed) > 10_000, "a flood, not a trickle: {}", sent.load(Relaxed));
+    assert!(sent.load(Relaxed) > 5_000, "a flood, not a trickle: {}", sent.load(Relaxed));
     assert_eq!(connected, 8, "every handshake at the first attempt");
     assert_eq!((outcome.answers, outcome.unanswered), (1, 0));
     rig.assert_no_frame_lost(&terms, &report);
