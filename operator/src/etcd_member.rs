@@ -7,8 +7,8 @@
 use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
-use etcd_client::{Certificate, Client, ConnectOptions, Identity, MemberAddOptions, TlsOptions};
-use tokio::time::timeout;
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use tokio::time::{Instant, sleep, timeout};
 
 /// `antiphon-operator etcd-member`.
 #[derive(clap::Args, Clone, Debug)]
@@ -156,39 +156,49 @@ impl Members {
 /// Prepares the member; returns when etcd can be started.
 ///
 /// # Errors
-/// Files that cannot be read or written, or a cluster that does not take the member back: try again.
+/// Files that cannot be read or written, or a cluster that does not take the member back for a minute.
 pub async fn run(args: &EtcdMemberArgs) -> anyhow::Result<()> {
     let members = Members::new(args)?;
     let common = fs::read_to_string(&args.config).with_context(|| args.config.display().to_string())?;
-    let has_data = holds_data(&args.data)?;
-    // Out, in, and the look that finds both done.
-    for _ in 0..STEPS {
-        let others = if has_data { None } else { Others::connect(&members, args).await? };
-        let (client, listed) = others.map_or((None, None), |others| (Some(others.client), Some(others.listed)));
-        match members.plan(&Found { has_data, listed }) {
-            Step::Start { state, cluster } => {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match step(&members, args).await {
+            Ok(Some((state, cluster))) => {
                 tracing::info!(state, cluster, "etcd may start");
                 let config = members.config(&common, args.address, state, &cluster);
                 return fs::write(&args.output, config).with_context(|| args.output.display().to_string());
             }
-            Step::Remove(id) => {
-                tracing::warn!(
-                    id = format!("{id:x}"),
-                    "came without its data: taking its former life out of the cluster"
-                );
-                let mut client = client.context("nobody to ask")?;
-                timeout(ANSWER, client.member_remove(id)).await.context("no answer")?.context("removing the member")?;
+            Ok(None) => {}
+            // etcd changes its members only while all of the others have been connected for some seconds.
+            Err(error) if Instant::now() < deadline => {
+                tracing::info!("not yet: {error:#}");
+                sleep(PAUSE).await;
             }
-            Step::Add => {
-                tracing::info!("joining the cluster");
-                let mut client = client.context("nobody to ask")?;
-                let url = members.peer_url(&members.own);
-                let adding = client.member_add([url], Some(MemberAddOptions::new()));
-                timeout(ANSWER, adding).await.context("no answer")?.context("adding the member")?;
-            }
+            Err(error) => return Err(error),
         }
     }
-    bail!("the cluster did not take the member back")
+}
+
+/// Looks and does one thing; the state and members to start etcd with when there is nothing left to do.
+async fn step(members: &Members, args: &EtcdMemberArgs) -> anyhow::Result<Option<(&'static str, String)>> {
+    let has_data = holds_data(&args.data)?;
+    let others = if has_data { None } else { Others::connect(members, args).await };
+    let (client, listed) = others.map_or((None, None), |others| (Some(others.client), Some(others.listed)));
+    match members.plan(&Found { has_data, listed }) {
+        Step::Start { state, cluster } => return Ok(Some((state, cluster))),
+        Step::Remove(id) => {
+            tracing::warn!(id = format!("{id:x}"), "came without its data: taking its former life out of the cluster");
+            let mut client = client.context("nobody to ask")?;
+            timeout(ANSWER, client.member_remove(id)).await.context("no answer")?.context("removing the member")?;
+        }
+        Step::Add => {
+            tracing::info!("joining the cluster");
+            let mut client = client.context("nobody to ask")?;
+            let adding = client.member_add([members.peer_url(&members.own)], None);
+            timeout(ANSWER, adding).await.context("no answer")?.context("adding the member")?;
+        }
+    }
+    Ok(None)
 }
 
 /// A connection to any of the other members, and its list.
@@ -198,16 +208,16 @@ struct Others {
 }
 
 impl Others {
-    async fn connect(members: &Members, args: &EtcdMemberArgs) -> anyhow::Result<Option<Self>> {
+    async fn connect(members: &Members, args: &EtcdMemberArgs) -> Option<Self> {
         for name in members.names().filter(|name| *name != members.own) {
             let url = members.client_url(&name);
             match timeout(ANSWER, Self::ask(&url, args)).await {
-                Ok(Ok(others)) => return Ok(Some(others)),
+                Ok(Ok(others)) => return Some(others),
                 Ok(Err(error)) => tracing::info!(%url, %error, "does not answer"),
                 Err(_) => tracing::info!(%url, "does not answer in time"),
             }
         }
-        Ok(None)
+        None
     }
 
     async fn ask(url: &str, args: &EtcdMemberArgs) -> anyhow::Result<Self> {
@@ -246,8 +256,10 @@ const PEER: u16 = 2380;
 const METRICS: u16 = 2381;
 /// Longest wait for one member.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Remove, add, start.
-const STEPS: usize = 3;
+/// Between attempts.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long to try; Kubernetes tries again after that.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {

@@ -45,6 +45,7 @@ pub async fn execute(cli: Cli) -> anyhow::Result<()> {
     telemetry::init(cli.log_json);
     match cli.command {
         Command::Run(args) => run::run(*args).await,
+        Command::EtcdMember(args) => etcd_member::run(&args).await,
         _ => anyhow::bail!("not there yet"),
     }
 }
