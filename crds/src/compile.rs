@@ -200,6 +200,12 @@ pub fn compile(resources: &[Resource]) -> Result<FleetPlan, CompileError> {
             Resource::VoiceAgent(agent) => drop(agents.insert(agent.qualified_name(), agent)),
         }
     }
+    if regions.is_empty() {
+        return Err(CompileError::NoRegions);
+    }
+    if regions.values().all(|region| region.spec.relay.replicas == 0) {
+        return Err(CompileError::NoRelays);
+    }
     let pools = agents.values().flat_map(|agent| plan_pools(agent, &regions)).collect();
     let agents = agents.values().map(|agent| plan_agent(agent)).collect();
     Ok(FleetPlan { regions: plan_regions(&regions)?, agents, pools })
@@ -228,16 +234,11 @@ pub fn check_agent<R: Borrow<VoiceRegion>>(agent: &VoiceAgent, regions: &BTreeMa
     rules::check_regions(agent, regions)
 }
 
-/// The regions of a fleet, in order of their names. Those without a number get the lowest free ones.
+/// The regions of a fleet, in order of their names. Those without a number get the lowest free ones. Fails only if there
+/// are more regions than numbers.
 pub fn plan_regions<R: Borrow<VoiceRegion>>(regions: &BTreeMap<String, R>) -> Result<Vec<RegionPlan>, CompileError> {
-    if regions.is_empty() {
-        return Err(CompileError::NoRegions);
-    }
     if regions.len() > usize::from(REGION_NUMBERS) {
         return Err(CompileError::TooManyRegions(regions.len()));
-    }
-    if regions.values().all(|region| region.borrow().spec.relay.replicas == 0) {
-        return Err(CompileError::NoRelays);
     }
     let taken: BTreeSet<u16> = regions.values().filter_map(|region| region.borrow().spec.number).collect();
     let mut free = (0..REGION_NUMBERS).filter(|number| !taken.contains(number));

@@ -1,5 +1,9 @@
 //! The forms that strings may have. Each is a pattern for the schema and words for people.
 
+use std::sync::LazyLock;
+
+use regex::Regex;
+
 /// A pattern (RE2 syntax, anchored) and what it admits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Form {
@@ -7,9 +11,14 @@ pub(crate) struct Form {
     pub(crate) meaning: &'static str,
 }
 
-/// The form with this pattern.
-pub(crate) fn of_pattern(pattern: &str) -> Option<Form> {
-    ALL.into_iter().find(|form| form.pattern == pattern)
+/// The form with this pattern, and the pattern ready to use. Every pattern of a schema is one of a form.
+pub(crate) fn of_pattern(pattern: &str) -> (Form, &'static Regex) {
+    static READY: LazyLock<Vec<(Form, Regex)>> = LazyLock::new(|| {
+        let ready = |form: Form| (form, Regex::new(form.pattern).expect("patterns are literals"));
+        ALL.into_iter().map(ready).collect()
+    });
+    let known = READY.iter().find(|(form, _)| form.pattern == pattern);
+    known.map(|(form, regex)| (*form, regex)).expect("a test holds schemas to the forms here")
 }
 
 /// See [`crate::TimeSpan`].

@@ -212,7 +212,7 @@ fn exactly_one(path: &FieldPath, fields: &[(&str, bool)]) -> Option<FieldError> 
 
 /// What is wrong with the name of a resource.
 pub(crate) fn check_name(name: &str) -> Vec<FieldError> {
-    let regex = regex::Regex::new(form::NAME.pattern).expect("patterns of schemas are tested");
+    let (_, regex) = form::of_pattern(form::NAME.pattern);
     if name.chars().count() <= LONGEST_NAME && regex.is_match(name) {
         return Vec::new();
     }

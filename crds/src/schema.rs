@@ -45,7 +45,8 @@ impl Checked for VoiceRegion {
     }
 }
 
-fn of_spec(crd: CustomResourceDefinition) -> JSONSchemaProps {
+/// The schema of its `spec`.
+pub(crate) fn of_spec(crd: CustomResourceDefinition) -> JSONSchemaProps {
     let version = crd.spec.versions.into_iter().next();
     version
         .and_then(|version| version.schema?.open_api_v3_schema?.properties?.remove("spec"))
@@ -177,10 +178,9 @@ impl Checker {
             let problem = format!("has {length} characters, more than {max}");
             self.report(path, &value, problem, "shorten it");
         } else if let Some(pattern) = &schema.pattern {
-            let regex = regex::Regex::new(pattern).expect("patterns of schemas are tested");
+            let (form, regex) = form::of_pattern(pattern);
             if !regex.is_match(text) {
-                let meaning = form::of_pattern(pattern).map_or(pattern.as_str(), |form| form.meaning);
-                self.report(path, &value, "does not have the right form", format!("write {meaning}"));
+                self.report(path, &value, "does not have the right form", format!("write {}", form.meaning));
             }
         }
     }
@@ -311,6 +311,10 @@ mod tests {
 
     fn keywords(schema: &Value, found: &mut Vec<String>) {
         found.extend(schema.as_object().unwrap().keys().cloned());
+        if let Some(pattern) = schema["pattern"].as_str() {
+            // Panics if no form has it.
+            form::of_pattern(pattern);
+        }
         for property in schema["properties"].as_object().into_iter().flatten() {
             keywords(property.1, found);
         }

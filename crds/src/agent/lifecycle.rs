@@ -42,8 +42,8 @@ pub struct Rollout {
     #[schemars(length(min = 1, max = 16), regex(pattern = form::REVISION.pattern))]
     pub rollback_to: Option<String>,
 
-    /// Any new time, such as `2026-11-21T18:00:00Z`, replaces every worker by the rules above. `kubectl antiphon
-    /// restart` sets it.
+    /// Any new time, such as `2026-11-21T18:00:00Z`, replaces every worker by the rules above, as `kubectl rollout
+    /// restart` does for a Deployment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 40), regex(pattern = form::TIME.pattern))]
     pub restarted_at: Option<String>,

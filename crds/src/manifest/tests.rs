@@ -339,7 +339,7 @@ fn documented() -> Vec<String> {
 #[test]
 fn documentation_shows_valid_fleets() {
     let blocks = documented();
-    let [agent, region, shortest] = &blocks[..] else { panic!("{} blocks", blocks.len()) };
+    let [agent, region, _pool, _drain, shortest] = &blocks[..] else { panic!("{} blocks", blocks.len()) };
     let full = parse(&[("agent", agent), ("region", region)]).unwrap();
     crate::compile::compile(&full).unwrap();
     crate::compile::compile(&parse(&[("shortest", shortest)]).unwrap()).unwrap();
@@ -348,6 +348,9 @@ fn documentation_shows_valid_fleets() {
 #[test]
 fn documentation_shows_every_field() {
     use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{JSONSchemaProps, JSONSchemaPropsOrArray};
+    use kube::CustomResourceExt;
+
+    use crate::{Drain, WorkerPool};
 
     /// Fields that no value of these shows; alternatives stand in a comment, as "or NAME:".
     fn absent(path: &str, schema: &JSONSchemaProps, shown: &[&Value], text: &str) -> Vec<String> {
@@ -367,8 +370,12 @@ fn documentation_shows_every_field() {
     }
 
     let blocks = documented();
-    for (block, schema) in [(&blocks[0], VoiceAgent::spec_schema()), (&blocks[1], VoiceRegion::spec_schema())] {
+    let kinds = [VoiceAgent::crd(), VoiceRegion::crd(), WorkerPool::crd(), Drain::crd()];
+    for (block, crd) in blocks.iter().zip(kinds) {
         let shown: Value = serde_saphyr::from_str(block).unwrap();
-        assert_eq!(absent("spec", schema, &[&shown["spec"]], block), [""; 0]);
+        assert_eq!(shown["kind"], crd.spec.names.kind);
+        let schema = schema::of_spec(crd);
+        assert_eq!(absent("spec", &schema, &[&shown["spec"]], block), [""; 0]);
+        assert_eq!(schema::check(&schema, &FieldPath::of("spec"), &shown["spec"]), []);
     }
 }
