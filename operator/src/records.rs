@@ -1,12 +1,14 @@
 //! What the store of each region is to hold: all regions, all agents of this cluster, all API keys.
 
+pub mod keep;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
 use antiphon_crds::{VoiceAgent, VoiceRegion, compile};
-use antiphon_proto::v1::{AgentRecord, ApplyRequest, KeyRecord, RegionRecord};
+use antiphon_proto::v1::{AgentRecord, ApplyRequest, KeyRecord, Phase, RegionRecord};
 use antiphon_records as convert;
 use kube::ResourceExt as _;
 use prost::Message as _;
@@ -17,7 +19,7 @@ pub struct Records {
     /// All regions of the fleet.
     pub regions: BTreeMap<String, RegionRecord>,
     /// All agents of this cluster.
-    pub agents: BTreeMap<String, AgentRecord>,
+    pub agents: BTreeMap<String, Arc<AgentRecord>>,
     /// All API keys.
     pub keys: BTreeMap<String, KeyRecord>,
     /// Agents that are being deleted: who connects anew cannot know whether a store still has them.
@@ -53,7 +55,7 @@ impl Records {
                 size = 0;
             }
             size += more;
-            requests.last_mut().expect("the first one is there").agents.push(agent);
+            requests.last_mut().expect("the first one is there").agents.push(Arc::unwrap_or_clone(agent));
         }
         requests.retain(|request| from.is_none() || *request != ApplyRequest::default());
         requests
@@ -72,13 +74,57 @@ pub struct Sources<'a> {
     /// The numbers that they have; one without a number is not recorded yet.
     pub numbers: &'a BTreeMap<String, u16>,
     /// All VoiceAgents.
-    pub agents: &'a [Arc<VoiceAgent>],
+    pub agents: &'a AgentRecords,
     /// All API keys.
     pub keys: &'a BTreeMap<String, KeyRecord>,
     /// Antiphon's namespace.
     pub namespace: &'a str,
     /// This cluster.
     pub cluster: &'a str,
+}
+
+/// The records of agents. Checking an agent takes a while, and there are many: each is looked at once per generation.
+#[derive(Clone, Debug, Default)]
+pub struct AgentRecords {
+    known: BTreeMap<String, Looked>,
+}
+
+#[derive(Clone, Debug)]
+struct Looked {
+    uid: Option<String>,
+    generation: Option<i64>,
+    record: Known,
+}
+
+#[derive(Clone, Debug)]
+enum Known {
+    Valid(Arc<AgentRecord>),
+    Invalid,
+    Gone,
+}
+
+impl AgentRecords {
+    /// Makes them those of these agents.
+    pub fn update(&mut self, agents: &[Arc<VoiceAgent>]) {
+        let mut before = std::mem::take(&mut self.known);
+        for agent in agents {
+            let name = agent.qualified_name();
+            let (uid, generation) = (agent.uid(), agent.metadata.generation);
+            let known = before.remove(&name).filter(|known| {
+                known.uid == uid
+                    && known.generation == generation
+                    && generation.is_some()
+                    && !matches!(known.record, Known::Gone)
+            });
+            let record = match known {
+                _ if agent.metadata.deletion_timestamp.is_some() => Known::Gone,
+                Some(known) => known.record,
+                None if agent.validate().is_empty() => Known::Valid(convert::agent(&compile::plan_agent(agent)).into()),
+                None => Known::Invalid,
+            };
+            self.known.insert(name, Looked { uid, generation, record });
+        }
+    }
 }
 
 /// What every store of this cluster is to hold. Resources that are wrong in themselves are left out: their own conditions
@@ -88,7 +134,7 @@ pub fn compile(sources: &Sources<'_>) -> Records {
     let valid: BTreeMap<String, &VoiceRegion> = sources
         .regions
         .iter()
-        .filter(|(_, region)| region.metadata.deletion_timestamp.is_none() && region.validate().is_empty())
+        .filter(|(_, region)| region.validate().is_empty())
         .map(|(name, region)| (name.clone(), region.as_ref()))
         .collect();
     let plans = compile::plan_regions(&valid).unwrap_or_default();
@@ -102,14 +148,17 @@ pub fn compile(sources: &Sources<'_>) -> Records {
             true => vec![fleet_address(&plan.name, sources.namespace)],
             false => plan.router_addresses.clone(),
         };
-        records.regions.insert(plan.name.clone(), convert::region(&plan, routers));
+        let mut record = convert::region(&plan, routers);
+        if valid.get(&plan.name).is_some_and(|region| region.metadata.deletion_timestamp.is_some()) {
+            record.phase = Phase::Draining.into();
+        }
+        records.regions.insert(plan.name.clone(), record);
     }
-    for agent in sources.agents {
-        let name = agent.qualified_name();
-        if agent.metadata.deletion_timestamp.is_some() {
-            records.gone.insert(name);
-        } else if agent.validate().is_empty() {
-            records.agents.insert(name, convert::agent(&compile::plan_agent(agent)));
+    for (name, record) in &sources.agents.known {
+        match &record.record {
+            Known::Gone => drop(records.gone.insert(name.clone())),
+            Known::Valid(record) => drop(records.agents.insert(name.clone(), record.clone())),
+            Known::Invalid => {}
         }
     }
     records
@@ -237,10 +286,12 @@ mod tests {
         let regions = [region("a", "c", Some(1), None), region("far", "other", Some(2), None)].into();
         let keys =
             keys.iter().map(|id| ((*id).to_owned(), KeyRecord { id: (*id).into(), ..Default::default() })).collect();
+        let mut records = AgentRecords::default();
+        records.update(agents);
         compile(&Sources {
             regions: &regions,
             numbers: &numbers(&regions),
-            agents,
+            agents: &records,
             keys: &keys,
             namespace: "ns",
             cluster: "c",
@@ -291,9 +342,29 @@ mod tests {
 
     #[test]
     fn many_agents_are_written_in_several_requests() {
-        let agents: Vec<_> = (0..5_000).map(|index| agent(&format!("agent-{index}"))).collect();
-        let changes = compiled(&agents, &[]).changes(None, &[]);
-        assert!(changes.len() > 1 && changes.iter().all(|change| change.encoded_len() <= LARGEST + 1_000));
-        assert_eq!(changes.iter().map(|change| change.agents.len()).sum::<usize>(), 5_000);
+        let record = compiled(&[agent("x")], &[]).agents["shop/x"].clone();
+        let agents = (0..10_000).map(|index| (format!("shop/{index}"), record.clone())).collect();
+        let changes = Records { agents, ..Records::default() }.changes(None, &[]);
+        assert!(changes.len() > 1 && changes.iter().all(|change| change.encoded_len() <= LARGEST + 50_000));
+        assert_eq!(changes.iter().map(|change| change.agents.len()).sum::<usize>(), 10_000);
+    }
+
+    #[test]
+    fn an_agent_is_looked_at_once_per_generation() {
+        let mut first = agent("x");
+        Arc::make_mut(&mut first).metadata.generation = Some(1);
+        let mut records = AgentRecords::default();
+        records.update(&[first.clone()]);
+        let mut second = first.clone();
+        Arc::make_mut(&mut second).spec.suspend = true;
+        let regions = |records: &AgentRecords| match &records.known["shop/x"].record {
+            Known::Valid(record) => record.regions.len(),
+            other => panic!("{other:?}"),
+        };
+        records.update(&[second.clone()]);
+        assert_eq!(regions(&records), 1, "the same generation");
+        Arc::make_mut(&mut second).metadata.generation = Some(2);
+        records.update(&[second]);
+        assert_eq!(regions(&records), 0);
     }
 }

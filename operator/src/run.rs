@@ -25,7 +25,7 @@ use crate::{
     labels::CONTROLLER,
     links::RouterLinks,
     metrics::Metrics,
-    region,
+    records, region,
 };
 
 /// Runs the operator until SIGTERM or SIGINT.
@@ -97,12 +97,14 @@ impl Operator {
         });
         // Before the first event, so that none is missed.
         region::listen(&context);
+        let records_changed = records::keep::listen(&context);
         context.caches.start(&context.client, &context.config, &self.tasks);
         tokio::select! {
             () = context.caches.ready() => {}
             () = self.tasks.stopping().cancelled_owned() => return Ok(()),
         }
         self.readiness.set("what the API server holds is known", true);
+        self.tasks.service("records", records::keep::keep(context.clone(), records_changed, self.tasks.stopping()));
         region::start(&context, &self.tasks);
         Ok(())
     }
