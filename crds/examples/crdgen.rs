@@ -1,14 +1,16 @@
-//! Writes the CustomResourceDefinitions into the directory that the first argument names: `cargo xtask crds`.
+//! Writes the CustomResourceDefinitions to where they are committed, `crds/yaml` and the chart: `cargo xtask crds`.
 #![forbid(unsafe_code)]
 
-use std::{env, fs, io, path::PathBuf};
+use std::{fs, io, path::Path};
 
 fn main() -> io::Result<()> {
-    let directory: PathBuf = env::args_os().nth(1).unwrap_or_else(|| "crds/yaml".into()).into();
-    fs::create_dir_all(&directory)?;
-    for file in antiphon_crds::crdgen::files() {
-        fs::write(directory.join(&file.name), &file.yaml)?;
-        println!("{}", directory.join(&file.name).display());
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for directory in antiphon_crds::crdgen::DIRECTORIES {
+        fs::create_dir_all(workspace.join(directory))?;
+        for file in antiphon_crds::crdgen::files() {
+            fs::write(workspace.join(directory).join(&file.name), &file.yaml)?;
+            println!("{directory}/{}", file.name);
+        }
     }
     Ok(())
 }

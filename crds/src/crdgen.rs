@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{Drain, VoiceAgent, VoiceRegion, WorkerPool};
 
-/// One file of `crds/yaml`.
+/// One file of each of [`DIRECTORIES`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CrdFile {
     /// Name of the file, without a directory.
@@ -93,6 +93,9 @@ pub(crate) fn paragraphs(text: &str) -> String {
     paragraphs.join("\n\n")
 }
 
+/// Where the files are committed, counted from the workspace: for `kubectl apply`, and for the Helm chart.
+pub const DIRECTORIES: [&str; 2] = ["crds/yaml", "charts/antiphon/crds"];
+
 const HEADER: &str = "# Generated from the Rust types by `cargo xtask crds`. Do not edit.\n";
 
 #[cfg(test)]
@@ -103,18 +106,21 @@ mod tests {
 
     #[test]
     fn committed_yaml_is_what_the_types_generate() {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("yaml");
-        let mut committed: Vec<String> = std::fs::read_dir(&directory)
-            .expect("crds/yaml exists: run `cargo xtask crds`")
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        committed.sort();
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let generated = files();
         let names: Vec<&str> = generated.iter().map(|file| file.name.as_str()).collect();
-        assert_eq!(committed, names, "run `cargo xtask crds`");
-        for file in &generated {
-            let text = std::fs::read_to_string(directory.join(&file.name)).unwrap();
-            assert!(text == file.yaml, "{} is out of date: run `cargo xtask crds`", file.name);
+        for directory in DIRECTORIES.map(|directory| workspace.join(directory)) {
+            let mut committed: Vec<String> = std::fs::read_dir(&directory)
+                .expect("it exists: run `cargo xtask crds`")
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            committed.sort();
+            assert_eq!(committed, names, "run `cargo xtask crds`");
+            for file in &generated {
+                let path = directory.join(&file.name);
+                let text = std::fs::read_to_string(&path).unwrap();
+                assert!(text == file.yaml, "{} is out of date: run `cargo xtask crds`", path.display());
+            }
         }
     }
 

@@ -325,9 +325,10 @@ fn empty_directory(path: &Path) -> ManifestError {
     let mut inner: Vec<String> =
         entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path().display().to_string()).collect();
     inner.sort();
-    let hint = match inner.first() {
-        Some(first) => format!("directories in it are not searched: did you mean {first}?"),
-        None => "name files that hold a VoiceAgent and its VoiceRegions".to_owned(),
+    let hint = match &inner[..] {
+        [only] => format!("directories in it are not searched: did you mean {only}?"),
+        [_, ..] => format!("directories in it are not searched: name one of {}", inner.join(", ")),
+        [] => "name files that hold a VoiceAgent and its VoiceRegions".to_owned(),
     };
     about_file(&path.display().to_string(), 0, "has no *.yaml, *.yml or *.json".to_owned(), &hint)
 }

@@ -269,7 +269,12 @@ fn a_directory_without_manifests_is_named_with_what_is_in_it() {
     let sources = of("src/manifest");
     assert!(sources.contains("src/manifest: has no *.yaml, *.yml or *.json: name files"), "{sources}");
     let outer = of("../examples");
-    assert!(outer.ends_with("../examples/three-clouds?") && outer.contains("are not searched"), "{outer}");
+    assert!(outer.contains("directories in it are not searched: name one of "), "{outer}");
+    assert!(outer.contains("../examples/one-cluster, ") && outer.ends_with("../examples/three-clouds"), "{outer}");
+    let holder = tempfile::tempdir().unwrap();
+    fs::create_dir(holder.path().join("inner")).unwrap();
+    let single = read(&[holder.path().to_owned()]).unwrap_err().to_string();
+    assert!(single.contains(": did you mean ") && single.ends_with("/inner?"), "{single}");
 }
 
 #[test]
