@@ -275,7 +275,7 @@ pub(crate) struct Roster<'a> {
     pub(crate) active: Vec<&'a WorkerView>,
     /// Pods of any state by revision.
     pods: BTreeMap<&'a str, u32>,
-    /// Those whom a ReplicaSet is about to remove because its count went down, by name.
+    /// Those whom a ReplicaSet may be about to remove because its count went down, by name.
     sunk: BTreeSet<&'a str>,
     /// Nobody is to stay: even who is missing goes.
     nobody: bool,
@@ -297,9 +297,8 @@ impl<'a> Roster<'a> {
         let active = snapshot.workers.iter().filter(|worker| worker.pod != PodState::Leaving).collect();
         let mut roster = Self { sets: &snapshot.sets, active, pods, sunk: BTreeSet::new(), nobody: policy.target == 0 };
         for set in roster.sets {
-            let line = removal::line(&roster, set);
-            let excess = line.len().saturating_sub(set.replicas as usize);
-            roster.sunk.extend(line.into_iter().take(excess).map(|worker| worker.name.as_str()));
+            let sunk = removal::may_be_going(&roster, set);
+            roster.sunk.extend(sunk.into_iter().map(|worker| worker.name.as_str()));
         }
         roster
     }

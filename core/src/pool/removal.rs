@@ -81,8 +81,19 @@ fn not_wanted(roster: &Roster<'_>, goals: &Goals, set: &SetView) -> u32 {
     (members + to_come).saturating_sub(goals.of(&set.revision)).min(to_come)
 }
 
+/// After the count of a set went down and before its controller acted on it: everybody whom it may take. Of those who
+/// share a place any may be taken; if they were not released, somebody else lowered the count, and nothing is known.
+pub(super) fn may_be_going<'a>(roster: &Roster<'a>, set: &SetView) -> Vec<&'a WorkerView> {
+    let line = line(roster, set);
+    let excess = line.len().saturating_sub(set.replicas as usize);
+    let Some(last) = excess.checked_sub(1).map(|index| place(line[index])) else {
+        return Vec::new();
+    };
+    line.into_iter().filter(|worker| place(worker) < last || place(worker) == last && worker.released).collect()
+}
+
 /// Pods of a set in the order in which Kubernetes removes them, as far as that can be known.
-pub(super) fn line<'a>(roster: &Roster<'a>, set: &SetView) -> Vec<&'a WorkerView> {
+fn line<'a>(roster: &Roster<'a>, set: &SetView) -> Vec<&'a WorkerView> {
     let mut line: Vec<&WorkerView> = roster.of(&set.revision).collect();
     line.sort_by(|a, b| place(a).cmp(&place(b)).then_with(|| a.name.cmp(&b.name)));
     line
