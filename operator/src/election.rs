@@ -84,20 +84,28 @@ impl Elector {
         let mut last = None;
         loop {
             let began = Instant::now();
-            match timeout(self.timing.hold, self.step()).await {
-                Ok(Ok(Standing::Leader(token))) => {
+            match self.attempt(self.timing.hold).await {
+                Ok(Standing::Leader(token)) => {
                     fence.open_until(began + self.timing.hold);
                     return token;
                 }
-                Ok(Ok(Standing::Follower(holder))) if last.as_ref() != Some(&holder) => {
-                    tracing::info!(holder = holder.as_deref().unwrap_or("nobody"), "waiting for the lease");
+                Ok(Standing::Follower(holder)) => {
+                    if last.as_ref() != Some(&holder) {
+                        tracing::info!(holder = holder.as_deref().unwrap_or("nobody"), "waiting for the lease");
+                    }
                     last = Some(holder);
                 }
-                Ok(Ok(Standing::Follower(_))) => {}
-                Ok(Err(error)) => tracing::warn!(%error, "the lease cannot be read or taken"),
-                Err(_elapsed) => tracing::warn!("the API server does not answer"),
+                Err(problem) => tracing::warn!(problem, "the lease cannot be read or taken"),
             }
             sleep(self.timing.renew).await;
+        }
+    }
+
+    /// One attempt that ends in time.
+    async fn attempt(&mut self, limit: Duration) -> Result<Standing, String> {
+        match timeout(limit, self.step()).await {
+            Ok(outcome) => outcome.map_err(|error| error.to_string()),
+            Err(_elapsed) => Err("the API server does not answer".to_owned()),
         }
     }
 
@@ -114,22 +122,20 @@ impl Elector {
                 () = sleep(pause) => {}
             }
             let began = Instant::now();
-            let left = until.saturating_duration_since(began);
-            match timeout(left, self.step()).await {
-                Ok(Ok(Standing::Leader(_))) => {
+            match self.attempt(until.saturating_duration_since(began)).await {
+                Ok(Standing::Leader(_)) => {
                     until = began + self.timing.hold;
                     fence.open_until(until);
                     pause = self.timing.renew;
                 }
-                Ok(Ok(Standing::Follower(holder))) => {
+                Ok(Standing::Follower(holder)) => {
                     break Err(format!("the lease is {}'s now", holder.as_deref().unwrap_or("nobody")));
                 }
-                Ok(Err(error)) if Instant::now() < until => {
-                    tracing::warn!(%error, "the lease could not be renewed");
+                Err(problem) if Instant::now() < until => {
+                    tracing::warn!(problem, "the lease could not be renewed");
                     pause = RETRY;
                 }
-                Ok(Err(error)) => break Err(format!("the lease could not be renewed in time: {error}")),
-                Err(_elapsed) => break Err("the lease could not be renewed in time".to_owned()),
+                Err(problem) => break Err(format!("the lease could not be renewed in time: {problem}")),
             }
         };
         fence.close();

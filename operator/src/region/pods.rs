@@ -280,3 +280,6 @@ const RELAY_DRAIN_SECONDS: i64 = 30;
 const ROOT_DIR: &str = "/etc/antiphon/root";
 const ETCD_DIR: &str = "/etc/antiphon/etcd";
 const ETCD_USER_DIR: &str = "/etc/antiphon/etcd-user";
+
+#[cfg(test)]
+mod tests;

@@ -406,3 +406,6 @@ const SILENT_MS: u32 = 10_000;
 const NEVER: u32 = u32::MAX;
 /// How rarely a status that differs in counts only is written.
 pub const COUNTS_EVERY: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests;
