@@ -1,4 +1,4 @@
-{{/* In the release's namespace. */}}
+{{/* What the operator may do, as operator/src/rbac.rs has it; a test there compares. In the release's namespace: */}}
 {{- define "antiphon.rulesHere" -}}
 # Regions: routers and relays.
 - apiGroups: [antiphon.dev]
@@ -6,20 +6,20 @@
   verbs: [get, list, watch, patch]
 - apiGroups: [antiphon.dev]
   resources: [voiceregions/status]
-  verbs: [get, patch]
+  verbs: [patch]
 - apiGroups: [antiphon.dev]
   resources: [voiceregions/finalizers]
   verbs: [update]
 - apiGroups: [apps]
   resources: [deployments]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [""]
   resources: [services]
   verbs: [get, list, watch, create, patch, delete]
 # Who of several operators leads.
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
-  verbs: [get, create, update, patch]
+  verbs: [get, create, update]
 {{- end }}
 
 {{/* In every namespace that is served, the release's included. */}}
@@ -33,9 +33,9 @@
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [antiphon.dev]
   resources: [voiceagents/status, workerpools/status, drains/status]
-  verbs: [get, patch]
+  verbs: [patch]
 - apiGroups: [antiphon.dev]
-  resources: [voiceagents/finalizers, workerpools/finalizers, drains/finalizers]
+  resources: [voiceagents/finalizers, workerpools/finalizers]
   verbs: [update]
 # Workers.
 - apiGroups: [apps]
@@ -47,17 +47,17 @@
 # What they run with: identities among the Secrets. Kubernetes cannot limit this to Secrets of the operator's own.
 - apiGroups: [""]
   resources: [serviceaccounts, secrets]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 {{- if .Values.certificates.issuerKind }}
 - apiGroups: [cert-manager.io]
   resources: [certificates]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 {{- end }}
 - apiGroups: [events.k8s.io]
   resources: [events]
