@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::{NonZeroU16, NonZeroU32, NonZeroUsize},
     path::PathBuf,
     time::Duration,
@@ -15,7 +15,7 @@ use crate::limits::Limits;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "antiphon-relay", version)]
 pub struct Args {
-    /// Name of this relay; has to be the identity's, which is the default.
+    /// Name of this relay: the identity's, which is the default, or that with `-` and more behind it.
     #[arg(long, env = "ANTIPHON_RELAY_NAME")]
     pub name: Option<String>,
     /// Region that it belongs to; has to be the identity's, which is the default.
@@ -28,13 +28,21 @@ pub struct Args {
     /// an IPv4 and an IPv6 address if it has both: clients try them side by side.
     #[arg(long, env = "ANTIPHON_RELAY_PUBLIC_ADDRESS", value_name = "IP:PORT", value_delimiter = ',')]
     pub public_address: Vec<SocketAddr>,
+    /// File with those addresses, one per line, for when they are not known before the relay runs, such as a load
+    /// balancer's: it is read again every few seconds. Until there is one, the relay waits and is not ready.
+    #[arg(long, env = "ANTIPHON_RELAY_PUBLIC_ADDRESS_FILE", value_name = "FILE", conflicts_with = "public_address")]
+    pub public_address_file: Option<PathBuf>,
     /// UDP address for workers.
     #[arg(long, env = "ANTIPHON_RELAY_TUNNEL", value_name = "IP:PORT", default_value = "[::]:4434")]
     pub tunnel: SocketAddr,
     /// Where workers reach it, if that is not what `--tunnel` says.
     #[arg(long, env = "ANTIPHON_RELAY_TUNNEL_ADDRESS", value_name = "IP:PORT")]
     pub tunnel_address: Option<SocketAddr>,
-    /// All routers of the region; the relay registers with each. Give it several times or with commas.
+    /// The same with the bound port: the IP address alone, of either version.
+    #[arg(long, env = "ANTIPHON_RELAY_TUNNEL_IP", value_name = "IP", conflicts_with = "tunnel_address")]
+    pub tunnel_ip: Option<IpAddr>,
+    /// All routers of the region; the relay registers with each, and where a name stands for several addresses, with all
+    /// of those: names are looked up again every few seconds. Give it several times or with commas.
     #[arg(long, env = "ANTIPHON_RELAY_ROUTER", value_name = "HOST:PORT", value_delimiter = ',', required = true)]
     pub router: Vec<String>,
     /// Directory with `cert.pem`, `key.pem` and `ca.pem`.

@@ -1,6 +1,6 @@
 //! The connections to the region's routers: registration, keys and routes in, reports out.
 //!
-//! There is one [`Link`] per router, each on its own; what they bring is put together in [`Knowledge`]. The table stays
+//! There is one [`Link`] per router, that is per address that their names stand for, each on its own; what they bring is put together in [`Knowledge`]. The table stays
 //! in force while no router is there, and what was kept of it on disk is in force from the start (invariant I8). A link
 //! without success waits, longer each time and never in step with others.
 
@@ -11,6 +11,7 @@ use std::{
 
 use antiphon_proto::v1::{self, fleet_client::FleetClient, relay_directive::Directive, relay_message::Message};
 use antiphon_runtime::{
+    members::Member,
     pki::{Identity, Role},
     tls,
 };
@@ -23,6 +24,8 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
+
+use crate::public::Addresses;
 
 pub(crate) mod convert;
 mod knowledge;
@@ -44,13 +47,15 @@ pub enum Lifecycle {
 #[derive(Clone, Debug)]
 pub struct Link {
     /// Its address.
-    pub router: String,
+    pub router: Member,
     /// Its position among the routers.
     pub index: usize,
     /// This relay's certificate.
     pub identity: Identity,
-    /// How the relay introduces itself, less the number.
+    /// How the relay introduces itself, less the number and the public addresses.
     pub hello: v1::RelayHello,
+    /// Where clients reach it; the link waits for that, and registers anew when it changes.
+    pub addresses: watch::Receiver<Addresses>,
     /// Where all links put what they hear.
     pub knowledge: Arc<Mutex<Knowledge>>,
     /// Followed until it says `Leaving`.
@@ -62,14 +67,26 @@ enum End {
     Left,
     /// The router went away after having been of use.
     Lost,
+    /// The relay has another address.
+    Moved,
 }
 
 impl Link {
-    /// Stays connected until the relay leaves or `stopping` fires.
+    /// Stays connected until the relay leaves, `stopping` fires or the address is given up.
     ///
     /// # Errors
     /// Never for what routers do or say: those are logged and tried again.
-    pub async fn run(mut self, stopping: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(self, stopping: CancellationToken) -> anyhow::Result<()> {
+        let (left, index, knowledge) = (self.router.left().clone(), self.index, self.knowledge.clone());
+        tokio::select! {
+            ended = self.stay(stopping) => return ended,
+            () = left.cancelled() => {}
+        }
+        knowledge.lock().leave(index);
+        Ok(())
+    }
+
+    async fn stay(mut self, stopping: CancellationToken) -> anyhow::Result<()> {
         let mut failures = 0;
         while *self.lifecycle.borrow() != Lifecycle::Leaving {
             let cut_off = cancelled_unless_leaving(stopping.clone(), self.lifecycle.clone());
@@ -78,15 +95,16 @@ impl Link {
                 () = cut_off => return Ok(()),
             };
             self.knowledge.lock().disconnected(self.index);
-            let router = &self.router;
+            let router = self.router.address;
             match ended {
                 Ok(End::Left) => return Ok(()),
+                Ok(End::Moved) => failures = 0,
                 Ok(End::Lost) => {
-                    tracing::warn!(router, "router went away; the table stays in force");
+                    tracing::warn!(%router, "router went away; the table stays in force");
                     failures = 0;
                 }
                 Err(error) => {
-                    tracing::warn!(router, "router: {error:#}");
+                    tracing::warn!(%router, "router: {error:#}");
                     failures += 1;
                 }
             }
@@ -101,11 +119,18 @@ impl Link {
     }
 
     async fn connect(&mut self) -> anyhow::Result<End> {
+        let mut lifecycle = self.lifecycle.clone();
+        tokio::select! {
+            known = self.addresses.wait_for(|addresses| !addresses.is_empty()) => drop(known?),
+            _ = lifecycle.wait_for(|l| *l == Lifecycle::Leaving) => return Ok(End::Left),
+        }
         let (outgoing, messages) = mpsc::channel(OUTGOING);
         let relay_number = self.knowledge.lock().number().map(|n| n.value().into());
-        let hello = v1::RelayHello { relay_number, ..self.hello.clone() };
+        let mut addresses = self.addresses.borrow_and_update().iter().map(ToString::to_string).collect::<Vec<_>>();
+        let more_public_addresses = addresses.split_off(1);
+        let public_address = addresses.remove(0);
+        let hello = v1::RelayHello { relay_number, public_address, more_public_addresses, ..self.hello.clone() };
         outgoing.send(message(Message::Hello(hello))).await?;
-        let mut lifecycle = self.lifecycle.clone();
         let registered = tokio::select! {
             registered = timeout(WELCOME_WITHIN, self.register(messages)) => registered,
             _ = lifecycle.wait_for(|l| *l == Lifecycle::Leaving) => return Ok(End::Left),
@@ -113,7 +138,8 @@ impl Link {
         let (incoming, welcome) = registered.with_context(|| format!("no welcome within {WELCOME_WITHIN:?}"))??;
         let report_interval = report_interval(&welcome);
         self.knowledge.lock().welcome(self.index, &welcome)?;
-        tracing::info!(router = self.router, number = welcome.relay_number, "registered");
+        tracing::info!(router = %self.router.address, number = welcome.relay_number, "registered");
+        let _connected = self.router.connected();
         self.follow(incoming, outgoing, report_interval).await
     }
 
@@ -122,7 +148,7 @@ impl Link {
         messages: mpsc::Receiver<v1::RelayMessage>,
     ) -> anyhow::Result<(Streaming<v1::RelayDirective>, v1::RelayWelcome)> {
         let region = &self.hello.region;
-        let channel = tls::channel(&self.router, &self.identity, Role::Router, region)?;
+        let channel = tls::channel(&self.router.address.to_string(), &self.identity, Role::Router, region)?;
         let mut fleet = FleetClient::new(channel);
         let mut incoming = fleet.run_relay(ReceiverStream::new(messages)).await?.into_inner();
         match incoming.message().await?.and_then(|d| d.directive) {
@@ -152,6 +178,11 @@ impl Link {
                 _ = reports.tick() => {
                     self.knowledge.lock().confirm();
                     self.report(&outgoing);
+                }
+                changed = self.addresses.changed() => {
+                    changed.context("addresses are gone")?;
+                    tracing::info!(router = %self.router.address, "clients reach this relay elsewhere now: registering anew");
+                    return Ok(End::Moved);
                 }
                 changed = self.lifecycle.changed() => {
                     changed.context("lifecycle is gone")?;

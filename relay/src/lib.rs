@@ -20,6 +20,7 @@ pub mod keyring;
 pub mod limits;
 pub mod metrics;
 pub mod neighbour;
+pub mod public;
 pub mod reset;
 pub mod routing;
 pub mod serve;

@@ -32,6 +32,10 @@ pub struct Routing {
     /// Version that came from disk.
     restored: Option<u64>,
     routers: Vec<Router>,
+    /// Positions of routers that left; the next ones that come take them over, words included.
+    vacant: BTreeSet<usize>,
+    /// What came from disk, as if every router had said it.
+    ancestral: Router,
     shards: BTreeMap<ServerId, Shard>,
     regions: BTreeMap<RegionNumber, Region>,
     neighbours: BTreeMap<RelayNumber, Adjacent>,
@@ -78,6 +82,8 @@ impl Routing {
             welcome: None,
             restored: None,
             routers: vec![Router::default(); routers],
+            vacant: BTreeSet::new(),
+            ancestral: Router::default(),
             shards: BTreeMap::new(),
             regions: BTreeMap::new(),
             neighbours: BTreeMap::new(),
@@ -91,10 +97,17 @@ impl Routing {
     pub fn restore(routers: usize, known: Known) -> Self {
         let mut routing = Self::new(routers);
         let Known { welcome, version, routes, regions, neighbours, dead } = known;
-        for router in &mut routing.routers {
-            router.shards = routes.iter().map(|(id, _)| *id).collect();
-            router.regions = regions.iter().cloned().collect();
-            router.neighbours = neighbours.iter().map(|n| n.number).collect();
+        routing.ancestral = Router {
+            shards: routes.iter().map(|(id, _)| *id).collect(),
+            regions: regions.iter().cloned().collect(),
+            neighbours: neighbours.iter().map(|n| n.number).collect(),
+            ..Router::default()
+        };
+        routing.routers.fill(routing.ancestral.clone());
+        if routers == 0 {
+            // Somebody has to hold the words until the first router comes.
+            let position = routing.join();
+            routing.vacant.insert(position);
         }
         routing.restored = Some(version);
         routing.welcome = Some(welcome);
@@ -103,6 +116,24 @@ impl Routing {
         routing.dead = dead.into_iter().map(|(server, heard)| (server.server_id, (server, heard))).collect();
         routing.join_regions();
         routing
+    }
+
+    /// A router comes; its position.
+    ///
+    /// It takes over the words of one that left, as one that restarts under another address would: its full list then
+    /// replaces them by the same rules as ever.
+    pub fn join(&mut self) -> usize {
+        if let Some(position) = self.vacant.pop_first() {
+            return position;
+        }
+        self.routers.push(self.ancestral.clone());
+        self.routers.len() - 1
+    }
+
+    /// A router is no longer named. That says nothing of what it had said, which stays.
+    pub fn leave(&mut self, router: usize) {
+        self.disconnected(router);
+        self.vacant.insert(router);
     }
 
     /// What is in force, once keys and routes are.

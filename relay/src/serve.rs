@@ -1,7 +1,7 @@
 //! The process: everything put together, and the planned stop.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     thread::available_parallelism,
     time::{Duration, Instant},
@@ -12,6 +12,7 @@ use antiphon_proto::v1;
 use antiphon_runtime::{
     Tasks,
     admin::{self, Readiness},
+    members,
     pki::{Identity, Role},
     shutdown, telemetry,
 };
@@ -19,6 +20,7 @@ use anyhow::{Context as _, ensure};
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::{net::TcpListener, sync::watch, time::sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     Args,
@@ -27,6 +29,7 @@ use crate::{
     drain::{Drain, Reason, Step},
     limits::Limits,
     metrics::Metrics,
+    public::{self, Addresses, Source},
     state::{
         Owner,
         disk::{StateDir, keep},
@@ -54,8 +57,10 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
         region,
         public,
         public_address,
+        public_address_file,
         tunnel,
         tunnel_address,
+        tunnel_ip,
         router,
         identity,
         state,
@@ -81,34 +86,39 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
     let data_path = Arc::new(data_path);
     let peer = identity.peer().clone();
     let hello = v1::RelayHello {
-        name: peer.name,
+        name: name.unwrap_or(peer.name),
         region: peer.region,
-        public_address: advertised("public", public_address.first().copied(), data_path.public())?,
-        more_public_addresses: more_addresses(&public_address)?,
-        tunnel_address: advertised("tunnel", tunnel_address, data_path.tunnel())?,
-        relay_number: None,
+        tunnel_address: tunnel_address_of(tunnel_address, tunnel_ip, data_path.tunnel())?,
+        ..v1::RelayHello::default()
     };
+    let source = Source::new(&public_address, public_address_file, data_path.public())?;
+    let (said, addresses) = watch::channel(source.known());
     let listener = TcpListener::bind(admin).await.with_context(|| format!("binding the admin port {admin} (TCP)"))?;
 
     let tasks = Tasks::new();
     identity.follow(&tasks, &mut registry);
     let readiness = Readiness::new(&CONDITIONS);
+    readiness.set(public::CONDITION, !addresses.borrow().is_empty());
     let (life, lifecycle) = watch::channel(Lifecycle::Active);
     tasks.service("admin", admin::serve(listener, registry, readiness.clone(), tasks.stopping()));
+    tasks.service("public address", source.follow(said, tasks.stopping()));
+    tasks.service("address known", note_known(addresses.clone(), readiness.clone(), tasks.stopping()));
     tasks.service("data path", forward(data_path.clone(), exits, tasks.clone()));
     let (latest, to_keep) = watch::channel(None);
     if let Some(dir) = state {
         tasks.spawn("state", keep(dir, to_keep, metrics.clone()));
     }
-    let knowledge =
-        Knowledge::new(router.len(), restored, data_path.clone(), readiness.clone(), metrics.clone(), latest);
+    let knowledge = Knowledge::new(restored, data_path.clone(), readiness.clone(), metrics.clone(), latest);
     let knowledge = Arc::new(Mutex::new(knowledge));
-    for (index, router) in router.into_iter().enumerate() {
+    let stopping = tasks.stopping();
+    let link = move |router| {
+        let index = knowledge.lock().join();
         let (identity, hello, lifecycle) = (identity.clone(), hello.clone(), lifecycle.clone());
-        let link = Link { router, index, identity, hello, knowledge: knowledge.clone(), lifecycle };
-        tasks.spawn("control", link.run(tasks.stopping()));
-    }
-    drop((knowledge, lifecycle));
+        let (knowledge, addresses) = (knowledge.clone(), addresses.clone());
+        let link = Link { router, index, identity, hello, addresses, knowledge, lifecycle };
+        link.run(stopping.clone())
+    };
+    tasks.service("routers", members::follow(router, Arc::new(members::System), tasks.clone(), link));
     tasks
         .wait(async move {
             stop.await;
@@ -124,32 +134,37 @@ pub async fn serve(args: Args, stop: impl Future<Output = ()>) -> anyhow::Result
 fn check_identity(identity: &Identity, name: Option<&str>, region: Option<&str>) -> anyhow::Result<()> {
     let peer = identity.peer();
     ensure!(peer.role == Role::Relay, "the identity is of {peer}: a relay's is needed");
-    let same = |given: Option<&str>, own: &str| given.is_none_or(|g| g == own);
     ensure!(
-        same(name, &peer.name) && same(region, &peer.region),
-        "the identity is of {peer}: --name and --region have to say the same, or nothing"
+        name.is_none_or(|name| peer.covers(name)) && region.is_none_or(|region| region == peer.region),
+        "the identity is of {peer}: --name has to be its name, or that with '-' and more behind it, --region its region; \
+         or leave them out"
     );
     Ok(())
 }
 
-fn advertised(what: &str, given: Option<SocketAddr>, bound: SocketAddr) -> anyhow::Result<String> {
-    let address = given.unwrap_or(bound);
+fn tunnel_address_of(given: Option<SocketAddr>, ip: Option<IpAddr>, bound: SocketAddr) -> anyhow::Result<String> {
+    let address = given.or_else(|| Some(SocketAddr::new(ip?, bound.port()))).unwrap_or(bound);
     ensure!(
         !address.ip().is_unspecified() && address.port() != 0,
-        "{address} is no address that others can reach: give --{what}-address IP:PORT"
+        "{address} is no address that workers can reach: give --tunnel-address IP:PORT or --tunnel-ip IP"
     );
     Ok(address.to_string())
 }
 
-/// All given public addresses but the first.
-fn more_addresses(given: &[SocketAddr]) -> anyhow::Result<Vec<String>> {
-    let more = given.get(1..).unwrap_or_default();
-    ensure!(more.len() <= MORE_ADDRESSES, "--public-address: at most {} of them", 1 + MORE_ADDRESSES);
-    more.iter().map(|address| advertised("public", Some(*address), *address)).collect()
+/// Says in the readiness whether public addresses are known.
+async fn note_known(
+    mut addresses: watch::Receiver<Addresses>,
+    readiness: Readiness,
+    stopping: CancellationToken,
+) -> anyhow::Result<()> {
+    loop {
+        readiness.set(public::CONDITION, !addresses.borrow_and_update().is_empty());
+        tokio::select! {
+            changed = addresses.changed() => if changed.is_err() { return Ok(()) },
+            () = stopping.cancelled() => return Ok(()),
+        }
+    }
 }
-
-/// As many as routers take.
-const MORE_ADDRESSES: usize = 3;
 
 /// The data path as a service: it ends with the process, and the process with it.
 async fn forward(data_path: Arc<DataPath>, mut exits: Exits, tasks: Tasks) -> anyhow::Result<()> {

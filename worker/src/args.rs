@@ -8,7 +8,7 @@ use clap::Parser;
 #[derive(Debug, Clone, Parser)]
 #[command(name = "antiphon-worker", version)]
 pub struct Args {
-    /// Name of this worker, unique in its region (a DNS label); has to match the identity's.
+    /// Name of this worker, unique in its region (a DNS label); the identity's, or that with `-` and more behind it.
     #[arg(long, env = "ANTIPHON_WORKER_NAME")]
     pub name: String,
     /// Region this worker runs in.
@@ -38,10 +38,11 @@ pub struct Args {
     /// Address of the worker's own API for routers (gRPC, mTLS).
     #[arg(long, env = "ANTIPHON_WORKER_CONTROL", default_value = "0.0.0.0:4501")]
     pub control: SocketAddr,
-    /// Address that routers reach the API under; the bound one unless given.
+    /// Address that routers reach the API under; unless given the bound one, or the tunnels' address with that port.
     #[arg(long, env = "ANTIPHON_WORKER_CONTROL_ADDRESS")]
     pub control_address: Option<String>,
-    /// Routers of the region, IP:PORT or HOST:PORT; it registers with all of them.
+    /// Routers of the region, IP:PORT or HOST:PORT; it registers with all of them, and where a name stands for several
+    /// addresses, with all of those: names are looked up again every few seconds.
     #[arg(long, env = "ANTIPHON_WORKER_ROUTER", required = true, value_delimiter = ',')]
     pub router: Vec<String>,
     /// Directory with cert.pem, key.pem and ca.pem.

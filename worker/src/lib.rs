@@ -39,11 +39,13 @@ use antiphon_proto::v1::{EndCode, Shard, WorkerHello, worker_server::WorkerServe
 use antiphon_runtime::{
     Tasks, admin,
     admin::Readiness,
+    members,
     pki::{Identity, Role},
     shutdown, tls,
 };
 use anyhow::{Context as _, ensure};
 use prometheus_client::registry::Registry;
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 
 pub use args::Args;
@@ -65,10 +67,17 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let identity = Identity::load(&args.identity).context("--identity")?;
     let peer = identity.peer();
     ensure!(
-        peer.role == Role::Worker && peer.region == args.region && peer.name == args.name,
+        peer.role == Role::Worker && peer.region == args.region && peer.covers(&args.name),
         "--identity is for {peer}, but this is worker {} of {}",
         args.name,
         args.region
+    );
+    let agents = identity.agents();
+    ensure!(
+        agents.contains(&args.agent),
+        "--identity is for agents [{}], but --agent is {}: routers would refuse it",
+        agents.join(", "),
+        args.agent
     );
     let signal = shutdown::signal()?;
     let tasks = Tasks::new();
@@ -84,8 +93,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
 
     let sockets = bind_shards(&args)?;
     let control = TcpListener::bind(args.control).await.with_context(|| format!("--control {}", args.control))?;
-    let control_address =
-        args.control_address.clone().map_or_else(|| control.local_addr().map(|a| a.to_string()), Ok)?;
+    let control_address = control_address(&args, control.local_addr()?)?;
     serve_control(&tasks, &identity, control, &args, capacity.clone())?;
 
     let kept = args.state.as_deref().map(|path| StateDir::open(path, Owner::of(&identity, &args.agent)));
@@ -101,7 +109,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     };
     let hello = hello(&args, &sockets, control_address);
     let standing = Standing::new(settings, hello, sockets, kept.transpose().context("--state")?)?;
-    registration::start(&args.router, &identity, &Arc::new(standing), &capacity, &metrics, &tasks);
+    let resolver = Arc::new(members::System);
+    registration::start(&args.router, resolver, &identity, &Arc::new(standing), &capacity, &metrics, &tasks);
     let expiring = (capacity.clone(), tasks.stopping());
     tasks.service("lease expiry", async move {
         let mut every = tokio::time::interval(Duration::from_millis(500));
@@ -146,6 +155,16 @@ async fn drained(signal: impl Future<Output = ()>, capacity: Arc<Capacity>, dead
     }
 }
 
+/// Where routers reach the API: what was said, else the bound address, else that of the tunnels with its port.
+fn control_address(args: &Args, bound: SocketAddr) -> anyhow::Result<String> {
+    if let Some(address) = &args.control_address {
+        return Ok(address.clone());
+    }
+    let ip = if bound.ip().is_unspecified() { args.tunnel_ip.unwrap_or(args.tunnel.ip()) } else { bound.ip() };
+    ensure!(!ip.is_unspecified(), "--control {bound} is no address that routers can reach: give --control-address");
+    Ok(SocketAddr::new(ip, bound.port()).to_string())
+}
+
 /// Shard sockets are bound before the registration, which announces their ports.
 fn bind_shards(args: &Args) -> anyhow::Result<Vec<(std::net::UdpSocket, SocketAddr)>> {
     let advertised = args.tunnel_ip.unwrap_or(args.tunnel.ip());
@@ -163,11 +182,16 @@ fn bind_shard(base: SocketAddr, shard: u8, advertised: IpAddr) -> anyhow::Result
         port => port.checked_add(shard.into()).context("--tunnel: not enough ports for the shards")?,
     };
     let address = SocketAddr::new(base.ip(), port);
-    let socket = std::net::UdpSocket::bind(address).with_context(|| format!("--tunnel {address}"))?;
-    let buffers = socket2::SockRef::from(&socket);
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.is_ipv6() {
+        // All addresses of IPv6 are those of IPv4, too, whatever the system's default.
+        socket.set_only_v6(false)?;
+    }
     // The system clamps these to its limits.
-    buffers.set_recv_buffer_size(SOCKET_BUFFER)?;
-    buffers.set_send_buffer_size(SOCKET_BUFFER)?;
+    socket.set_recv_buffer_size(SOCKET_BUFFER)?;
+    socket.set_send_buffer_size(SOCKET_BUFFER)?;
+    socket.bind(&address.into()).with_context(|| format!("--tunnel {address}"))?;
+    let socket = std::net::UdpSocket::from(socket);
     let bound = SocketAddr::new(advertised, socket.local_addr()?.port());
     Ok((socket, bound))
 }

@@ -11,6 +11,7 @@ use antiphon_proto::v1::{
 };
 use antiphon_runtime::{
     Tasks,
+    members::{self, Member, Resolver},
     pki::{Identity, Role},
     tls,
 };
@@ -32,37 +33,44 @@ use crate::{
 /// One router and the way to it.
 #[derive(Debug)]
 pub(crate) struct Link {
-    router: String,
+    router: Member,
     identity: Identity,
     standing: Arc<Standing>,
     changed: watch::Receiver<()>,
     metrics: Metrics,
 }
 
-/// Keeps a link to each router.
+/// Keeps a link to each router: to every address that the names stand for.
 pub(crate) fn start(
     routers: &[String],
+    resolver: Arc<dyn Resolver>,
     identity: &Identity,
     standing: &Arc<Standing>,
     capacity: &Capacity,
     metrics: &Metrics,
     tasks: &Tasks,
 ) {
-    for router in routers {
-        let link = Link {
-            router: router.clone(),
-            identity: identity.clone(),
-            standing: standing.clone(),
-            changed: capacity.subscribe(),
-            metrics: metrics.clone(),
-        };
-        tasks.service("registration", link.run(tasks.stopping()));
-    }
+    let (identity, standing, metrics) = (identity.clone(), standing.clone(), metrics.clone());
+    let (changed, stopping) = (capacity.subscribe(), tasks.stopping());
+    let link = move |router| {
+        let (identity, standing, metrics) = (identity.clone(), standing.clone(), metrics.clone());
+        let link = Link { router, identity, standing, changed: changed.clone(), metrics };
+        link.run(stopping.clone())
+    };
+    tasks.service("registration", members::follow(routers.to_vec(), resolver, tasks.clone(), link));
 }
 
 impl Link {
-    /// Stays registered until the process stops.
-    async fn run(mut self, stopping: CancellationToken) -> anyhow::Result<()> {
+    /// Stays registered until the process stops or the address is given up.
+    async fn run(self, stopping: CancellationToken) -> anyhow::Result<()> {
+        let left = self.router.left().clone();
+        tokio::select! {
+            ended = self.stay(stopping) => ended,
+            () = left.cancelled() => Ok(()),
+        }
+    }
+
+    async fn stay(mut self, stopping: CancellationToken) -> anyhow::Result<()> {
         let mut failures = 0_u32;
         loop {
             let began = Instant::now();
@@ -75,7 +83,7 @@ impl Link {
                 if error.downcast_ref().is_some_and(StandingError::is_fatal) {
                     return Err(error);
                 }
-                tracing::warn!(router = self.router, "registration: {error:#}");
+                tracing::warn!(router = %self.router.address, "registration: {error:#}");
             }
             failures = if began.elapsed() > LONGEST_PAUSE { 0 } else { failures.saturating_add(1) };
             if stopping.run_until_cancelled(sleep(pause(failures))).await.is_none() {
@@ -87,7 +95,7 @@ impl Link {
     /// One registration, from hello to the end of the stream.
     async fn stand(&mut self, stopping: &CancellationToken) -> anyhow::Result<()> {
         let hello = self.standing.hello();
-        let channel = tls::channel(&self.router, &self.identity, Role::Router, &hello.region)?;
+        let channel = tls::channel(&self.router.address.to_string(), &self.identity, Role::Router, &hello.region)?;
         let (sender, receiver) = mpsc::channel(16);
         sender.send(message(Message::Hello(hello))).await?;
         let mut fleet = FleetClient::new(channel);
@@ -98,7 +106,8 @@ impl Link {
         };
         let (welcome, directives) = opened.context("router does not answer")??;
         self.standing.welcome(&welcome)?;
-        tracing::info!(router = self.router, number = welcome.worker_number, "registered");
+        let _connected = self.router.connected();
+        tracing::info!(router = %self.router.address, number = welcome.worker_number, "registered");
         self.metrics.routers.inc();
         let every = Duration::from_millis(welcome.report_interval_ms.clamp(100, 60_000).into());
         let ended = self.attend(directives, &sender, every, stopping).await;

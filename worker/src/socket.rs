@@ -9,7 +9,7 @@ use std::{
     fmt,
     future::Future,
     io::{self, IoSliceMut},
-    net::{SocketAddr, SocketAddrV6},
+    net::{IpAddr, SocketAddr, SocketAddrV6},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
@@ -45,6 +45,14 @@ pub(crate) struct RelayNotice {
     pub(crate) notice: Notice,
 }
 
+/// A relay's address as a socket of this IP version has to be given it.
+fn in_family(address: SocketAddr, is_ipv6: bool) -> SocketAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) if is_ipv6 => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()),
+        ip => SocketAddr::new(ip, address.port()),
+    }
+}
+
 /// The path's address as QUIC sees it.
 pub(crate) fn path_address(client: ClientAddr, relay: RelayNumber) -> SocketAddr {
     SocketAddr::V6(SocketAddrV6::new(client.ip, client.port, relay.value().into(), 0))
@@ -69,6 +77,8 @@ pub(crate) struct TunnelSocket {
     notices: mpsc::Sender<RelayNotice>,
     metrics: ShardMetrics,
     started: Instant,
+    /// Of the version that takes IPv4 as mapped addresses.
+    is_ipv6: bool,
     tx: Mutex<Sending>,
 }
 
@@ -135,13 +145,14 @@ impl TunnelSocket {
         metrics: ShardMetrics,
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
+        let is_ipv6 = socket.local_addr()?.is_ipv6();
         let state = UdpSocketState::new((&socket).into())?;
         let buffers = (0..BATCH_SIZE).map(|_| vec![0; LARGEST_TRAIN]).collect();
         let (limits, skew) = (Limits::new(), ClockSkew::default());
         let rx = Mutex::new(Received { buffers, pending: VecDeque::new(), limits, skew });
         let io = tokio::net::UdpSocket::from_std(socket)?;
         let (started, tx) = (Instant::now(), Mutex::default());
-        Ok(Self { io, state, rx, gate, relays, paths, notices, metrics, started, tx })
+        Ok(Self { io, state, rx, gate, relays, paths, notices, metrics, started, is_ipv6, tx })
     }
 
     /// Reads one batch off the system and keeps what may go on to QUIC.
@@ -301,6 +312,7 @@ impl AsyncUdpSocket for TunnelSocket {
             sender.wake_by_ref();
         }
         let count = datagrams.len() as u64;
+        let next = in_family(next, self.is_ipv6);
         datagrams.for_each(|datagram| tx.outgoing.push(next, transmit.ecn, HEADER_LEN + datagram.len()));
         self.metrics.sent.inc_by(count);
         self.paths.note_sent(transmit.destination, count);

@@ -38,28 +38,27 @@ impl Knowledge {
     /// Goes on from `restored`, which an earlier process kept; what is in force goes to `latest` if anybody keeps it.
     #[must_use]
     pub fn new(
-        routers: usize,
         restored: Option<State>,
         data_path: Arc<DataPath>,
         readiness: Readiness,
         metrics: Metrics,
         latest: watch::Sender<Option<Arc<State>>>,
     ) -> Self {
-        let routing = Routing::new(routers);
+        let routing = Routing::new(0);
         let mut knowledge = Self { routing, data_path, readiness, metrics, latest, kept_at: None, was_ready: false };
         if let Some(state) = restored {
-            knowledge.restore(routers, state);
+            knowledge.restore(state);
         }
         knowledge
     }
 
-    fn restore(&mut self, routers: usize, state: State) {
+    fn restore(&mut self, state: State) {
         let age = SystemTime::now().duration_since(state.confirmed).unwrap_or_default();
         let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
         tracing::info!(%age, "the state on disk is in force until a router answers");
         self.metrics.confirmed(state.confirmed);
         self.metrics.state_version.set(state.known.version as i64);
-        self.routing = Routing::restore(routers, state.known);
+        self.routing = Routing::restore(0, state.known);
         self.put_in_force();
     }
 
@@ -72,6 +71,17 @@ impl Knowledge {
         self.routing.welcome(router, welcome).inspect_err(|error| self.disagreed(error))?;
         self.publish();
         Ok(())
+    }
+
+    /// The position of a router that comes.
+    pub fn join(&mut self) -> usize {
+        self.routing.join()
+    }
+
+    /// A router is no longer named.
+    pub(super) fn leave(&mut self, router: usize) {
+        self.routing.leave(router);
+        self.count_routers();
     }
 
     pub(super) fn disconnected(&mut self, router: usize) {

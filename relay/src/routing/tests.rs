@@ -185,6 +185,36 @@ fn what_is_restored_counts_as_every_routers_word() {
 }
 
 #[test]
+fn a_router_that_comes_takes_over_the_words_of_one_that_left() {
+    let mut routing = Routing::new(0);
+    let (first, second) = (routing.join(), routing.join());
+    for router in [first, second] {
+        routing.welcome(router, welcome()).unwrap();
+        routing.apply(router, NOW, full(1, 0..30)).unwrap();
+    }
+    routing.leave(first);
+    assert_eq!(routing.connected(), 1);
+    routing.apply(second, NOW, full(2, 0..29)).unwrap();
+    assert!(has(&routing, 29), "what the first said is still there");
+    let third = routing.join();
+    assert_eq!(third, first);
+    routing.welcome(third, welcome()).unwrap();
+    routing.apply(third, NOW, full(1, 0..29)).unwrap();
+    assert!(!has(&routing, 29), "its successor does not say so");
+    let fourth = routing.join();
+    assert_eq!(fourth, 2, "nobody has left: a position of its own");
+    // After a restart everybody who comes is taken to have said what is on disk.
+    let mut after = Routing::restore(0, routing.known().unwrap());
+    assert_eq!(after.table().len(), 29, "before anybody comes");
+    let (one, two) = (after.join(), after.join());
+    after.welcome(one, welcome()).unwrap();
+    after.apply(one, NOW, full(1, 0..28)).unwrap();
+    assert!(has(&after, 28), "the other one may still hold it");
+    after.apply(two, NOW, full(1, 0..28)).unwrap();
+    assert!(!has(&after, 28));
+}
+
+#[test]
 fn routers_that_disagree_are_not_followed_while_the_first_is_there() {
     let mut routing = welcomed_by_two();
     let other = || Welcome { relay: relay(66), ..welcome() };

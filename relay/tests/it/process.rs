@@ -176,6 +176,47 @@ async fn a_relay_of_both_families_says_so_and_serves_both() {
     forwards(&loopback("127.0.0.1:0"), four.parse().unwrap(), &mut worker, 2);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_waits_for_its_address_and_follows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("addresses");
+    let path = file.to_str().unwrap();
+    let mut fixture = fixture(&[
+        "--public",
+        "[::]:0",
+        "--tunnel",
+        "[::]:0",
+        "--tunnel-ip",
+        "127.0.0.1",
+        "--public-address-file",
+        path,
+    ])
+    .await;
+    let _running = start(fixture.args.clone());
+    fixture.eventually_admin().await;
+    fixture.eventually_http("/readyz", "waiting for: number, keys, routes, public address").await;
+    assert!(fixture.http("/livez").await.starts_with("HTTP/1.1 200"));
+    assert!(fixture.registrations.try_recv().is_err(), "there is nothing to register yet");
+    std::fs::write(&file, "192.0.2.9:4433\n").unwrap();
+    let mut router = fixture.registered().await;
+    let hello = router.hello().await;
+    assert_eq!((hello.public_address.as_str(), hello.more_public_addresses.len()), ("192.0.2.9:4433", 0));
+    assert!(hello.tunnel_address.starts_with("127.0.0.1:"), "{}", hello.tunnel_address);
+    router.welcome().await;
+    router.routes(1, true, &[]).await;
+    fixture.eventually_http("/readyz", "HTTP/1.1 200").await;
+    // Nonsense changes nothing, another address does.
+    std::fs::write(&file, "not an address\n").unwrap();
+    let before = router.report(|r| r.table_version == 1).await;
+    router.report(|r| r.unix_ms > before.unix_ms + 3000).await;
+    std::fs::write(&file, "192.0.2.10:4433 [2001:db8::1]:4433\n").unwrap();
+    let mut again = fixture.registered().await;
+    let hello = again.hello().await;
+    assert_eq!(hello.public_address, "192.0.2.10:4433");
+    assert_eq!(hello.more_public_addresses, ["[2001:db8::1]:4433"]);
+    assert_eq!(hello.relay_number, Some(relay_number().value().into()), "it is the same relay");
+}
+
 #[tokio::test]
 async fn impossible_arguments_are_refused_with_a_reason() {
     let pending = || std::future::pending::<()>();
@@ -188,8 +229,10 @@ async fn impossible_arguments_are_refused_with_a_reason() {
     };
     let other_name = refused(|a| a.name = Some("relay-2".into())).await;
     assert!(other_name.contains("relay relay-1 of here"), "{other_name}");
-    let anywhere = refused(|a| a.public = "0.0.0.0:0".parse().unwrap()).await;
-    assert!(anywhere.contains("give --public-address IP:PORT"), "{anywhere}");
+    let anywhere = refused(|a| a.tunnel = "0.0.0.0:0".parse().unwrap()).await;
+    assert!(anywhere.contains("give --tunnel-address IP:PORT or --tunnel-ip IP"), "{anywhere}");
+    let nobody = refused(|a| a.public_address = vec!["0.0.0.0:4433".parse().unwrap()]).await;
+    assert!(nobody.contains("--public-address: 0.0.0.0:4433 is no address that clients can reach"), "{nobody}");
     let nowhere = refused(|a| a.identity = "/nonexistent".into()).await;
     assert!(nowhere.contains("/nonexistent/cert.pem"), "{nowhere}");
     let foreign = refused(|a| a.tunnel = "192.0.2.1:0".parse().unwrap()).await;

@@ -212,3 +212,17 @@ async fn a_router_that_numbers_the_relay_otherwise_is_not_followed() {
     again.welcome().await;
     fixture.eventually_http("/metrics", "antiphon_relay_router_connected 2\n").await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn routers_are_found_by_name() {
+    let mut fixture = fixture(&[]).await;
+    let port = fixture.args.router[1].rsplit_once(':').unwrap().1;
+    fixture.args.router = vec![format!("localhost:{port}"), "no-such-router.invalid:7444".into()];
+    let _running = start(fixture.args.clone());
+    let mut router = fixture.registered().await;
+    router.hello().await;
+    router.welcome().await;
+    router.routes(1, true, &[]).await;
+    router.report(|r| r.table_version == 1).await;
+    fixture.eventually_http("/readyz", "HTTP/1.1 200").await;
+}

@@ -94,6 +94,11 @@ fn key_set(root: &FleetRoot, generations: &[u32], minting: u32) -> KeySet {
 
 impl Rig {
     pub(super) async fn start(slots: u32) -> Self {
+        Self::start_on(std::net::Ipv4Addr::LOCALHOST.into(), slots).await
+    }
+
+    /// Bound to this address, and reached by IPv4.
+    pub(super) async fn start_on(bound: std::net::IpAddr, slots: u32) -> Self {
         let turn = TURN.lock().await;
         let root = FleetRoot::from_bytes([42; 32]);
         let ca = FleetCa::from_seed(&root.ca_seed()).unwrap();
@@ -110,7 +115,7 @@ impl Rig {
         });
         let qlog = tempfile::tempdir().unwrap();
         let localhost = std::net::Ipv4Addr::LOCALHOST.into();
-        let (socket, worker) = crate::bind_shard(SocketAddr::new(localhost, 0), 0, localhost).unwrap();
+        let (socket, worker) = crate::bind_shard(SocketAddr::new(bound, 0), 0, localhost).unwrap();
         let config = ShardsConfig {
             numbers: numbers(),
             incarnation: server_id().incarnation,

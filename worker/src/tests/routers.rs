@@ -1,6 +1,15 @@
 //! Several routers, and none.
 
-use std::{path::Path, sync::Arc, time::SystemTime};
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::SystemTime,
+};
 
 use antiphon_core::{
     id::{Incarnation, RegionNumber, ServerId, ShardNumber, WorkerNumber},
@@ -16,9 +25,11 @@ use antiphon_proto::v1::{
 use antiphon_runtime::{
     Tasks,
     admin::Readiness,
+    members::{self, Resolver},
     pki::{FleetCa, Identity, PeerName, Role},
     tls,
 };
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::{net::TcpListener, sync::mpsc};
@@ -58,9 +69,13 @@ struct Heard {
 
 impl FakeRouter {
     async fn start(number: u32, tasks: &Tasks) -> (Self, String) {
+        Self::start_at("127.0.0.1:0", number, tasks).await
+    }
+
+    async fn start_at(address: &str, number: u32, tasks: &Tasks) -> (Self, String) {
         let router = Self::default();
         router.0.lock().number = number;
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let incoming = tls::incoming(listener, &identity("router-0", Role::Router)).unwrap();
         let (service, stopping) = (FleetServer::new(router.clone()), tasks.stopping());
@@ -174,6 +189,10 @@ struct Side {
 
 impl Side {
     fn start(routers: &[String], state: Option<&Path>) -> Self {
+        Self::start_with(routers, Arc::new(members::System), state)
+    }
+
+    fn start_with(routers: &[String], resolver: Arc<dyn Resolver>, state: Option<&Path>) -> Self {
         let (tasks, readiness) = (Tasks::new(), Readiness::new(&[READY]));
         let identity = identity("worker-0", Role::Worker);
         let metrics = Metrics::new(&mut Registry::default());
@@ -198,7 +217,7 @@ impl Side {
         };
         let kept = state.map(|path| StateDir::open(path, Owner::of(&identity, "default/echo")).unwrap());
         let standing = Arc::new(Standing::new(settings, hello, vec![(socket, address)], kept).unwrap());
-        registration::start(routers, &identity, &standing, &capacity, &metrics, &tasks);
+        registration::start(routers, resolver, &identity, &standing, &capacity, &metrics, &tasks);
         Self { tasks, readiness, standing }
     }
 
@@ -246,6 +265,71 @@ async fn it_stands_with_every_router_and_does_what_any_of_them_says() {
     worker.stop().await;
     let deregistered = |router: &FakeRouter| router.0.lock().deregistered;
     until("it has left both", || deregistered(&first) == 1 && deregistered(&second) == 1).await;
+    tasks.wait(std::future::ready(())).await.unwrap();
+}
+
+/// A name server of one name.
+#[derive(Debug, Default)]
+struct Names {
+    addresses: Mutex<Vec<SocketAddr>>,
+    lookups: AtomicUsize,
+}
+
+impl Resolver for Names {
+    fn resolve<'a>(&'a self, name: &'a str) -> BoxFuture<'a, io::Result<Vec<SocketAddr>>> {
+        assert_eq!(name, "routers.test:7444");
+        let addresses = self.addresses.lock().clone();
+        self.lookups.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async move { if addresses.is_empty() { Err(io::ErrorKind::NotFound.into()) } else { Ok(addresses) } })
+    }
+}
+
+impl Names {
+    /// Names these from now on, and waits until that has been heard.
+    async fn change(&self, change: impl FnOnce(&mut Vec<SocketAddr>)) {
+        change(&mut self.addresses.lock());
+        let before = self.lookups.load(Ordering::SeqCst);
+        // The one under way may still give the old answer, and what comes of the next is done before the one after it.
+        until("the name is looked up", || self.lookups.load(Ordering::SeqCst) > before + 2).await;
+    }
+}
+
+#[tokio::test]
+async fn a_name_is_all_routers_that_it_stands_for_as_they_come_and_go() {
+    let (tasks, going) = (Tasks::new(), Tasks::new());
+    let (first, first_address) = FakeRouter::start(9, &going).await;
+    let (second, second_address) = FakeRouter::start(9, &tasks).await;
+    let [first_address, second_address] = [first_address, second_address].map(|a| a.parse::<SocketAddr>().unwrap());
+    let names = Arc::new(Names::default());
+    names.addresses.lock().push(first_address);
+    let worker = Side::start_with(&["routers.test:7444".into()], names.clone(), None);
+    until("the first knows it", || !first.loaded().is_empty()).await;
+    names.addresses.lock().push(second_address);
+    until("the second, which came later, knows it", || !second.loaded().is_empty()).await;
+    // The first is left out while it lives: nothing ends.
+    names.change(|addresses| *addresses = vec![second_address]).await;
+    let (before, of_second) = (first.0.lock().reports.len(), second.0.lock().reports.len());
+    until("it goes on reporting", || {
+        first.0.lock().reports.len() > before && second.0.lock().reports.len() > of_second
+    })
+    .await;
+    assert_eq!(first.0.lock().hellos.len(), 1);
+    assert_eq!(first.0.lock().deregistered, 0);
+    // It dies and another one takes its place; nobody deregisters anywhere.
+    going.stopping().cancel();
+    first.0.lock().directives = None;
+    going.wait(std::future::ready(())).await.unwrap();
+    let (third, third_address) = FakeRouter::start(9, &tasks).await;
+    names.addresses.lock().push(third_address.parse().unwrap());
+    until("the third knows it", || !third.loaded().is_empty()).await;
+    // A name server that is away takes nobody away.
+    names.change(Vec::clear).await;
+    let before = third.0.lock().reports.len();
+    until("it goes on reporting", || third.0.lock().reports.len() > before).await;
+    assert_eq!(second.0.lock().hellos.len(), 1);
+    worker.stop().await;
+    let deregistered = |router: &FakeRouter| router.0.lock().deregistered;
+    until("it has left those that are there", || deregistered(&second) == 1 && deregistered(&third) == 1).await;
     tasks.wait(std::future::ready(())).await.unwrap();
 }
 
