@@ -32,6 +32,7 @@ use crate::{
     playout::Playout,
     report::{CallReport, TurnTiming},
     socket::RelaySocket,
+    uplink::{Uplink, Word},
 };
 
 /// Why a call ended before the party hung up.
@@ -122,6 +123,7 @@ pub struct Call {
     path: PathSelector,
     playout: Playout,
     beats: Heartbeats,
+    uplink: Uplink,
     started: Instant,
     last_heard: Duration,
     /// The newest heartbeat that the worker says has reached it, by our clock, since the last step.
@@ -149,6 +151,7 @@ impl Call {
             path: PathSelector::new(dial.relays.len(), opened.relay, now),
             playout: Playout::default(),
             beats: Heartbeats::new(micros(now), dial.epoch),
+            uplink: Uplink::default(),
             started,
             last_heard: now,
             confirmed_us: None,
@@ -285,10 +288,23 @@ impl Call {
                     // The other end's claim: only what has been sent can have reached it.
                     let sent = Some(beat.echoed_us).filter(|sent| *sent <= now_us);
                     self.confirmed_us = self.confirmed_us.max(sent);
+                    self.on_word(&beat, sent);
                 }
             }
             None => {}
         }
+    }
+
+    /// What the worker says has reached it, and what therefore has not.
+    fn on_word(&mut self, beat: &Heartbeat, echoed_us: Option<u64>) {
+        let word = Word {
+            came: self.started.elapsed(),
+            sent_us: beat.sent_us,
+            echoed: echoed_us.map(Duration::from_micros),
+            highest: beat.audio_highest.and_then(|highest| u16::try_from(highest).ok()),
+        };
+        let missing = self.uplink.on_word(word, self.connection.rtt(), self.path.since());
+        self.path.on_missing(missing);
     }
 
     /// 20 ms pass.
@@ -335,7 +351,13 @@ impl Call {
         Ok(self.tell(ToWorker::PlayoutReport(report)).await?)
     }
 
-    fn send(&self, datagram: Bytes) {
+    fn send(&mut self, datagram: Bytes) {
+        let audio = match split_flow(&datagram) {
+            // The sequence number (RFC 3550, section 5.1).
+            Some((Flow::Audio, [_, _, high, low, ..])) => Some(u16::from_be_bytes([*high, *low])),
+            _ => None,
+        };
+        self.uplink.on_sent(self.started.elapsed(), audio);
         // A broken connection shows when reading.
         let _ = self.connection.send_datagram(datagram);
     }

@@ -21,6 +21,7 @@ mod report;
 mod router;
 mod scripted;
 mod socket;
+mod uplink;
 
 pub use antiphon_media::stream::{FrameKind, Heard};
 pub use antiphon_quic::ClientKey;
@@ -32,3 +33,4 @@ pub use path::{PathSelector, Switch, SwitchReason};
 pub use report::{CallReport, Rebind, RelaySwitch, TurnTiming};
 pub use router::{Listing, Router, RouterError, SessionRequest};
 pub use scripted::{ScriptedCaller, ScriptedOutcome};
+pub use uplink::{Missing, Uplink, Word};

@@ -3,9 +3,11 @@
 //! The call starts on the relay that carried its handshake. When nothing has come back for longer than
 //! max(3 probe timeouts, 150 ms), the next relay is tried on the same connection; each gets at least one such span to
 //! answer. The same is done when the worker is heard but says that nothing reaches it: a way can be dead in one
-//! direction only. A relay that says it will stop is left at once and becomes the last choice.
+//! direction only. How soon that is known depends on how much was said meanwhile ([`Missing`]). A relay that says it will stop is left at once and becomes the last choice.
 
 use std::time::Duration;
+
+use crate::uplink::Missing;
 
 /// Why the call changed relays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,6 +44,8 @@ pub struct PathSelector {
     /// When the newest was sent of what the worker says has reached it.
     confirmed: Duration,
     switched_at: Duration,
+    /// What was sent on the present way and should have arrived, and has not.
+    missing: Missing,
     /// Relays tried since the last sign of life; widens the patience so that a dead network is not hammered.
     tried: u32,
 }
@@ -58,13 +62,26 @@ impl PathSelector {
     /// Longest time, beside the patience of silence, until something that was sent is confirmed: both ends send a
     /// heartbeat every 200 ms at least, and one of either may be lost.
     pub const CONFIRMATION: Duration = Duration::from_millis(600);
+    /// For how long nothing of what was sent has arrived before the way counts as dead, if it was [`Self::IN_A_ROW`]
+    /// datagrams at least. Fewer, or over a shorter time, is what loss and jitter do.
+    pub const MISSING: Duration = Duration::from_millis(180);
+    /// As many datagrams as are hardly ever lost one after the other by chance.
+    pub const IN_A_ROW: usize = 6;
 
     /// Starts on relay `active` of `relays` (at least one).
     #[must_use]
     pub fn new(relays: usize, active: usize, now: Duration) -> Self {
         let relays = vec![Health::default(); relays.max(1)];
         let active = active.min(relays.len() - 1);
-        Self { relays, active, last_heard: now, confirmed: now, switched_at: now, tried: 0 }
+        Self {
+            relays,
+            active,
+            last_heard: now,
+            confirmed: now,
+            switched_at: now,
+            missing: Missing::default(),
+            tried: 0,
+        }
     }
 
     /// Index of the relay in use.
@@ -91,6 +108,17 @@ impl PathSelector {
         }
     }
 
+    /// What has not arrived, by the worker's newest word; it says so anew with each.
+    pub const fn on_missing(&mut self, missing: Missing) {
+        self.missing = missing;
+    }
+
+    /// When the present way came into use.
+    #[must_use]
+    pub const fn since(&self) -> Duration {
+        self.switched_at
+    }
+
     /// For how long nothing has been sent on the present way that the worker has confirmed.
     #[must_use]
     pub fn unconfirmed(&self, now: Duration) -> Duration {
@@ -99,7 +127,7 @@ impl PathSelector {
 
     /// The socket had to move to another relay by itself.
     pub fn on_moved(&mut self, relay: usize, now: Duration) -> Option<Switch> {
-        self.switched_at = now;
+        (self.switched_at, self.missing) = (now, Missing::default());
         if relay == self.active || relay >= self.relays.len() {
             return None;
         }
@@ -136,11 +164,13 @@ impl PathSelector {
 
     /// Time passed. `pto` is the connection's probe timeout (RFC 9002, section 6.2.1).
     pub fn poll(&mut self, now: Duration, pto: Duration) -> Option<Switch> {
-        let patience = (3 * pto).max(Self::SUSPICION) * 2_u32.pow((self.tried / self.count()).min(4));
+        let backoff = 2_u32.pow((self.tried / self.count()).min(4));
+        let patience = (3 * pto).max(Self::SUSPICION) * backoff;
+        let row = self.missing.count >= Self::IN_A_ROW && self.missing.span >= Self::MISSING * backoff;
         let quiet_since = self.last_heard.max(self.switched_at);
         let reason = if now.saturating_sub(quiet_since) >= patience {
             SwitchReason::Silent
-        } else if self.unconfirmed(now) >= patience + Self::CONFIRMATION {
+        } else if row || self.unconfirmed(now) >= patience + Self::CONFIRMATION {
             SwitchReason::Unheard
         } else {
             return None;
@@ -168,7 +198,7 @@ impl PathSelector {
         let to = others.min_by_key(|i| (self.relays[*i].draining, self.relays[*i].failed_at))?;
         let switch = Switch { from: self.active, to, reason };
         self.active = to;
-        self.switched_at = now;
+        (self.switched_at, self.missing) = (now, Missing::default());
         Some(switch)
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! A machine without a clock: times are microseconds of one end's own monotonic clock. Each end sends a heartbeat when
 //! it has sent nothing for [`Heartbeats::QUIET`], and one per [`Heartbeats::INTERVAL`] whatever else it sends, so that
-//! silence of 100 ms means something and the epoch is acknowledged well within 400 ms (invariant I6).
+//! silence of 100 ms means something and the epoch is acknowledged well within 400 ms (invariant I6). Who has heard
+//! nothing for [`Heartbeats::UNHEARD`] says so more often: a way that is dead in one direction is known only by what
+//! comes the other way.
 
 use std::time::Duration;
 
@@ -41,6 +43,12 @@ impl Heartbeats {
     pub const QUIET: Duration = Duration::from_millis(80);
     /// A heartbeat is due this often even between audio.
     pub const INTERVAL: Duration = Duration::from_millis(200);
+    /// Silence of the other end after which a heartbeat is due every [`Self::URGENT`], until [`Self::ALONE`].
+    pub const UNHEARD: Duration = Duration::from_millis(150);
+    /// See [`Self::UNHEARD`].
+    pub const URGENT: Duration = Duration::from_millis(40);
+    /// Silence after which that is over: whoever could act on it has.
+    pub const ALONE: Duration = Duration::from_secs(1);
     /// An acknowledgement of the epoch older than this no longer allows side effects.
     pub const EPOCH_ACK: Duration = Duration::from_millis(400);
 
@@ -97,7 +105,9 @@ impl Heartbeats {
     pub fn poll(&mut self, now_us: u64, audio: AudioReceived) -> Option<Heartbeat> {
         let quiet = now_us.saturating_sub(self.last_sent_us) >= Self::QUIET.as_micros() as u64;
         let regular = now_us.saturating_sub(self.last_beat_us) >= Self::INTERVAL.as_micros() as u64;
-        if !quiet && !regular {
+        let unheard = (Self::UNHEARD..Self::ALONE).contains(&self.silence(now_us));
+        let urgent = unheard && now_us.saturating_sub(self.last_beat_us) >= Self::URGENT.as_micros() as u64;
+        if !quiet && !regular && !urgent {
             return None;
         }
         Some(self.beat(now_us, audio))
@@ -163,9 +173,27 @@ mod tests {
         let mut talking = Heartbeats::new(0, Epoch::FIRST);
         let beats = (1..=50).filter(|frame| {
             talking.on_sent(frame * 20 * MS);
+            talking.on_heard(frame * 20 * MS);
             talking.poll(frame * 20 * MS, AudioReceived::default()).is_some()
         });
         assert_eq!(beats.count(), 5, "five a second between audio");
+    }
+
+    #[test]
+    fn who_hears_nothing_any_more_says_so_often_for_a_while() {
+        let mut deaf = Heartbeats::new(0, Epoch::FIRST);
+        let mut beats = Vec::new();
+        for now in (20..=3_000).step_by(20) {
+            deaf.on_sent(now * MS);
+            if deaf.poll(now * MS, AudioReceived::default()).is_some() {
+                beats.push(now);
+            }
+        }
+        let within = |from, to| beats.iter().filter(|at| (from..to).contains(*at)).count();
+        assert_eq!(within(0, 150), 0);
+        assert_eq!(beats[0], 160);
+        assert_eq!(within(160, 1_000), 21, "every 40 ms");
+        assert_eq!(within(1_000, 3_000), 10, "five a second again");
     }
 
     #[test]

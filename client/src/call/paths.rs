@@ -112,8 +112,10 @@ impl Call {
             self.send(datagram::heartbeat(&opener));
             tokio::task::yield_now().await;
         }
-        // What was said since the worker was last heard may have gone where nobody listens. It drops what it has.
-        let quiet = now.saturating_sub(self.last_heard) + self.connection.rtt();
+        // What was said since the newest that is known to have arrived may have gone where nobody listens. The worker
+        // drops what it has.
+        let heard = self.last_heard.min(self.uplink.arrived());
+        let quiet = now.saturating_sub(heard) + self.connection.rtt();
         let frames = usize::try_from(quiet.as_millis() / 20).unwrap_or(usize::MAX).saturating_add(2);
         for frame in self.sender.newest(frames) {
             self.send(frame);
