@@ -98,8 +98,10 @@ struct Round<'a> {
 
 impl Round<'_> {
     async fn work(&mut self, mut seen: Observed) -> Result<(Observed, PoolPlan), Error> {
-        if self.wanted.policy.target > 0 || !seen.pods.is_empty() {
-            self.prerequisites(&seen).await?;
+        // In a namespace that is being deleted nothing can be made any more.
+        let deleting = self.pool.metadata.deletion_timestamp.is_some();
+        if !deleting && (self.wanted.policy.target > 0 || !seen.pods.is_empty()) {
+            self.prerequisites().await?;
         }
         gone::report(self, &seen).await?;
         let mut planned = self.plan(&seen);
@@ -126,7 +128,7 @@ impl Round<'_> {
     }
 
     /// What pods need to start and to stay.
-    async fn prerequisites(&mut self, seen: &Observed) -> Result<(), Error> {
+    async fn prerequisites(&mut self) -> Result<(), Error> {
         let agent = format!("{}/{}", self.names.namespace, self.names.agent);
         let peer = PeerName::new(&self.names.identity(), Role::Worker, self.names.region)
             .map_err(|error| Error::Spec(format!("no certificate can name this pool's workers: {error}")))?;
@@ -142,11 +144,8 @@ impl Round<'_> {
             Issued::Ready(again) => self.look_again(Some(again)),
             Issued::Waiting => self.look_again(Some(Duration::from_secs(2))),
         }
-        if !seen.pods.is_empty() || self.wanted.policy.target > 0 {
-            let budget = budget::of(&self.names, self.pool.controller_owner_ref(&()), &self.context.config);
-            self.context.ensure(self.pool, &budget, &self.context.caches.disruption_budgets).await?;
-        }
-        Ok(())
+        let budget = budget::of(&self.names, self.pool.controller_owner_ref(&()), &self.context.config);
+        self.context.ensure(self.pool, &budget, &self.context.caches.disruption_budgets).await.map(drop)
     }
 
     /// Says in events what nobody should have to find out.

@@ -175,6 +175,9 @@ fn ready(wanted: &Wanted, seen: &Observed, progress: &Progress) -> Say {
         let message = if left > 0 { format!("{reason}; {left} workers are left") } else { reason.to_owned() };
         return Say::new("Ready", false, "NoWorkers", message);
     }
+    if wanted.refused.is_some() && progress.target == 0 {
+        return Say::new("Ready", false, "TemplateRefused", "no worker can be made: see TemplateAccepted");
+    }
     if progress.target == 0 {
         return Say::new("Ready", true, "ScaledToZero", "no workers are wanted");
     }
