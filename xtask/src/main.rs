@@ -1,7 +1,8 @@
-//! The project's own tasks: `cargo xtask demo | test | bench | fuzz | tidy | crds`.
+//! The project's own tasks: `cargo xtask demo | test | e2e | cluster | bench | fuzz | tidy | crds`.
 #![forbid(unsafe_code)]
 
 mod bench;
+mod cluster;
 mod demo;
 mod fuzz;
 mod gate;
@@ -32,6 +33,18 @@ enum Task {
         /// Lists the steps and runs none.
         #[arg(long)]
         list: bool,
+    },
+    /// Runs the tests that take Kubernetes clusters, on this machine, as root.
+    E2e {
+        /// Arguments of the test program: names of tests, --nocapture.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Runs real Kubernetes clusters on this machine: up, down, status, kubectl, helm, load-images, images.
+    Cluster {
+        /// What to do; --help tells more.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// Measures what packets, placements, tickets and conversations cost, in release mode, against the goals.
     Bench {
@@ -75,6 +88,8 @@ fn run(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Test { steps, list: false } => gate::run(&workspace, &steps),
+        Task::E2e { arguments } => cluster::test(&workspace, &arguments),
+        Task::Cluster { arguments } => cluster::run(&workspace, &arguments),
         Task::Bench { arguments } => bench::run(&workspace, &arguments),
         Task::Fuzz { targets, seconds, keep } => fuzz::run(&workspace, &fuzz::Search { targets, seconds, keep }),
         Task::Tidy => tidy::run(&workspace),

@@ -1,0 +1,4 @@
+// What the tests of the clusters themselves run in pods and as callers.
+module antiphon.dev/e2e/probe
+
+go 1.26.0

@@ -1,0 +1,8 @@
+//! Tests that run on Kubernetes clusters on this machine: `cargo xtask e2e`.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod clusters;
+mod crds;
+mod leftovers;
+mod world;

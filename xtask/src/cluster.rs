@@ -1,0 +1,26 @@
+//! `cargo xtask cluster` and `cargo xtask e2e`: Kubernetes on this machine, and the tests that take it.
+
+use std::{os::unix::process::CommandExt as _, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::workspace::{Workspace, cargo};
+
+/// Builds the program that keeps clusters and becomes it.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    workspace.cargo(&["build", "--quiet", "--package", "antiphon-e2e", "--bin", "antiphon-e2e"])?;
+    let metadata = workspace.metadata()?;
+    let target = metadata["target_directory"].as_str().context("cargo names no target directory")?;
+    let binary = PathBuf::from(target).join("debug/antiphon-e2e");
+    // It may build images, with the same cargo.
+    let error = workspace.command(&binary).env("CARGO", cargo()).args(arguments).exec();
+    Err(error).with_context(|| format!("{} cannot be started", binary.display()))
+}
+
+/// Runs the tests. Clusters that `cargo xtask cluster up --set test` has started are used and stay; else the tests start
+/// and stop their own.
+pub(crate) fn test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    let mut command = workspace.command(cargo());
+    command.args(["test", "--package", "antiphon-e2e", "--features", "clusters", "--test", "it", "--"]);
+    workspace.run(command.args(arguments))
+}
