@@ -8,13 +8,16 @@
 
 pub mod api_keys;
 pub mod apply;
+pub mod apply_crds;
 pub mod args;
+pub mod bootstrap;
 pub mod cache;
 pub mod conditions;
 pub mod config;
 mod context;
 pub mod controller;
 pub mod credentials;
+pub mod drain;
 pub mod election;
 mod error;
 pub mod etcd_member;
@@ -25,16 +28,22 @@ pub mod labels;
 pub mod links;
 pub mod metrics;
 pub mod owned;
+pub mod pod_template;
 pub mod queue;
+pub mod rbac;
 pub mod records;
 pub mod region;
 mod run;
+pub mod teardown;
 pub mod trim;
+pub mod voice_agent;
+pub mod worker_pool;
 
 pub use context::{Caches, Context, Queues};
 pub use error::{Error, Reason};
 
 use antiphon_runtime::telemetry;
+use anyhow::Context as _;
 use args::{Cli, Command};
 
 /// Does what the command line says.
@@ -45,7 +54,14 @@ pub async fn execute(cli: Cli) -> anyhow::Result<()> {
     telemetry::init(cli.log_json);
     match cli.command {
         Command::Run(args) => run::run(*args).await,
+        Command::Bootstrap(args) => bootstrap::run(client().await?, &args).await,
+        Command::ApplyCrds(args) => apply_crds::run(client().await?, &args).await,
         Command::EtcdMember(args) => etcd_member::run(&args).await,
-        _ => anyhow::bail!("not there yet"),
+        Command::Teardown(args) => teardown::run(client().await?, &args).await,
     }
+}
+
+/// For commands that run once and need no lease.
+async fn client() -> anyhow::Result<kube::Client> {
+    kube::Client::try_default().await.context("no access to a Kubernetes cluster")
 }

@@ -248,3 +248,6 @@ async fn answer<T>(
 
 /// How long a router may take to answer.
 const ANSWER: std::time::Duration = std::time::Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests;

@@ -214,8 +214,9 @@ async fn announce(region: &VoiceRegion, before: &VoiceRegionStatus, status: &Voi
     for condition in &status.conditions {
         let same = before.conditions.iter().find(|old| old.type_ == condition.type_);
         let unchanged = same.is_some_and(|old| (&old.status, &old.reason) == (&condition.status, &condition.reason));
-        let begins_well = same.is_none() && condition.type_ != "Ready";
-        if unchanged || begins_well || condition.type_ == "Progressing" {
+        // That what was just begun is not there yet is no news.
+        let begins = same.is_none() && (condition.type_ != "Ready" || BEGINNING.contains(&condition.reason.as_str()));
+        if unchanged || begins || condition.type_ == "Progressing" {
             continue;
         }
         let good = condition.status == if condition.type_ == "Degraded" { "False" } else { "True" };
@@ -230,3 +231,6 @@ async fn announce(region: &VoiceRegion, before: &VoiceRegionStatus, status: &Voi
 fn requeue(times: [Option<Duration>; 2]) -> Action {
     times.into_iter().flatten().min().map_or_else(Action::await_change, Action::requeue)
 }
+
+/// Reasons for which no new region is ready.
+const BEGINNING: [&str; 4] = ["RoutersNotReady", "RelaysNotReady", "RoutersUnreachable", "NeverHeard"];

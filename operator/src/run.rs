@@ -19,13 +19,14 @@ use crate::{
     args::{CertificateArgs, RunArgs},
     config::Config,
     credentials::Credentials,
+    drain,
     election::{Elector, Timing},
     events::Events,
     fence::{Fence, FenceLayer},
     labels::CONTROLLER,
     links::RouterLinks,
     metrics::Metrics,
-    records, region,
+    records, region, voice_agent, worker_pool,
 };
 
 /// Runs the operator until SIGTERM or SIGINT.
@@ -97,6 +98,9 @@ impl Operator {
         });
         // Before the first event, so that none is missed.
         region::listen(&context);
+        voice_agent::listen(&context);
+        worker_pool::listen(&context);
+        drain::listen(&context);
         let records_changed = records::keep::listen(&context);
         context.caches.start(&context.client, &context.config, &self.tasks);
         tokio::select! {
@@ -106,6 +110,9 @@ impl Operator {
         self.readiness.set("what the API server holds is known", true);
         self.tasks.service("records", records::keep::keep(context.clone(), records_changed, self.tasks.stopping()));
         region::start(&context, &self.tasks);
+        voice_agent::start(&context, &self.tasks);
+        worker_pool::start(&context, &self.tasks);
+        drain::start(&context, &self.tasks);
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! Applies what a region consists of, and looks at what became of it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use antiphon_crds::VoiceRegion;
 use antiphon_runtime::pki::{PeerName, Role};
@@ -101,6 +101,8 @@ async fn build_relays(relays: &Part<'_>, context: &Context, built: &mut Built) -
                 addresses => Reached::At(addresses),
             }
         }
+        // The cache will say so.
+        Advertised::Soon => return Ok(()),
         Advertised::Unknown(message) => {
             built.problems.push(Problem::grave("AddressUnknown", message));
             return Ok(());
@@ -116,11 +118,13 @@ pub(super) fn observe(region: &VoiceRegion, context: &Context, observed: &mut Ob
     let (name, namespace) = (region.name_any(), region.namespace().unwrap_or_default());
     let part = |component| Part { region, component, config: &context.config };
     let (routers, relays) = (part(Component::Router), part(Component::Relay));
+    let pods = |component| context.caches.pods.select(|pod| of(pod, &name, component));
+    let (router_pods, relay_pods) = (pods(Component::Router), pods(Component::Relay));
     if observed.number.is_some() {
-        context
-            .links
-            .set_routers(&name, router_addresses(&context.caches.pods.select(|pod| of(pod, &name, Component::Router))));
+        context.links.set_routers(&name, router_addresses(&router_pods));
     }
+    observed.router_trouble = trouble(&router_pods);
+    observed.relay_trouble = trouble(&relay_pods);
     observed.routers = context.caches.deployments.find(&namespace, &routers.name());
     observed.relays = context.caches.deployments.find(&namespace, &relays.name());
     observed.view = context.links.view(&name).unwrap_or_default();
@@ -130,7 +134,7 @@ pub(super) fn observe(region: &VoiceRegion, context: &Context, observed: &mut Ob
 }
 
 /// Routers' internal ports: those that are ready first.
-fn router_addresses(pods: &[std::sync::Arc<Pod>]) -> Vec<String> {
+fn router_addresses(pods: &[Arc<Pod>]) -> Vec<String> {
     let mut found: Vec<_> = pods
         .iter()
         .filter(|pod| !gone::is_ending(pod))
@@ -142,6 +146,35 @@ fn router_addresses(pods: &[std::sync::Arc<Pod>]) -> Vec<String> {
         .collect();
     found.sort();
     found.into_iter().map(|(_, address)| address.to_string()).collect()
+}
+
+/// Why pods do not come up, as far as they say: one reason is enough to begin with.
+fn trouble(pods: &[Arc<Pod>]) -> Option<String> {
+    let mut said: Vec<_> =
+        pods.iter().filter_map(|pod| why_not(pod).map(|why| format!("{}: {why}", pod.name_any()))).collect();
+    said.sort();
+    said.into_iter().next()
+}
+
+fn why_not(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let waiting = status.container_statuses.iter().flatten().find_map(|container| {
+        let waiting = container.state.as_ref()?.waiting.as_ref()?;
+        let reason = waiting.reason.as_ref().filter(|reason| *reason != "ContainerCreating")?;
+        let last = container.last_state.as_ref().and_then(|last| last.terminated.as_ref());
+        let code = last.map(|last| format!(" (it ended with code {})", last.exit_code)).unwrap_or_default();
+        Some(format!(
+            "{reason}{code}{}",
+            waiting.message.as_ref().map(|words| format!(": {words}")).unwrap_or_default()
+        ))
+    });
+    let unschedulable = || {
+        let conditions = status.conditions.iter().flatten();
+        let found =
+            conditions.filter(|c| c.type_ == "PodScheduled" && c.status == "False").find_map(|c| c.message.clone());
+        found.map(|words| format!("no node takes it: {words}"))
+    };
+    waiting.or_else(unschedulable)
 }
 
 fn of(pod: &Pod, region: &str, component: Component) -> bool {
@@ -183,3 +216,44 @@ impl Built {
 
 const LOOK_UP: Duration = Duration::from_secs(3);
 const LOOK_UP_AGAIN: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn pod(name: &str, status: Value) -> Arc<Pod> {
+        Arc::new(serde_json::from_value(json!({"metadata": {"name": name}, "status": status})).unwrap())
+    }
+
+    #[test]
+    fn routers_that_are_ready_are_tried_first_and_ending_ones_never() {
+        let ready = json!([{"type": "Ready", "status": "True"}]);
+        let pods = [
+            pod("a", json!({"podIP": "10.0.0.1"})),
+            pod("b", json!({"podIP": "10.0.0.2", "conditions": ready})),
+            pod("c", json!({"podIP": "10.0.0.3", "phase": "Failed"})),
+            pod("d", json!({})),
+            pod("e", json!({"podIP": "fd00::1"})),
+        ];
+        assert_eq!(router_addresses(&pods), ["10.0.0.2:7444", "10.0.0.1:7444", "[fd00::1]:7444"]);
+    }
+
+    #[test]
+    fn why_a_pod_does_not_come_up_is_said() {
+        let waiting = |waiting: Value, last: Value| {
+            let state = json!({"waiting": waiting});
+            json!({"containerStatuses": [{"name": "router", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": state, "lastState": last}]})
+        };
+        let pull = waiting(json!({"reason": "ErrImagePull", "message": "no such image"}), json!({}));
+        assert_eq!(trouble(&[pod("a", pull)]).unwrap(), "a: ErrImagePull: no such image");
+        let crash = waiting(json!({"reason": "CrashLoopBackOff"}), json!({"terminated": {"exitCode": 2}}));
+        assert_eq!(trouble(&[pod("a", crash)]).unwrap(), "a: CrashLoopBackOff (it ended with code 2)");
+        let full = json!({"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes"}]});
+        assert_eq!(trouble(&[pod("a", full)]).unwrap(), "a: no node takes it: 0/1 nodes");
+        let creating = waiting(json!({"reason": "ContainerCreating"}), json!({}));
+        assert_eq!(trouble(&[pod("a", creating)]), None);
+    }
+}

@@ -21,7 +21,9 @@ pub enum Advertised {
     Node(u16),
     /// Names that have to be looked up first, and the port.
     Names(Vec<String>, u16),
-    /// Nobody knows yet, and why.
+    /// The Service is not as far yet.
+    Soon,
+    /// Nobody has given the Service an address, and what to do.
     Unknown(&'static str),
 }
 
@@ -37,7 +39,7 @@ pub fn advertised(region: &VoiceRegion, service: Option<&Service>) -> Advertised
         return Advertised::Node(ingress.port);
     }
     let Some(service) = service else {
-        return Advertised::Unknown("the Service of the relays is not there yet");
+        return Advertised::Soon;
     };
     let settings = ingress.service.clone().unwrap_or_default();
     if settings.service_type == RelayServiceType::NodePort {
@@ -45,7 +47,7 @@ pub fn advertised(region: &VoiceRegion, service: Option<&Service>) -> Advertised
         let port = ports.into_iter().flatten().find_map(|port| port.node_port);
         return match port.and_then(|port| u16::try_from(port).ok()) {
             Some(port) => Advertised::Node(port),
-            None => Advertised::Unknown("the Service of the relays has no node port yet"),
+            None => Advertised::Soon,
         };
     }
     let status = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());

@@ -25,6 +25,10 @@ pub struct Observed {
     pub routers: Option<Arc<Deployment>>,
     /// The relays' Deployment.
     pub relays: Option<Arc<Deployment>>,
+    /// Why a router's pod does not come up.
+    pub router_trouble: Option<String>,
+    /// Why a relay's pod does not come up.
+    pub relay_trouble: Option<String>,
     /// What its routers say.
     pub view: View,
     /// Selects the pods of the relays.
@@ -187,12 +191,7 @@ fn say(region: &VoiceRegion, observed: &Observed, peers: &[PeerStatus]) -> Vec<S
     } else if let Some(left) = observed.workers_left {
         Say::new("Ready", false, "Draining", format!("the region is being deleted; {left} workers are still there"))
     } else if routers == 0 {
-        Say::new(
-            "Ready",
-            false,
-            "RoutersNotReady",
-            "no router is ready: see the pods labelled app.kubernetes.io/component=router",
-        )
+        Say::new("Ready", false, "RoutersNotReady", not_ready("router", observed.router_trouble.as_ref()))
     } else if !observed.view.connected {
         let problem = if observed.view.problem.is_empty() { "not connected yet" } else { &observed.view.problem };
         Say::new(
@@ -202,12 +201,7 @@ fn say(region: &VoiceRegion, observed: &Observed, peers: &[PeerStatus]) -> Vec<S
             format!("the operator cannot reach a router: {problem}; calls go on"),
         )
     } else if relays == 0 && wanted > 0 {
-        Say::new(
-            "Ready",
-            false,
-            "RelaysNotReady",
-            "no relay is ready: see the pods labelled app.kubernetes.io/component=relay",
-        )
+        Say::new("Ready", false, "RelaysNotReady", not_ready("relay", observed.relay_trouble.as_ref()))
     } else if region.spec.serving == Serving::Cordoned {
         Say::new("Ready", true, "Cordoned", "calls go on and no new ones are placed here: spec.serving is Cordoned")
     } else {
@@ -229,6 +223,13 @@ fn say(region: &VoiceRegion, observed: &Observed, peers: &[PeerStatus]) -> Vec<S
     vec![ready, progressing, consistent(&contradictions), degraded(observed, peers)]
 }
 
+fn not_ready(what: &str, trouble: Option<&String>) -> String {
+    match trouble {
+        Some(trouble) => format!("no {what} is ready: {trouble}"),
+        None => format!("no {what} is ready yet: see the pods labelled app.kubernetes.io/component={what}"),
+    }
+}
+
 fn degraded(observed: &Observed, peers: &[PeerStatus]) -> Say {
     let mut problems = observed.problems.clone();
     if !observed.view.problem.is_empty() && observed.view.connected {
@@ -241,6 +242,8 @@ fn degraded(observed: &Observed, peers: &[PeerStatus]) -> Say {
             "the routers cannot reach their store: calls are placed from memory, and nothing can be changed",
         ));
     }
+    let troubles = [&observed.router_trouble, &observed.relay_trouble].into_iter().flatten();
+    problems.extend(troubles.map(|trouble| Problem::minor("PodsNotReady", trouble.clone())));
     for deployment in [&observed.routers, &observed.relays].into_iter().flatten() {
         problems.extend(stuck(deployment));
     }
@@ -252,7 +255,7 @@ fn degraded(observed: &Observed, peers: &[PeerStatus]) -> Say {
         ));
     }
     match problems.first() {
-        None => Say::new("Degraded", false, "AsExpected", ""),
+        None => Say::new("Degraded", false, "AsExpected", "nothing is wrong"),
         Some(first) => {
             let words: Vec<_> = problems.iter().map(|problem| problem.message.as_str()).collect();
             Say::new("Degraded", true, first.reason, words.join("; "))
@@ -262,7 +265,7 @@ fn degraded(observed: &Observed, peers: &[PeerStatus]) -> Say {
 
 fn consistent(contradictions: &[String]) -> Say {
     match contradictions {
-        [] => Say::new("Consistent", true, "Same", ""),
+        [] => Say::new("Consistent", true, "Same", "other clusters say the same of the regions"),
         words => Say::new("Consistent", false, "Contradiction", words.join("; ")),
     }
 }
