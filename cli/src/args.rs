@@ -43,6 +43,12 @@ pub enum Command {
     /// Create, list and revoke API keys.
     #[command(after_help = KEYS_EXAMPLES)]
     Keys(KeysArgs),
+    /// Say of workers that they are gone.
+    #[command(after_help = WORKERS_EXAMPLES)]
+    Workers(WorkersArgs),
+    /// Say of relays that they are gone.
+    #[command(after_help = RELAYS_EXAMPLES)]
+    Relays(RelaysArgs),
     /// Prove it: three clouds, a hundred callers, relays lost on the way.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
@@ -212,6 +218,49 @@ pub enum RotateUntil {
     Unused,
 }
 
+/// `antiphon workers`.
+#[derive(Debug, Args)]
+pub struct WorkersArgs {
+    /// What to do with workers.
+    #[command(subcommand)]
+    pub command: WorkersCommand,
+}
+
+/// What to do with workers.
+#[derive(Debug, Subcommand)]
+pub enum WorkersCommand {
+    /// A worker is dead and does not come back: its routes go, and relays tell its callers.
+    Gone(GoneArgs),
+}
+
+/// `antiphon relays`.
+#[derive(Debug, Args)]
+pub struct RelaysArgs {
+    /// What to do with relays.
+    #[command(subcommand)]
+    pub command: RelaysCommand,
+}
+
+/// What to do with relays.
+#[derive(Debug, Subcommand)]
+pub enum RelaysCommand {
+    /// A relay is dead and does not come back: its number is free, and no caller is sent there.
+    Gone(GoneArgs),
+}
+
+/// Who is gone.
+///
+/// Silence alone takes nobody out of a route table: somebody who knows has to say it. Nobody who is connected to his
+/// router is taken for gone.
+#[derive(Debug, Args)]
+pub struct GoneArgs {
+    /// Its name, as `antiphon status` prints it.
+    pub name: String,
+    /// Its region; needed only if several have one of this name.
+    #[arg(long)]
+    pub region: Option<String>,
+}
+
 /// `antiphon demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
@@ -376,6 +425,12 @@ const EXPLAIN_EXAMPLES: &str = "\
 Examples:
   antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8        why it is where it is, and why nowhere else
   antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8 --path which relays and addresses it used, how well, why that changed";
+const WORKERS_EXAMPLES: &str = "\
+Examples:
+  antiphon workers gone default-frontdesk-1          its machine has burnt down";
+const RELAYS_EXAMPLES: &str = "\
+Examples:
+  antiphon relays gone relay-1 --region frankfurt";
 const KEYS_EXAMPLES: &str = "\
 Examples:
   antiphon keys create --tenant acme --agent 'shop/*' an API key, shown once

@@ -19,7 +19,7 @@ use std::{
 
 use antiphon_core::keys::FleetRoot;
 use antiphon_crds::compile::FleetPlan;
-use antiphon_proto::v1::{ReportWorkerGoneRequest, admin_client::AdminClient};
+use antiphon_proto::v1::{ReportRelayGoneRequest, ReportWorkerGoneRequest, admin_client::AdminClient};
 use antiphon_runtime::{
     pki::{FleetCa, Role, shared_dns},
     tls,
@@ -61,6 +61,8 @@ pub struct Fleet {
     unrecorded: BTreeSet<String>,
     /// Workers that are gone and of which no router has been told: region and name.
     untold: BTreeSet<(String, String)>,
+    /// Relays that do not come back, of which routers have been told: region and name.
+    given_up: BTreeSet<(String, String)>,
     // Held for as long as the fleet lives: two fleets in one directory would overwrite each other.
     _lock: std::fs::File,
     // Held for as long as the fleet lives: it is what keeps the subnet ours.
@@ -94,6 +96,7 @@ impl Fleet {
             identities,
             unrecorded: BTreeSet::new(),
             untold: BTreeSet::new(),
+            given_up: BTreeSet::new(),
             _lock: lock,
             _subnet: subnet,
         };
@@ -255,11 +258,13 @@ impl Fleet {
                         self.unrecorded.insert(spec.region.clone());
                     }
                     self.untold.remove(&(spec.region.clone(), spec.name.clone()));
+                    self.given_up.remove(&(spec.region.clone(), spec.name.clone()));
                     happened.push(format!("{} {how}; started again", spec.title()));
                 }
                 Err(error) => happened.push(format!("{}: {error:#}", process.spec().title())),
             }
         }
+        happened.extend(self.give_relays_up().await);
         // A router in memory mode comes back empty; the records come from here.
         for region in self.unrecorded.clone() {
             let Some(router) = self.context.routers.iter().find(|router| router.region == region).cloned() else {
@@ -284,6 +289,29 @@ impl Fleet {
             self.untold.remove(&worker);
         }
         happened
+    }
+
+    /// Says to the routers of its region that a relay is gone that does not come back: its number is free, and callers
+    /// are no longer sent there. One that is started again at once keeps its number and its callers.
+    async fn give_relays_up(&mut self) -> Vec<String> {
+        let missing = self.processes.iter().filter(|p| p.spec().kind == Kind::Relay && p.is_missing_for(GIVEN_UP));
+        let missing: Vec<_> = missing.map(|p| (p.spec().region.clone(), p.spec().name.clone())).collect();
+        let mut happened = Vec::new();
+        for relay in missing.into_iter().filter(|relay| !self.given_up.contains(relay)).collect::<Vec<_>>() {
+            if self.tell_of_relay(&relay.0, &relay.1).await.is_ok() {
+                happened.push(format!("relay {}/{} does not come back: its router knows", relay.0, relay.1));
+                self.given_up.insert(relay);
+            }
+        }
+        happened
+    }
+
+    async fn tell_of_relay(&self, region: &str, name: &str) -> anyhow::Result<()> {
+        for router in self.context.routers.iter().filter(|router| router.region == region) {
+            let request = ReportRelayGoneRequest { name: name.to_owned() };
+            timeout(HEAL, self.admin(router)?.report_relay_gone(request)).await??;
+        }
+        Ok(())
     }
 
     async fn tell_of(&self, region: &str, name: &str) -> anyhow::Result<()> {
@@ -387,6 +415,8 @@ pub fn read_root(dir: &Path) -> anyhow::Result<FleetRoot> {
 const READY: Duration = Duration::from_secs(20);
 /// How long one attempt to give a router its records may take while the fleet runs.
 const HEAL: Duration = Duration::from_millis(700);
+/// A relay that has not run for this long does not come back by itself.
+const GIVEN_UP: Duration = Duration::from_secs(10);
 
 /// Connects as the operator; used by commands against a running fleet.
 pub(crate) fn admin_channel(address: &str, identity: &Path, region: &str) -> anyhow::Result<AdminClient<Channel>> {

@@ -8,6 +8,7 @@ mod cid;
 mod demo;
 mod explain;
 pub mod fleet;
+mod gone;
 mod keys;
 mod present;
 mod rotation;
@@ -73,6 +74,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Sessions(args) => sessions::run(&args, &dir, json).await,
         Command::Explain(args) => explain::run(&args, &dir, json).await,
         Command::Keys(args) => keys::run(&args, &dir, json).await,
+        Command::Workers(args) => gone::worker(&args.command, &dir, json).await,
+        Command::Relays(args) => gone::relay(&args.command, &dir, json).await,
         Command::Demo(args) => demo::run(&args, json).await,
         Command::Cid(args) => cid::run(&args, &dir, json),
     }

@@ -323,6 +323,11 @@ impl Process {
         Ok(self.end)
     }
 
+    /// Whether it should run and has not for this long at least: it cannot be started, or ends at once again and again.
+    pub(super) fn is_missing_for(&self, least: Duration) -> bool {
+        self.end.is_some() && !self.stopped && self.started.elapsed() >= least
+    }
+
     /// Starts it again if it was noticed to have ended by itself; says how it had.
     pub(super) fn restart_if_ended(&mut self) -> anyhow::Result<Option<String>> {
         let Some(status) = self.end.filter(|_| !self.stopped) else { return Ok(None) };
