@@ -8,7 +8,10 @@ use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    net::lookup_host,
+    time::{Instant, sleep, timeout},
+};
 
 /// `antiphon-operator etcd-member`.
 #[derive(clap::Args, Clone, Debug)]
@@ -161,6 +164,7 @@ pub async fn run(args: &EtcdMemberArgs) -> anyhow::Result<()> {
     let members = Members::new(args)?;
     let common = fs::read_to_string(&args.config).with_context(|| args.config.display().to_string())?;
     let deadline = Instant::now() + PATIENCE;
+    named(&members, args.address, deadline).await;
     loop {
         match step(&members, args).await {
             Ok(Some((state, cluster))) => {
@@ -176,6 +180,22 @@ pub async fn run(args: &EtcdMemberArgs) -> anyhow::Result<()> {
             }
             Err(error) => return Err(error),
         }
+    }
+}
+
+/// Waits until the member's name stands for its address. The others look it up to see whose certificate it shows, and
+/// refuse a stranger's.
+async fn named(members: &Members, address: IpAddr, deadline: Instant) {
+    let host = format!("{}.{}:{PEER}", members.own, members.domain);
+    loop {
+        if lookup_host(&host).await.is_ok_and(|mut found| found.any(|found| found.ip() == address)) {
+            return;
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(host, %address, "the name does not stand for this address yet");
+            return;
+        }
+        sleep(PAUSE).await;
     }
 }
 
