@@ -7,6 +7,7 @@ mod clock;
 mod dead;
 mod hello;
 mod keys;
+mod measured;
 mod orders;
 mod peers;
 mod relays;
@@ -42,6 +43,7 @@ use crate::{create::Create, records::Records, store::Store};
 use dead::Dead;
 use keys::Keys;
 pub(crate) use keys::follow as follow_keys;
+pub(crate) use measured::neighbourhood;
 pub(crate) use orders::{Order, SetPhase};
 use peers::Peer;
 use relays::Relay;
@@ -87,6 +89,7 @@ struct State {
     records_hash: String,
     last_stream: u64,
     keys: Keys,
+    measured: measured::Measured,
 }
 
 /// The planner's snapshot and what its indices stand for.
@@ -233,6 +236,7 @@ impl Fleet {
             Some(view) => view,
             None => self.arrange(&state),
         };
+        let measured = create.location.map(|place| state.measured_from(place, &self.region, now)).unwrap_or_default();
         let request = placement::Request {
             agent: &create.agent,
             location: create.location.map(|l| l.unit_vector()),
@@ -240,7 +244,7 @@ impl Fleet {
             residency: &create.residency,
             max_rtt: create.max_rtt,
             waited: create.waited,
-            measured: &[],
+            measured: &measured,
             incumbent,
             seed,
         };

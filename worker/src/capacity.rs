@@ -15,13 +15,14 @@ use antiphon_core::{
     id::{Epoch, KeyGeneration, RelayNumber, ServerId, SessionId},
     lease::{ActivateError, Lease, LeaseId, LeaseRequest, LeaseTable, ReserveRefusal},
 };
-use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode, Phase, PhaseOrder, RevisionSessions};
+use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode, MeasuredRtt, Phase, PhaseOrder, RevisionSessions};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     gate::{Attempt, Gate},
+    measured::Measured,
     metrics::Metrics,
     phase::PhaseMachine,
     rotation::Rotation,
@@ -37,6 +38,7 @@ pub(crate) struct Terms {
     pub(crate) tenant: String,
     pub(crate) client_key: [u8; 32],
     pub(crate) codec: Codec,
+    neighbourhood: u32,
     pub(crate) behaviour: Arc<AgentBehaviour>,
     pub(crate) shard: usize,
     pub(crate) server_id: ServerId,
@@ -69,6 +71,8 @@ pub(crate) struct Request {
     pub(crate) client_key: [u8; 32],
     pub(crate) codec: Codec,
     pub(crate) ttl: Duration,
+    /// Where the caller is, coarsely; 0: nobody knows.
+    pub(crate) neighbourhood: u32,
 }
 
 /// Why a request is refused.
@@ -120,6 +124,7 @@ pub(crate) struct Capacity {
     inner: Mutex<Inner>,
     changed: watch::Sender<()>,
     metrics: Metrics,
+    measured: Mutex<Measured>,
 }
 
 /// Numbers for a report.
@@ -139,7 +144,8 @@ impl Capacity {
         metrics.slots.set(slots.into());
         let table = LeaseTable::new(slots);
         let inner = Inner { table, doors: Vec::new(), behaviour: None, phase: PhaseMachine::default() };
-        Self { started: Instant::now(), agent, inner: Mutex::new(inner), changed: watch::Sender::new(()), metrics }
+        let (changed, measured) = (watch::Sender::new(()), Mutex::default());
+        Self { started: Instant::now(), agent, inner: Mutex::new(inner), changed, metrics, measured }
     }
 
     /// Opens the doors once the router has numbered this worker.
@@ -282,6 +288,16 @@ impl Capacity {
         self.publish(inner);
     }
 
+    /// The present round trip of a session's caller.
+    pub(crate) fn note_rtt(&self, terms: &Terms, rtt: Duration) {
+        self.measured.lock().note(self.now(), terms.neighbourhood, rtt);
+    }
+
+    /// Round trips by where callers are.
+    pub(crate) fn measured(&self) -> Vec<MeasuredRtt> {
+        self.measured.lock().list(self.now())
+    }
+
     /// Sessions by the revision of the agent that they began with.
     pub(crate) fn revisions(&self) -> Vec<RevisionSessions> {
         let inner = self.inner.lock();
@@ -385,6 +401,7 @@ impl Door {
             tenant: request.tenant.clone(),
             client_key: request.client_key,
             codec: request.codec,
+            neighbourhood: request.neighbourhood,
             behaviour,
             shard,
             server_id: self.server_id,
@@ -488,6 +505,7 @@ mod tests {
             client_key: [n; 32],
             codec: Codec::Opus,
             ttl: Duration::from_secs(30),
+            neighbourhood: 0,
         }
     }
 

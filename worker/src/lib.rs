@@ -10,6 +10,7 @@ mod cids;
 mod conversation;
 mod gate;
 mod keys;
+mod measured;
 mod metrics;
 mod outgoing;
 mod paths;

@@ -131,6 +131,7 @@ fn check(request: &ReserveRequest) -> Result<capacity::Request, Status> {
         client_key: request.client_key.as_ref().try_into().map_err(|_| invalid("client_key: 32 bytes"))?,
         codec,
         ttl: Duration::from_millis(request.ttl_ms.into()),
+        neighbourhood: request.neighbourhood,
     })
 }
 

@@ -230,6 +230,7 @@ impl Standing {
             oldest_generation: oldest.map_or(0, KeyGeneration::value),
             minting_generation: inner.keys.as_ref().map_or(0, |keys| keys.minting().number.value()),
             revisions: capacity.revisions(),
+            measured: capacity.measured(),
             ordered_unix_ms: counts.ordered_unix_ms,
         }
     }

@@ -16,7 +16,7 @@ use tonic::{Code, Request, Status, transport::Channel};
 
 use super::{Admission, Attempt};
 use crate::{
-    fleet::{Claim, Target},
+    fleet::{Claim, Target, neighbourhood},
     metrics::AttemptOutcome,
 };
 
@@ -86,6 +86,7 @@ impl Admission {
             codec: create.codec.into(),
             ttl_ms: LEASE_TTL_MS,
             tenant: attempt.tenant.to_owned(),
+            neighbourhood: create.location.map_or(0, neighbourhood),
         });
         request.set_timeout(RESERVE_DEADLINE);
         let mut worker = WorkerClient::new(claim.channel.clone());

@@ -21,7 +21,7 @@ use prost::Message as _;
 use tokio::{sync::watch, time::sleep};
 
 use super::{
-    Clock, Fleet, State, clock::unix_ms, dead::Death, keys::MemberKeys, peers::Peer, relays::Relay,
+    Clock, Fleet, State, clock::unix_ms, dead::Death, keys::MemberKeys, measured, peers::Peer, relays::Relay,
     relays::relay_number, workers::Report, workers::Worker,
 };
 use crate::{field::FieldError, records};
@@ -261,6 +261,7 @@ impl Fleet {
             reserved: report.reserved,
             active: report.active,
             clock_ahead_ms: 0,
+            measured: measured::taken(&report.measured, measured::MOST_OF_WORKER),
             revisions: report.revisions.clone(),
             ordered_unix_ms: report.ordered_unix_ms,
         });
@@ -353,6 +354,7 @@ impl Fleet {
                 unix_ms: times.unix_of(report.at),
                 revisions: report.revisions.clone(),
                 ordered_unix_ms: report.ordered_unix_ms,
+                measured: report.measured.clone(),
                 ..v1::WorkerReport::default()
             }),
             keys: Some(KnownKeys {

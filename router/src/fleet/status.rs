@@ -48,6 +48,7 @@ impl Fleet {
             wanted_generation: state.keys.said.wanted,
             via_relays: record.via_relays,
             gone_relays: state.gone_relays(now),
+            measured: state.own_measured(),
             ..v1::RegionDigest::default()
         })
     }

@@ -16,6 +16,7 @@ use super::{
     Fleet, State, Target, clock,
     hello::WorkerHello,
     keys::MemberKeys,
+    measured,
     orders::Order,
     standing::{RegisterError, Standing},
 };
@@ -49,6 +50,8 @@ pub(crate) struct Report {
     pub(crate) active: u32,
     /// Its clock minus ours.
     pub(crate) clock_ahead_ms: i64,
+    /// Round trips of its callers.
+    pub(crate) measured: Vec<v1::MeasuredRtt>,
     /// Sessions by agent revision.
     pub(crate) revisions: Vec<v1::RevisionSessions>,
     /// Of the order that it follows; 0: it has had none.
@@ -200,6 +203,7 @@ impl Fleet {
             reserved: report.reserved,
             active: report.active,
             clock_ahead_ms,
+            measured: measured::taken(&report.measured, measured::MOST_OF_WORKER),
             revisions: report.revisions.iter().take(MAX_REVISIONS).cloned().collect(),
             ordered_unix_ms: report.ordered_unix_ms,
         });

@@ -44,6 +44,7 @@ fn essence(status: &FleetStatusResponse) -> FleetStatusResponse {
         region.clock_ahead_ms /= CLOCK_STEP_MS;
         if let Some(digest) = &mut region.digest {
             digest.unix_ms = 0;
+            digest.measured.clear();
         }
         for worker in &mut region.workers {
             worker.report_age_ms /= AGE_STEP_MS;

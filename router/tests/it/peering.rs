@@ -195,3 +195,50 @@ async fn the_path_of_a_session_is_told_wherever_it_is() {
     assert_eq!(path(text(8)).await.unwrap_err().code(), Code::NotFound);
     assert_eq!(path(text(9)).await.unwrap_err().code(), Code::NotFound);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn round_trips_that_callers_had_outweigh_the_globe() {
+    const PARIS: (f64, f64) = (48.86, 2.35);
+    let world = World::new();
+    let (frankfurt, virginia) = pair(&world).await;
+    let here = world.worker(&frankfurt, "w-1", 10).await;
+    let there = world.worker(&virginia, "w-1", 10).await;
+    eventually("both hear of each other", async || {
+        free_in(&world, &frankfurt, "virginia").await == 10 && free_in(&world, &virginia, "frankfurt").await == 10
+    })
+    .await;
+    assert_eq!(ask(&world, &virginia, PARIS).await.unwrap().region, "frankfurt");
+    // Its router says of which neighbourhood a caller is; the workers measure.
+    let of_paris = here.shared.sessions.lock().values().next().unwrap().neighbourhood;
+    assert_ne!(of_paris, 0);
+    let measured = |rtt_ms| vec![v1::MeasuredRtt { neighbourhood: of_paris, rtt_ms }];
+    *here.shared.measured.lock() = measured(400);
+    *there.shared.measured.lock() = measured(90);
+    for router in [&frankfurt, &virginia] {
+        eventually("callers of Paris are placed across the sea", async || {
+            let session = ask(&world, router, PARIS).await;
+            here.shared.sessions.lock().clear();
+            there.shared.sessions.lock().clear();
+            session.is_ok_and(|session| session.region == "virginia")
+        })
+        .await;
+    }
+    let elsewhere = ask(&world, &virginia, (52.5, 13.4)).await.unwrap();
+    assert_eq!(elsewhere.region, "frankfurt", "nothing is known of Berlin");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn routers_of_other_regions_are_found_by_name() {
+    let world = World::new();
+    let (frankfurt, virginia) = (world.router("frankfurt").await, world.router("virginia").await);
+    for region in [&frankfurt, &virginia] {
+        let mut change = world.agent(&["frankfurt", "virginia"]);
+        let mut record = virginia.record(2, VIRGINIA);
+        record.router_address = format!("localhost:{}", virginia.internal.port());
+        change.regions = vec![frankfurt.record(1, FRANKFURT), record];
+        world.apply(region, change).await.unwrap();
+    }
+    let _worker = world.worker(&virginia, "w-1", 10).await;
+    eventually("frankfurt hears of virginia", async || free_in(&world, &frankfurt, "virginia").await == 10).await;
+    assert_eq!(ask(&world, &frankfurt, VIRGINIA).await.unwrap().region, "virginia");
+}

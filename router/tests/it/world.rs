@@ -207,6 +207,7 @@ impl World {
             keys: Mutex::default(),
             oldest: AtomicU32::new(0),
             clock_ahead_s: AtomicI64::new(0),
+            measured: Mutex::default(),
             order: Mutex::default(),
             stubborn: Mutex::new(false),
             changed,
@@ -414,6 +415,8 @@ pub(crate) struct Shared {
     pub(crate) oldest: AtomicU32,
     /// Its clock's error.
     pub(crate) clock_ahead_s: AtomicI64,
+    /// Round trips that its callers have.
+    pub(crate) measured: Mutex<Vec<v1::MeasuredRtt>>,
     /// The newest order that it was given.
     order: Mutex<Option<v1::PhaseOrder>>,
     /// Refuses although it has room.
@@ -494,6 +497,7 @@ impl Worker {
                     phase: order.as_ref().map_or(v1::Phase::Active, v1::PhaseOrder::phase).into(),
                     ordered_unix_ms: order.map_or(0, |order| order.ordered_unix_ms),
                     slots: shared.slots,
+                    measured: shared.measured.lock().clone(),
                     reserved: sessions,
                     revisions: vec![v1::RevisionSessions { revision: "r1".into(), sessions }],
                     loaded_generations: shared.loaded(),
@@ -560,6 +564,7 @@ impl Worker {
             codec: v1::Codec::Opus.into(),
             ttl_ms: 30_000,
             tenant: tenant.to_owned(),
+            neighbourhood: 0,
         };
         self.shared.sessions.lock().insert(request.session.clone(), request);
     }

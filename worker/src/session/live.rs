@@ -307,6 +307,7 @@ impl Live {
         self.steps += 1;
         if self.steps.is_multiple_of(SLOW_STEPS) {
             self.watch.measure(&self.connection, &jitter);
+            self.context.capacity.note_rtt(&self.terms, self.connection.rtt());
             let draining = self.context.draining_relays.borrow().clone();
             self.leave_draining_relay(&draining).await?;
         }

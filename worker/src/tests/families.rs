@@ -16,6 +16,9 @@ async fn a_worker_bound_to_all_addresses_talks_to_relays_of_ipv4() {
     let (report, outcome) = talk(call, 1).await;
     assert_eq!(outcome.answers, 1);
     rig.assert_no_frame_lost(&terms, &report);
+    let [measured] = rig.capacity.measured()[..] else { panic!("{:?}", rig.capacity.measured()) };
+    assert_eq!(measured.neighbourhood, 7, "where the router said that the caller is");
+    assert!((1..2_000).contains(&measured.rtt_ms), "{measured:?}");
     rig.stop().await;
 }
 

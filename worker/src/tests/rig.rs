@@ -178,6 +178,7 @@ impl Rig {
             client_key: key.public(),
             codec: Codec::L1616k,
             ttl: Duration::from_secs(30),
+            neighbourhood: 7,
         };
         let terms = self.capacity.reserve(&request).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
