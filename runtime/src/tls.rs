@@ -20,7 +20,10 @@ use tonic::{
 };
 use tower::service_fn;
 
-use crate::pki::{Identity, PeerName, PkiError, Role, agents_of_certificate, shared_dns};
+use crate::{
+    crowd::{Crowd, Place},
+    pki::{Identity, PeerName, PkiError, Role, agents_of_certificate, shared_dns},
+};
 
 /// Why a TLS configuration or channel cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -94,8 +97,8 @@ pub fn grpc_server(identity: &Identity) -> ServerTlsConfig {
 
 /// Connections of processes of the fleet, for `tonic`'s `serve_with_incoming`; each shows the certificate in force.
 ///
-/// Handshakes run beside each other, [`HANDSHAKES`] at most, and each has [`HANDSHAKE`] to end: who connects and says
-/// nothing keeps nobody else out for longer than that.
+/// Handshakes run beside each other, [`HANDSHAKES`] at most, and each has [`HANDSHAKE`] to end. Who connects and says
+/// nothing keeps nobody else out: when there are too many, the oldest of those who have most makes room ([`Crowd`]).
 ///
 /// # Errors
 /// The identity's material is refused.
@@ -106,12 +109,15 @@ pub fn incoming(
     let mut config = server_config(identity, Clients::Fleet)?;
     config.alpn_protocols = vec![HTTP_2.to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    let begin = (listener, acceptor, FuturesUnordered::new());
-    Ok(stream::unfold(begin, async |(listener, acceptor, mut handshakes)| {
+    let crowd = Crowd::new(HANDSHAKES, HANDSHAKES_OF_SOURCE);
+    let begin = (listener, acceptor, crowd, FuturesUnordered::new());
+    Ok(stream::unfold(begin, async |(listener, acceptor, crowd, mut handshakes)| {
         loop {
             tokio::select! {
-                accepted = listener.accept(), if handshakes.len() < HANDSHAKES => match accepted {
-                    Ok((connection, _)) => handshakes.push(handshake(acceptor.clone(), connection)),
+                accepted = listener.accept() => match accepted {
+                    Ok((connection, from)) => if let Some(place) = crowd.enter(from.ip()).place {
+                        handshakes.push(handshake(acceptor.clone(), connection, place));
+                    },
                     Err(error) => {
                         // Of one connection, or of all for as long as there are no descriptors left.
                         tracing::warn!(%error, "accepting a connection");
@@ -119,7 +125,7 @@ pub fn incoming(
                     }
                 },
                 Some(done) = handshakes.next(), if !handshakes.is_empty() => match done {
-                    Ok(connection) => return Some((Ok(connection), (listener, acceptor, handshakes))),
+                    Ok(connection) => return Some((Ok(connection), (listener, acceptor, crowd, handshakes))),
                     Err(error) => tracing::debug!(%error, "TLS handshake"),
                 },
             }
@@ -127,9 +133,16 @@ pub fn incoming(
     }))
 }
 
-async fn handshake(acceptor: TlsAcceptor, connection: TcpStream) -> io::Result<server::TlsStream<TcpStream>> {
+async fn handshake(
+    acceptor: TlsAcceptor,
+    connection: TcpStream,
+    place: Place,
+) -> io::Result<server::TlsStream<TcpStream>> {
     connection.set_nodelay(true)?;
-    timeout(HANDSHAKE, acceptor.accept(connection)).await?
+    tokio::select! {
+        done = timeout(HANDSHAKE, acceptor.accept(connection)) => done?,
+        () = place.taken() => Err(io::Error::other("too many handshakes at once")),
+    }
 }
 
 /// A lazily connected gRPC channel to a process of `role` in `region`, with keep-alive and bounded connect time.
@@ -209,6 +222,8 @@ pub fn peer_agents_of<T>(request: &tonic::Request<T>) -> Vec<String> {
 const HTTP_2: &[u8] = b"h2";
 /// Handshakes at a time on one port.
 pub const HANDSHAKES: usize = 256;
+/// Of them from one source.
+const HANDSHAKES_OF_SOURCE: usize = 128;
 /// How long one handshake may take.
 pub const HANDSHAKE: Duration = Duration::from_secs(5);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -325,7 +340,7 @@ mod tests {
     async fn who_says_nothing_keeps_nobody_out() {
         let world = world().await;
         let mut silent = Vec::new();
-        for _ in 0..HANDSHAKES - 1 {
+        for _ in 0..2 * HANDSHAKES {
             silent.push(TcpStream::connect(&world.address).await.unwrap());
         }
         let request = HealthCheckRequest { service: String::new() };
