@@ -15,6 +15,7 @@ mod remembered;
 mod routes;
 mod standing;
 mod status;
+mod strangers;
 mod tiers;
 mod welcome;
 mod workers;
@@ -77,6 +78,8 @@ struct State {
     /// by address.
     gone_relays: BTreeMap<RelayNumber, Millis>,
     siblings_gone_relays: BTreeMap<String, Vec<u32>>,
+    /// What other routers of the region said of their keys, by address.
+    siblings_keys: BTreeMap<String, keys::SiblingKeys>,
     peers: BTreeMap<String, Peer>,
     /// Routes of the own workers, and those together with the peers'.
     own_routes: Arc<RouteMap>,

@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::{
     Clock, Fleet, State,
     peers::{DIGEST_LEASE, Peer},
+    strangers::Stranger,
 };
 
 /// The generations in force.
@@ -133,15 +134,29 @@ impl Fleet {
         let said = state.workers.values().all(|w| w.keys.minting > 0);
         let longest = if said { TICKET_LIFE } else { UNDER_WAY };
         state.keys.under_way = state.keys.under_way.filter(|(_, since)| now.since(*since) < longest);
-        let snapshot = self.keys_snapshot(state, wanted, minting, now);
+        let strangers = self.strangers(state);
+        let snapshot = self.keys_snapshot(state, &strangers, wanted, minting, now);
         Some((generation::plan(&snapshot), minting))
     }
 
-    fn keys_snapshot<'a>(&self, state: &'a State, wanted: u32, minting: u32, now: Millis) -> Snapshot<'a> {
+    /// Who holds a number and is not registered here is a member as well: of it nothing is known.
+    fn keys_snapshot<'a>(
+        &self,
+        state: &'a State,
+        strangers: &'a [Stranger],
+        wanted: u32,
+        minting: u32,
+        now: Millis,
+    ) -> Snapshot<'a> {
         let workers = state.workers.values().map(|w| (w.hello.name.as_str(), &w.keys));
         let relays = state.relays.values().map(|r| (r.hello.name.as_str(), &r.keys));
-        let member =
-            |(name, keys): (&'a str, &'a MemberKeys)| Member { name, loaded: &keys.loaded, oldest: keys.in_use() };
+        let member = |(name, keys): (&'a str, &'a MemberKeys)| Member {
+            name,
+            loaded: &keys.loaded,
+            oldest: keys.in_use(),
+            registered: true,
+        };
+        let strangers = strangers.iter().map(|stranger| Member::unregistered(&stranger.name));
         let others = state.records.regions.values().filter(|r| r.name != self.region);
         let others = others.map(|record| {
             let peer = state.peers.get(&record.name);
@@ -151,13 +166,17 @@ impl Fleet {
                 heard: peer.and_then(Peer::speaking).is_some_and(|at| now.since(at) <= DIGEST_LEASE),
             }
         });
+        // They share a store and so agree, unless one has lost it: that one goes on signing with what it knows, and
+        // nothing of it is unloaded while it speaks. Who is silent signs for nobody.
+        let speaking = state.siblings_keys.values().filter(|s| now.since(s.heard) <= DIGEST_LEASE);
+        let siblings = speaking.map(|s| Other { name: &s.name, keys: s.keys.clone(), heard: true });
         Snapshot {
             wanted,
             minting,
             under_way: state.keys.under_way.map_or(minting, |(generation, _)| generation),
             settled: now.since(Clock::STARTED) >= SETTLING,
-            members: workers.chain(relays).map(member).collect(),
-            others: others.collect(),
+            members: workers.chain(relays).map(member).chain(strangers).collect(),
+            others: others.chain(siblings).collect(),
         }
     }
 
@@ -168,7 +187,8 @@ impl Fleet {
         if asked <= wanted || self.own_number(&state).is_none() {
             return Vec::new();
         }
-        let snapshot = self.keys_snapshot(&state, wanted, state.keys.minting, self.clock.now());
+        let strangers = self.strangers(&state);
+        let snapshot = self.keys_snapshot(&state, &strangers, wanted, state.keys.minting, self.clock.now());
         generation::too_early(&snapshot, asked).iter().map(HeldUp::to_string).collect()
     }
 
@@ -183,6 +203,33 @@ impl Fleet {
                 keys.signer = Some((minting, Arc::clone(&signer)));
                 signer
             }
+        }
+    }
+}
+
+/// What another router of the region said of its keys.
+#[derive(Debug)]
+pub(super) struct SiblingKeys {
+    /// For people.
+    name: String,
+    keys: RegionKeys,
+    heard: Millis,
+}
+
+impl State {
+    /// Another router of the region speaks; without a digest it says what it said before.
+    pub(super) fn sibling_said(&mut self, address: &str, digest: Option<&v1::RegionDigest>, now: Millis) {
+        self.siblings_keys.retain(|_, sibling| now.since(sibling.heard) <= DIGEST_LEASE);
+        if let Some(digest) = digest {
+            let sibling = self.siblings_keys.entry(address.to_owned()).or_insert_with(|| SiblingKeys {
+                name: format!("router {address}"),
+                keys: RegionKeys::default(),
+                heard: now,
+            });
+            sibling.keys.heard(said(digest));
+        }
+        if let Some(sibling) = self.siblings_keys.get_mut(address) {
+            sibling.heard = now;
         }
     }
 }
@@ -437,6 +484,41 @@ mod tests {
         round(&regions).await;
         round(&regions).await;
         assert_eq!(regions.each_ref().map(Region::given), [(vec![2], 2), (vec![2], 2)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_router_that_has_lost_the_store_holds_its_region_up_for_as_long_as_it_signs() {
+        let regions = [Region::new("here").await, Region::new("there").await];
+        advance(SETTLING).await;
+        let behind = |wanted_generation| {
+            let digest = v1::RegionDigest {
+                wanted_generation,
+                minting_generation: 1,
+                loaded_generations: (1..=wanted_generation).collect(),
+                oldest_generation: 1,
+                ..Default::default()
+            };
+            let update = v1::RegionUpdate { digest: Some(digest), routes: None };
+            regions[0].fleet.peer_reported("here", "127.0.0.1:9", update, 0);
+        };
+        behind(1);
+        for region in &regions {
+            region.wants(2).await;
+        }
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions[0].given(), (vec![1, 2], 1));
+        assert_eq!(regions[0].held_up_by(), ["router 127.0.0.1:9: was told to move to generation 1 only"]);
+        // It is back with the store, but has yet to sign with the new one.
+        behind(2);
+        round(&regions).await;
+        round(&regions).await;
+        assert_eq!(regions[0].given(), (vec![1, 2], 2));
+        assert!(regions[0].held_up_by().contains(&"router 127.0.0.1:9: still mints with generation 1".to_owned()));
+        // Gone for good: whoever is silent signs nothing.
+        advance(2 * DIGEST_LEASE).await;
+        round(&regions).await;
+        assert!(!regions[0].held_up_by().iter().any(|held| held.contains("router")), "{:?}", regions[0].held_up_by());
     }
 
     #[tokio::test(start_paused = true)]

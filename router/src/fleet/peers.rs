@@ -254,6 +254,7 @@ impl Fleet {
         if region == self.region {
             // Its routers share all but what operators and workers told only one of them.
             let dead = update.routes.map(|r| r.dead).unwrap_or_default();
+            state.sibling_said(address, update.digest.as_ref(), now);
             drop(state);
             self.sibling_reported(&dead);
             if let Some(digest) = update.digest.filter(|d| d.gone_relays.len() <= MAX_RELAYS) {
