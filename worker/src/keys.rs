@@ -121,6 +121,20 @@ impl KeySet {
         (self.minting.number, ends)
     }
 
+    /// A generation for which the other one has other keys: no fleet has two. Compared in constant time.
+    pub(crate) fn contradiction(&self, other: &Self) -> Option<KeyGeneration> {
+        let differs = |ours: &[u8], theirs: &[u8]| !bool::from(ours.ct_eq(theirs));
+        let of_loaded = |ours: &Generation| {
+            let config = other.loaded.iter().any(|g| g.number == ours.number && differs(&g.key, &ours.key));
+            let reset = self.resets.iter().filter(|reset| reset.generation == ours.number.value()).any(|reset| {
+                let same = |r: &&v1::ResetKey| (r.shard, r.generation) == (reset.shard, reset.generation);
+                other.resets.iter().find(same).is_some_and(|theirs| differs(&theirs.key, &reset.key))
+            });
+            config || reset
+        };
+        self.loaded.iter().find(|generation| of_loaded(generation)).map(|generation| generation.number)
+    }
+
     /// The generation of each configuration.
     pub(crate) fn by_config(&self) -> [Option<KeyGeneration>; ConfigId::COUNT] {
         let mut table = [None; ConfigId::COUNT];
@@ -231,6 +245,22 @@ pub(crate) mod tests {
         resets.sign(&[config << 5 | 16, 1, 2, 3], &mut token);
         assert!(resets.verify(&[config << 5 | 16, 1, 2, 3], &token).is_ok());
         token
+    }
+
+    #[test]
+    fn keys_of_another_root_contradict_and_those_of_other_generations_do_not() {
+        let present = set(&[7, 8], 7);
+        assert_eq!(present.contradiction(&set(&[8, 9], 8)), None);
+        assert_eq!(present.contradiction(&set(&[9], 9)), None);
+        let number = |n| KeyGeneration::new(n).ok();
+        let other = |change: &dyn Fn(&mut Vec<v1::CidConfig>, &mut Vec<v1::ResetKey>)| {
+            let (mut configs, mut resets) = material(&[8, 9], 9, 1);
+            change(&mut configs, &mut resets);
+            present.contradiction(&KeySet::new(&configs, &[[1; 32]], &resets, 1).unwrap())
+        };
+        assert_eq!(other(&|configs, _| configs[0].key = vec![0; 16].into()), number(8));
+        assert_eq!(other(&|configs, _| configs[1].key = vec![0; 16].into()), None, "not one of ours");
+        assert_eq!(other(&|_, resets| resets[0].key = vec![0; 32].into()), number(8));
     }
 
     #[test]

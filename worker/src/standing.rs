@@ -41,6 +41,9 @@ pub(crate) enum StandingError {
     Renumbered,
     #[error("router's keys: {0}")]
     Keys(#[from] KeysError),
+    /// Taking them would end every live call of the other routers' fleet.
+    #[error("another router gave other keys of generation {0}: routers of one region need one fleet root")]
+    OtherKeys(KeyGeneration),
     #[error("router's relays: {0:#}")]
     Relays(anyhow::Error),
     #[error("opening the shards: {0:#}")]
@@ -245,6 +248,9 @@ impl Inner {
     /// Keys of a router that is behind are left alone; the relays it knows of are not.
     fn set_keys(&mut self, keys: KeySet, relays: &[WorkerRelay]) -> Result<(), StandingError> {
         let shards = self.shards.as_mut().ok_or(StandingError::Early)?;
+        if let Some(generation) = self.keys.as_ref().and_then(|present| present.contradiction(&keys)) {
+            return Err(StandingError::OtherKeys(generation));
+        }
         if self.keys.as_ref().is_none_or(|present| keys.rank() >= present.rank()) {
             shards.set_keys(&keys, Instant::now());
             self.keys = Some(keys);
