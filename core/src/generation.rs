@@ -72,6 +72,16 @@ pub struct Member<'a> {
     pub loaded: &'a [u32],
     /// The oldest generation that something there uses; 0: nothing is in use; `None`: it may be any.
     pub oldest: Option<u32>,
+    /// Whether it ever spoke to this router. One that only holds a number may be alive and connected elsewhere.
+    pub registered: bool,
+}
+
+impl<'a> Member<'a> {
+    /// One that holds a number of the region and never spoke to this router: nothing is known of its keys.
+    #[must_use]
+    pub const fn unregistered(name: &'a str) -> Self {
+        Self { name, loaded: &[], oldest: None, registered: false }
+    }
 }
 
 /// What a region says of itself.
@@ -147,6 +157,8 @@ pub struct HeldUp {
 pub enum Why {
     /// Relays and workers may not have registered yet.
     Settling,
+    /// It holds a number, and this router has never heard it.
+    Unregistered,
     /// It is not heard.
     Silent,
     /// It was told to move to this one only.
@@ -166,6 +178,7 @@ impl fmt::Display for HeldUp {
         }
         match self.why {
             Why::Settling => f.write_str("relays and workers may not have registered yet"),
+            Why::Unregistered => f.write_str("holds a number and has not registered with this router"),
             Why::Silent => f.write_str("is not heard"),
             Why::Wants(generation) => write!(f, "was told to move to generation {generation} only"),
             Why::NotLoaded(generation) => write!(f, "has not loaded generation {generation}"),
@@ -261,7 +274,10 @@ fn held_up_by(snapshot: &Snapshot<'_>, minting: u32, floor: u32) -> Vec<HeldUp> 
         by.push(held("", Why::Settling));
     }
     let behind = snapshot.members.iter().filter(|m| !m.loaded.contains(&wanted));
-    by.extend(behind.map(|m| held(m.name, Why::NotLoaded(wanted))));
+    by.extend(behind.map(|m| {
+        let why = if m.registered { Why::NotLoaded(wanted) } else { Why::Unregistered };
+        held(m.name, why)
+    }));
     by.extend(snapshot.others.iter().filter_map(|other| {
         let why = if !other.heard {
             Why::Silent
@@ -289,6 +305,7 @@ fn users_below(snapshot: &Snapshot<'_>, generation: u32) -> Vec<HeldUp> {
         by.push(held("", Why::Uses(snapshot.under_way)));
     }
     by.extend(snapshot.members.iter().filter_map(|m| match m.oldest {
+        None if !m.registered => Some(held(m.name, Why::Unregistered)),
         None => Some(held(m.name, Why::Silent)),
         Some(oldest) => (1..generation).contains(&oldest).then(|| held(m.name, Why::Uses(oldest))),
     }));

@@ -43,8 +43,8 @@ pub use args::{Args, StoreArgs};
 pub use field::FieldError;
 pub use records::{Agent, Key, Records, Region};
 pub use store::{
-    Claims, DecodeError, Etcd, EtcdConfig, Found, Holder, Memory, OpenError, Owner, Reached, Snapshot, SnapshotDir,
-    Store, StoreError, WorkerClaim,
+    Claims, DecodeError, Etcd, EtcdConfig, Found, Holder, Kind, Memory, OpenError, Owner, Reached, Snapshot,
+    SnapshotDir, Store, StoreError, WorkerClaim,
 };
 
 use admission::Admission;

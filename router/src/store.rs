@@ -17,7 +17,7 @@ use bytes::Bytes;
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::sync::watch;
 
-pub use claims::{Claims, Holder};
+pub use claims::{Claims, Holder, Kind};
 pub use etcd::{Etcd, EtcdConfig};
 pub use memory::Memory;
 pub(crate) use open::open;
@@ -33,6 +33,8 @@ use crate::{field::FieldError, records::Records};
 pub struct WorkerClaim {
     /// Its name, unique in the region at one time.
     pub name: String,
+    /// The agent that it serves, `namespace/name`: tells those who look after processes where to look for it.
+    pub agent: String,
     /// Which life of the process.
     pub incarnation: Incarnation,
     /// The number that it holds already.
@@ -112,6 +114,10 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Gives a relay's index back; later, if the store cannot be reached.
     async fn release_relay(&self, name: &str);
+
+    /// Tells who holds which number: all workers and relays of the region that are not known to be gone, whether or
+    /// not they ever spoke to this router. A relay's number is its index in the region.
+    fn holders(&self, tell: &mut dyn FnMut(Kind, u16, &Holder));
 
     /// How old the records may be: zero while the store is in reach.
     fn age(&self) -> Duration;

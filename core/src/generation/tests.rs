@@ -7,7 +7,7 @@ fn other<'a>(name: &'a str, wanted: u32, minting: u32, loaded: &[u32], oldest: u
 }
 
 fn member<'a>(name: &'a str, loaded: &'a [u32], oldest: u32) -> Member<'a> {
-    Member { name, loaded, oldest: Some(oldest) }
+    Member { name, loaded, oldest: Some(oldest), registered: true }
 }
 
 fn snapshot<'a>(wanted: u32, minting: u32, members: Vec<Member<'a>>, others: Vec<Other<'a>>) -> Snapshot<'a> {
@@ -58,12 +58,32 @@ fn who_is_silent_or_unknown_holds_up() {
     assert_eq!((plan(&unknown).oldest, plan(&unknown).keys.loaded.len()), (3, 0));
     // Nor does it know what a worker uses that came back without a report.
     unknown.settled = true;
-    unknown.members = vec![Member { name: "w-1", loaded: &[], oldest: None }];
+    unknown.members = vec![Member { name: "w-1", loaded: &[], oldest: None, registered: true }];
     assert_eq!(plan(&unknown).oldest, 3);
     // Tickets under way.
     let tickets = Snapshot { under_way: 4, ..snapshot(5, 5, vec![], vec![]) };
     assert_eq!((plan(&tickets).oldest, plan(&tickets).keys.oldest), (4, 4));
     assert_eq!(words(&plan(&tickets).held_up_by), ["still uses generation 4"]);
+}
+
+#[test]
+fn who_holds_a_number_and_never_spoke_holds_up() {
+    let stranger = Member::unregistered("relay-1");
+    let known = member("w-1", &[1, 2], 0);
+    let strange = plan(&snapshot(2, 1, vec![known, stranger], vec![]));
+    assert_eq!((strange.oldest, strange.newest, strange.minting), (1, 2, 1));
+    assert!(strange.keys.loaded.is_empty(), "other regions must not count on it either");
+    let why = ["relay-1: holds a number and has not registered with this router"];
+    assert_eq!(words(&strange.held_up_by), why);
+    // It may use anything that another router gave it.
+    let minted = snapshot(2, 2, vec![known, stranger], vec![]);
+    assert_eq!((plan(&minted).oldest, plan(&minted).minting), (1, 2));
+    assert_eq!(words(&plan(&minted).held_up_by), why);
+    assert_eq!(words(&too_early(&snapshot(3, 3, vec![stranger], vec![]), 4)), why);
+    // It registers, or its number is free.
+    for members in [vec![known, member("relay-1", &[1, 2], 0)], vec![known]] {
+        assert_eq!(plan(&snapshot(2, 1, members, vec![])).minting, 2);
+    }
 }
 
 #[test]
@@ -182,7 +202,11 @@ impl Fleet {
             minting: region.minting,
             under_way: region.under_way,
             settled: true,
-            members: region.heard.iter().map(|h| Member { name: "m", loaded: &h.0, oldest: known(h) }).collect(),
+            members: region
+                .heard
+                .iter()
+                .map(|h| Member { name: "m", loaded: &h.0, oldest: known(h), registered: true })
+                .collect(),
             others: (0..self.0.len())
                 .filter(|other| *other != at)
                 .map(|other| Other { name: NAMES[other], keys: region.others[other].clone(), heard: true })

@@ -9,7 +9,7 @@ use antiphon_core::{
 };
 use antiphon_proto::v1;
 
-use super::{Fleet, State, peers::Peer, relays::Relay, workers::Worker};
+use super::{Fleet, State, peers::Peer, relays::Relay, strangers::Stranger, workers::Worker};
 use crate::records::proto_phase;
 
 impl Fleet {
@@ -57,8 +57,10 @@ impl Fleet {
     pub(crate) fn status(&self) -> v1::FleetStatusResponse {
         let now = self.clock.now();
         let state = self.state.lock();
+        let strangers = self.strangers(&state);
         let region = |record: &crate::records::Region| {
             let local = record.name == self.region;
+            let strangers = || strangers.iter().filter(|_| local);
             let peer = state.peers.get(&record.name);
             let digest = if local {
                 self.digest_in(&state, now)
@@ -83,8 +85,14 @@ impl Fleet {
                     (false, None) => u32::MAX,
                 },
                 local,
-                workers: workers.map(|w| worker_status(w, &state, now)).collect(),
-                relays: relays.map(|(number, relay)| relay_status(*number, relay, now)).collect(),
+                workers: workers
+                    .map(|w| worker_status(w, &state, now))
+                    .chain(strangers().filter_map(Stranger::worker_status))
+                    .collect(),
+                relays: relays
+                    .map(|(number, relay)| relay_status(*number, relay, now))
+                    .chain(strangers().filter_map(|stranger| stranger.relay_status(record.number)))
+                    .collect(),
                 clock_ahead_ms: peer.map_or(0, Peer::clock_ahead_ms),
             }
         };

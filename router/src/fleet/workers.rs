@@ -141,7 +141,12 @@ impl Fleet {
             }
         }
         let channel = tls::channel(&hello.control_address, &self.identity, Role::Worker, &self.region)?;
-        let claim = WorkerClaim { name: hello.name.clone(), incarnation: hello.incarnation, held: hello.held };
+        let claim = WorkerClaim {
+            name: hello.name.clone(),
+            agent: hello.agent.clone(),
+            incarnation: hello.incarnation,
+            held: hello.held,
+        };
         let number = self.store.claim_worker(&claim).await?;
         let mut state = self.state.lock();
         let stream = state.next_stream();

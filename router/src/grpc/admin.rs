@@ -97,7 +97,7 @@ impl Admin for Service {
     ) -> Result<Response<ReportWorkerGoneResponse>, Status> {
         let operator = auth::peer(&request, Role::Operator, None)?;
         let ReportWorkerGoneRequest { name, incarnation } = request.into_inner();
-        let known = self.0.fleet.worker_gone(&name, incarnation).await;
+        let known = self.0.fleet.worker_reported_gone(&name, incarnation).await;
         tracing::info!(by = operator.name, worker = name, known, "worker reported gone");
         Ok(Response::new(ReportWorkerGoneResponse { known }))
     }
@@ -108,7 +108,7 @@ impl Admin for Service {
     ) -> Result<Response<ReportRelayGoneResponse>, Status> {
         let operator = auth::peer(&request, Role::Operator, None)?;
         let name = request.into_inner().name;
-        let known = self.0.fleet.relay_gone(&name).await;
+        let known = self.0.fleet.relay_reported_gone(&name).await;
         tracing::info!(by = operator.name, relay = name, known, "relay reported gone");
         Ok(Response::new(ReportRelayGoneResponse { known }))
     }

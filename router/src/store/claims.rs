@@ -9,8 +9,10 @@ use super::{StoreError, WorkerClaim};
 
 /// What is numbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// Workers, 0..=65535.
     Worker,
+    /// Relays, 0..=63.
     Relay,
 }
 
@@ -29,6 +31,8 @@ impl Kind {
 pub struct Holder {
     /// Name of the worker or relay.
     pub name: String,
+    /// The worker's agent; empty for a relay, and if an earlier release numbered it.
+    pub agent: String,
     /// The worker's life; zero for a relay.
     pub incarnation: Incarnation,
     /// Copied from a snapshot into an empty store, and not claimed since: who really holds the number may take it.
@@ -40,6 +44,7 @@ pub struct Holder {
 pub(super) struct Claim {
     pub(super) kind: Kind,
     pub(super) name: String,
+    pub(super) agent: String,
     pub(super) incarnation: Incarnation,
     pub(super) held: Option<u16>,
 }
@@ -47,12 +52,13 @@ pub(super) struct Claim {
 impl Claim {
     pub(super) fn of_relay(name: &str, held: Option<u8>) -> Self {
         let incarnation = Incarnation::new(0).expect("every u32 is an incarnation");
-        Self { kind: Kind::Relay, name: name.to_owned(), incarnation, held: held.map(u16::from) }
+        Self { kind: Kind::Relay, name: name.to_owned(), agent: String::new(), incarnation, held: held.map(u16::from) }
     }
 
     /// The claimant as a holder.
     pub(super) fn holder(&self) -> Holder {
-        Holder { name: self.name.clone(), incarnation: self.incarnation, unconfirmed: false }
+        let (name, agent) = (self.name.clone(), self.agent.clone());
+        Holder { name, agent, incarnation: self.incarnation, unconfirmed: false }
     }
 }
 
@@ -61,6 +67,7 @@ impl From<&WorkerClaim> for Claim {
         Self {
             kind: Kind::Worker,
             name: claim.name.clone(),
+            agent: claim.agent.clone(),
             incarnation: claim.incarnation,
             held: claim.held.map(WorkerNumber::value),
         }
@@ -189,7 +196,8 @@ mod tests {
     use super::*;
 
     fn claim(name: &str, held: Option<u16>) -> Claim {
-        Claim { kind: Kind::Worker, name: name.into(), incarnation: Incarnation::new(1).unwrap(), held }
+        let incarnation = Incarnation::new(1).unwrap();
+        Claim { kind: Kind::Worker, name: name.into(), agent: "shop/desk".into(), incarnation, held }
     }
 
     fn taken(claims: &mut Claims, name: &str, number: u16, unconfirmed: bool) {

@@ -36,7 +36,7 @@ use self::{
     plan::Change,
 };
 use super::{
-    Owner, Reached, Snapshot, SnapshotDir, Store, StoreError, WorkerClaim,
+    Holder, Owner, Reached, Snapshot, SnapshotDir, Store, StoreError, WorkerClaim,
     claims::{Claim, Claims, Kind},
     snapshot::disk::Found,
 };
@@ -350,6 +350,11 @@ impl Store for Etcd {
 
     async fn release_relay(&self, name: &str) {
         self.release(Kind::Relay, name, Claim::of_relay(name, None).incarnation).await;
+    }
+
+    fn holders(&self, tell: &mut dyn FnMut(Kind, u16, &Holder)) {
+        let state = self.state.lock();
+        state.claims().all().for_each(|(kind, number, holder)| tell(kind, number, holder));
     }
 
     fn age(&self) -> Duration {

@@ -14,7 +14,7 @@ use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    Store, StoreError, WorkerClaim,
+    Holder, Store, StoreError, WorkerClaim,
     claims::{Claim, Kind},
     snapshot::{Snapshot, SnapshotDir, disk::Found},
 };
@@ -130,6 +130,10 @@ impl Store for Memory {
         });
     }
 
+    fn holders(&self, tell: &mut dyn FnMut(Kind, u16, &Holder)) {
+        self.snapshot.borrow().claims.all().for_each(|(kind, number, holder)| tell(kind, number, holder));
+    }
+
     fn age(&self) -> Duration {
         Duration::ZERO
     }
@@ -159,6 +163,7 @@ mod tests {
     fn worker(name: &str, held: Option<u16>) -> WorkerClaim {
         WorkerClaim {
             name: name.into(),
+            agent: "shop/desk".into(),
             incarnation: Incarnation::new(1).unwrap(),
             held: held.map(|n| WorkerNumber::new(n).unwrap()),
         }

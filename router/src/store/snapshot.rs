@@ -145,6 +145,8 @@ struct Numbered {
     incarnation: u32,
     #[prost(bool, tag = "4")]
     unconfirmed: bool,
+    #[prost(string, tag = "5")]
+    agent: String,
 }
 
 /// The file's bytes.
@@ -154,6 +156,7 @@ pub(super) fn encode(owner: &Owner, snapshot: &Snapshot) -> Vec<u8> {
     let numbered = |(number, holder): (u16, &Holder)| Numbered {
         number: number.into(),
         name: holder.name.clone(),
+        agent: holder.agent.clone(),
         incarnation: holder.incarnation.value(),
         unconfirmed: holder.unconfirmed,
     };
@@ -206,12 +209,12 @@ pub(super) fn decode(owner: &Owner, bytes: &[u8]) -> Result<Snapshot, DecodeErro
     let reached = Reached { cluster: body.etcd_cluster, revision: body.etcd_revision, store: body.etcd_store };
     let mut claims = Claims::default();
     for (kind, numbered) in [(Kind::Worker, body.workers), (Kind::Relay, body.relays)] {
-        for Numbered { number, name, incarnation, unconfirmed } in numbered {
+        for Numbered { number, name, agent, incarnation, unconfirmed } in numbered {
             let legal = u16::try_from(number).ok().filter(|_| number < kind.numbers());
             let (Some(number), Ok(incarnation)) = (legal, Incarnation::new(incarnation)) else {
                 return Err(DecodeError::Senseless(format!("{name} has number {number}")));
             };
-            claims.of_mut(kind).put(number, Holder { name, incarnation, unconfirmed });
+            claims.of_mut(kind).put(number, Holder { name, agent, incarnation, unconfirmed });
         }
     }
     let (records, skipped) = Records::from_all(body.revision, &body.records.unwrap_or_default());
@@ -255,6 +258,7 @@ pub(crate) mod tests {
         let mut claims = Claims::default();
         let holder = |name: &str, incarnation, unconfirmed| Holder {
             name: name.into(),
+            agent: if incarnation == 0 { String::new() } else { "shop/desk".into() },
             incarnation: Incarnation::new(incarnation).unwrap(),
             unconfirmed,
         };

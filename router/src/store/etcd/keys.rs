@@ -92,6 +92,8 @@ pub(super) struct Generations {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct HolderValue {
     name: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    agent: String,
     incarnation: u32,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     unconfirmed: bool,
@@ -99,15 +101,15 @@ pub(super) struct HolderValue {
 
 impl From<&Holder> for HolderValue {
     fn from(holder: &Holder) -> Self {
-        let Holder { name, incarnation, unconfirmed } = holder;
-        Self { name: name.clone(), incarnation: incarnation.value(), unconfirmed: *unconfirmed }
+        let Holder { name, agent, incarnation, unconfirmed } = holder.clone();
+        Self { name, agent, incarnation: incarnation.value(), unconfirmed }
     }
 }
 
 impl From<HolderValue> for Holder {
     fn from(value: HolderValue) -> Self {
         let incarnation = Incarnation::new(value.incarnation).expect("every u32 is an incarnation");
-        Self { name: value.name, incarnation, unconfirmed: value.unconfirmed }
+        Self { name: value.name, agent: value.agent, incarnation, unconfirmed: value.unconfirmed }
     }
 }
 
@@ -160,9 +162,10 @@ mod tests {
 
     #[test]
     fn a_holder_reads_well() {
-        let holder = Holder { name: "w-1".into(), incarnation: Incarnation::new(77).unwrap(), unconfirmed: false };
+        let incarnation = Incarnation::new(77).unwrap();
+        let holder = Holder { name: "w-1".into(), agent: "shop/desk".into(), incarnation, unconfirmed: false };
         let text = json(&HolderValue::from(&holder));
-        assert_eq!(text, br#"{"name":"w-1","incarnation":77}"#);
+        assert_eq!(text, br#"{"name":"w-1","agent":"shop/desk","incarnation":77}"#);
         assert_eq!(Holder::from(serde_json::from_slice::<HolderValue>(&text).unwrap()), holder);
     }
 }

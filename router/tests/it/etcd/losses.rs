@@ -115,8 +115,8 @@ async fn what_is_done_while_etcd_is_away_is_told_to_it_later() {
     b.reached().await;
     let numbers = numbers(&server).await;
     let of = |number: u16| numbers.get(&format!("/antiphon/north/numbers/workers/{number:05}")).cloned();
-    assert_eq!(of(known.value()).as_deref(), Some(r#"{"name":"known","incarnation":2}"#));
-    assert_eq!(of(4711).as_deref(), Some(r#"{"name":"holder","incarnation":1}"#));
+    assert_eq!(of(known.value()).as_deref(), Some(r#"{"name":"known","agent":"shop/desk","incarnation":2}"#));
+    assert_eq!(of(4711).as_deref(), Some(r#"{"name":"holder","agent":"shop/desk","incarnation":1}"#));
     assert_eq!(of(leaving.value()), None);
     for (i, outcome) in under_way.iter().enumerate() {
         if let Ok(number) = outcome {

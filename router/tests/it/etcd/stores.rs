@@ -70,6 +70,7 @@ impl Open {
 pub(crate) fn worker(name: &str, incarnation: u32, held: Option<u16>) -> WorkerClaim {
     WorkerClaim {
         name: name.into(),
+        agent: "shop/desk".into(),
         incarnation: Incarnation::new(incarnation).unwrap(),
         held: held.map(|n| WorkerNumber::new(n).unwrap()),
     }
