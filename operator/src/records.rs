@@ -22,8 +22,19 @@ pub struct Records {
     pub agents: BTreeMap<String, Arc<AgentRecord>>,
     /// All API keys.
     pub keys: BTreeMap<String, KeyRecord>,
+    /// All regions that there are, those included that have no record yet.
+    pub known_regions: BTreeSet<String>,
     /// Agents that are being deleted: who connects anew cannot know whether a store still has them.
     pub gone: BTreeSet<String>,
+}
+
+/// What a store has besides what this process has written to it.
+#[derive(Clone, Debug, Default)]
+pub struct Present {
+    /// Ids of its API keys.
+    pub keys: Vec<String>,
+    /// Names of its regions.
+    pub regions: Vec<String>,
 }
 
 impl Records {
@@ -32,14 +43,16 @@ impl Records {
     ///
     /// Each request stays well below what a router and its store take at a time; the first one holds regions and keys.
     #[must_use]
-    pub fn changes(&self, from: Option<&Self>, present: &[String]) -> Vec<ApplyRequest> {
+    pub fn changes(&self, from: Option<&Self>, present: &Present) -> Vec<ApplyRequest> {
         let nothing = Self::default();
         let old = from.unwrap_or(&nothing);
-        let removed_keys = old.keys.keys().chain(present).filter(|id| !self.keys.contains_key(*id));
+        let removed_keys = old.keys.keys().chain(&present.keys).filter(|id| !self.keys.contains_key(*id));
         let removed_agents = old.agents.keys().chain(&self.gone).filter(|name| !self.agents.contains_key(*name));
         let removed_agents: BTreeSet<_> =
             removed_agents.filter(|name| from.is_none() || old.agents.contains_key(*name)).collect();
+        let regions = old.regions.keys().chain(&present.regions).collect::<BTreeSet<_>>().into_iter();
         let first = ApplyRequest {
+            removed_regions: regions.filter(|name| !self.known_regions.contains(*name)).cloned().collect(),
             regions: changed(&self.regions, &old.regions),
             keys: changed(&self.keys, &old.keys),
             removed_keys: removed_keys.cloned().collect::<BTreeSet<_>>().into_iter().collect(),
@@ -138,7 +151,8 @@ pub fn compile(sources: &Sources<'_>) -> Records {
         .map(|(name, region)| (name.clone(), region.as_ref()))
         .collect();
     let plans = compile::plan_regions(&valid).unwrap_or_default();
-    let mut records = Records { keys: sources.keys.clone(), ..Records::default() };
+    let known_regions = sources.regions.keys().cloned().collect();
+    let mut records = Records { keys: sources.keys.clone(), known_regions, ..Records::default() };
     for mut plan in plans {
         let Some(number) = sources.numbers.get(&plan.name) else {
             continue;
@@ -165,24 +179,15 @@ pub fn compile(sources: &Sources<'_>) -> Records {
 }
 
 /// The numbers that regions have: given by their specification or, once, by the operator and kept in their status. Of two
-/// with the same number the one that comes first by name has it, and one whose specification says so before any other.
+/// with the same number the older one has it: its calls have that number in their connection IDs.
 #[must_use]
 pub fn numbers(regions: &BTreeMap<String, Arc<VoiceRegion>>) -> BTreeMap<String, u16> {
+    let mut by_age: Vec<_> = regions.iter().collect();
+    by_age.sort_by_key(|(name, region)| (region.metadata.creation_timestamp.clone(), (*name).clone()));
     let mut taken = BTreeSet::new();
-    let mut numbers = BTreeMap::new();
-    let given = |region: &VoiceRegion| region.spec.number;
-    let kept = |region: &VoiceRegion| region.status.as_ref().and_then(|status| status.number);
-    for number_of in [&given as &dyn Fn(&VoiceRegion) -> Option<u16>, &kept] {
-        for (name, region) in regions {
-            if let Some(number) = number_of(region)
-                && !numbers.contains_key(name)
-                && taken.insert(number)
-            {
-                numbers.insert(name.clone(), number);
-            }
-        }
-    }
-    numbers
+    let number = |region: &VoiceRegion| region.spec.number.or_else(|| region.status.as_ref()?.number);
+    let numbered = by_age.into_iter().filter_map(|(name, region)| Some((name.clone(), number(region)?)));
+    numbered.filter(|(_, number)| taken.insert(*number)).collect()
 }
 
 /// The number for a region that has none: the lowest free one after those that are due to regions before it by name.
@@ -227,6 +232,7 @@ const LARGEST: usize = 400 << 10;
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
     use serde_json::json;
 
     use super::*;
@@ -268,11 +274,14 @@ mod tests {
 
     #[test]
     fn two_regions_never_have_one_number() {
-        let regions: BTreeMap<_, _> =
-            [region("a", "c", None, Some(4)), region("b", "c", Some(4), None), region("c", "c", Some(4), None)].into();
-        assert_eq!(numbers(&regions), [("b".into(), 4)].into());
+        let mut regions: BTreeMap<_, _> =
+            [region("a", "c", Some(4), None), region("b", "c", None, Some(4)), region("c", "c", Some(4), None)].into();
+        for (name, created) in [("a", 3), ("b", 1), ("c", 2)] {
+            let time = k8s_openapi::jiff::Timestamp::from_second(created).unwrap();
+            Arc::make_mut(regions.get_mut(name).unwrap()).metadata.creation_timestamp = Some(Time(time));
+        }
+        assert_eq!(numbers(&regions), [("b".into(), 4)].into(), "the oldest has it");
         assert!(free_number(&regions["c"], &regions).unwrap_err().contains("another region"));
-        assert_eq!(free_number(&regions["a"], &regions), Ok(0));
     }
 
     #[test]
@@ -318,7 +327,7 @@ mod tests {
     fn changes_name_what_changed_and_what_is_gone() {
         let old = compiled(&[agent("x"), agent("y")], &["k1", "k2"]);
         let new = compiled(&[agent("y"), agent("z")], &["k2"]);
-        let changes = new.changes(Some(&old), &[]);
+        let changes = new.changes(Some(&old), &Present::default());
         assert_eq!(changes.len(), 1);
         assert_eq!((changes[0].regions.len(), changes[0].keys.len()), (0, 0));
         assert_eq!(changes[0].agents[0].behaviour.as_ref().unwrap().agent, "shop/z");
@@ -326,7 +335,7 @@ mod tests {
             (&changes[0].removed_agents[..], &changes[0].removed_keys[..]),
             (&["shop/x".into()][..], &["k1".into()][..])
         );
-        assert_eq!(old.changes(Some(&old), &[]), []);
+        assert_eq!(old.changes(Some(&old), &Present::default()), []);
     }
 
     #[test]
@@ -334,9 +343,15 @@ mod tests {
         let mut dying = agent("dying");
         Arc::make_mut(&mut dying).metadata.deletion_timestamp =
             serde_json::from_value(json!("2026-01-01T00:00:00Z")).ok();
-        let changes = compiled(&[agent("x"), dying], &["k1"]).changes(None, &["k1".into(), "strange".into()]);
+        let changes = compiled(&[agent("x"), dying], &["k1"]).changes(
+            None,
+            &Present { keys: vec!["k1".into(), "strange".into()], regions: vec!["a".into(), "old".into()] },
+        );
         assert_eq!((changes[0].regions.len(), changes[0].agents.len(), changes[0].keys.len()), (2, 1, 1));
-        assert_eq!(changes[0].removed_keys, ["strange"]);
+        assert_eq!(
+            (&changes[0].removed_keys[..], &changes[0].removed_regions[..]),
+            (&["strange".into()][..], &["old".into()][..])
+        );
         assert_eq!(changes[0].removed_agents, ["shop/dying"]);
     }
 
@@ -344,7 +359,7 @@ mod tests {
     fn many_agents_are_written_in_several_requests() {
         let record = compiled(&[agent("x")], &[]).agents["shop/x"].clone();
         let agents = (0..10_000).map(|index| (format!("shop/{index}"), record.clone())).collect();
-        let changes = Records { agents, ..Records::default() }.changes(None, &[]);
+        let changes = Records { agents, ..Records::default() }.changes(None, &Present::default());
         assert!(changes.len() > 1 && changes.iter().all(|change| change.encoded_len() <= LARGEST + 50_000));
         assert_eq!(changes.iter().map(|change| change.agents.len()).sum::<usize>(), 10_000);
     }

@@ -128,6 +128,9 @@ async fn reconcile(memory: Arc<Memory>, region: Arc<VoiceRegion>, context: Arc<C
     if observed.view.connected {
         gone::report(&memory.gone, &region, &observed.view, &context).await?;
     }
+    if observed.is_premature(&region) {
+        return failed.map_or_else(|| Ok(requeue([again, None])), Err);
+    }
     let status = status::built(&region, &regions, &observed, Timestamp::now());
     let later = write(&memory, &region, status, &context).await?;
     match failed {

@@ -110,6 +110,10 @@ impl Records {
     /// The first field that is wrong.
     pub fn apply(&self, change: &v1::ApplyRequest) -> Result<Self, FieldError> {
         let mut next = self.clone();
+        // First: another region may have the number from now on.
+        for name in &change.removed_regions {
+            next.regions.remove(name);
+        }
         for (index, record) in change.regions.iter().enumerate() {
             let at = format!("regions[{index}]");
             let region = region(record).map_err(|e| e.below(&at))?;
@@ -419,6 +423,19 @@ mod tests {
             ..v1::ApplyRequest::default()
         };
         assert!(records.apply(&gone).unwrap().agents.is_empty());
+    }
+
+    #[test]
+    fn the_number_of_a_removed_region_is_free_at_once() {
+        let region = |name: &str| v1::RegionRecord { name: name.into(), number: 1, ..v1::RegionRecord::default() };
+        let change = |regions: &[&str], removed: &[&str]| v1::ApplyRequest {
+            regions: regions.iter().map(|name| region(name)).collect(),
+            removed_regions: removed.iter().map(|name| (*name).into()).collect(),
+            ..v1::ApplyRequest::default()
+        };
+        let before = Records::default().apply(&change(&["old"], &[])).unwrap();
+        let after = before.apply(&change(&["new"], &["old", "never-was"])).unwrap();
+        assert_eq!(after.regions.keys().collect::<Vec<_>>(), ["new"]);
     }
 
     #[test]

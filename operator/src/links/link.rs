@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Streaming, transport::Channel};
 
 use super::{ANSWER, Region, Shared};
-use crate::records::Records;
+use crate::records::{Present, Records};
 
 /// Connects and connects again until the region is forgotten or the process stops.
 pub(super) async fn run(shared: Arc<Shared>, region: Arc<Region>) -> anyhow::Result<()> {
@@ -77,7 +77,8 @@ async fn connect(shared: &Shared, region: &Region, routers: &[String], attempt: 
         Ok(Err(status)) => Outcome::Never(at(status.message().to_owned())),
         Ok(Ok(stream)) => {
             *region.client.lock() = Some(client.clone());
-            let link = Link { shared, region, client, stored: None, hash: None, odd: 0, retry: None };
+            let link =
+                Link { shared, region, client, stored: None, hash: None, odd: 0, retry: None, heard_once: false };
             link.follow(stream.into_inner(), address).await
         }
     }
@@ -96,6 +97,8 @@ struct Link<'a> {
     odd: u32,
     /// When records that were refused are offered again.
     retry: Option<Instant>,
+    /// Whether it has said what it has; what should not be there is known only then.
+    heard_once: bool,
 }
 
 impl Link<'_> {
@@ -122,6 +125,7 @@ impl Link<'_> {
                 return Outcome::Left;
             }
             if let Some(records) = now.records
+                && self.heard_once
                 && self.stored.as_ref() != Some(&records)
                 && self.retry.is_none()
             {
@@ -131,6 +135,7 @@ impl Link<'_> {
     }
 
     fn heard(&mut self, status: antiphon_proto::v1::FleetStatusResponse) {
+        self.heard_once = true;
         // Another router may say so a moment before it has heard of a change; the second time it is a fact.
         let differs = self.hash.as_ref().is_some_and(|hash| *hash != status.records_hash);
         self.odd = if differs { self.odd + 1 } else { 0 };
@@ -173,13 +178,14 @@ impl Link<'_> {
     async fn try_write(&mut self, records: &Records) -> Result<String, String> {
         let said = |status: tonic::Status| status.message().to_owned();
         let late = |_elapsed| "no answer".to_owned();
-        let present = match &self.stored {
-            Some(_) => Vec::new(),
-            None => {
-                let keys = timeout(ANSWER, self.client.list_keys(antiphon_proto::v1::ListKeysRequest {})).await;
-                keys.map_err(late)?.map_err(said)?.into_inner().keys.into_iter().map(|key| key.id).collect()
-            }
-        };
+        let mut present = Present::default();
+        if self.stored.is_none() {
+            let keys = timeout(ANSWER, self.client.list_keys(antiphon_proto::v1::ListKeysRequest {})).await;
+            present.keys = keys.map_err(late)?.map_err(said)?.into_inner().keys.into_iter().map(|key| key.id).collect();
+            let status = self.region.view.lock().status.clone();
+            let digests = status.iter().flat_map(|status| &status.regions).filter_map(|region| region.digest.as_ref());
+            present.regions = digests.map(|digest| digest.region.clone()).collect();
+        }
         let mut hash = self.hash.clone().unwrap_or_default();
         for request in records.changes(self.stored.as_deref(), &present) {
             self.shared.fence.check().map_err(|fenced| fenced.to_string())?;

@@ -35,7 +35,9 @@ impl Router {
     fn status(&self, hash: &str) -> FleetStatusResponse {
         let digest = RegionDigest { region: "a".into(), ..RegionDigest::default() };
         let region = RegionStatus { digest: Some(digest), local: true, ..RegionStatus::default() };
-        FleetStatusResponse { regions: vec![region], records_hash: hash.into(), ..FleetStatusResponse::default() }
+        let old = RegionDigest { region: "old".into(), ..RegionDigest::default() };
+        let old = RegionStatus { digest: Some(old), ..RegionStatus::default() };
+        FleetStatusResponse { regions: vec![region, old], records_hash: hash.into(), ..FleetStatusResponse::default() }
     }
 
     fn say(&self, hash: &str) {
@@ -152,6 +154,7 @@ fn records(number: u32, keys: &[&str]) -> Arc<Records> {
     let key = |id: &&str| ((*id).to_owned(), KeyRecord { id: (*id).into(), ..KeyRecord::default() });
     Arc::new(Records {
         regions: BTreeMap::from([("a".to_owned(), region)]),
+        known_regions: ["a".to_owned()].into(),
         keys: keys.iter().map(key).collect(),
         ..Records::default()
     })
@@ -187,6 +190,7 @@ async fn the_next_router_is_tried_and_gets_everything_and_then_what_changes() {
     world.links.set_routers("a", vec![dead.to_string(), address.to_string()]);
     let first = router.applied(1).await.remove(0);
     assert_eq!((first.regions.len(), first.keys.len(), &first.removed_keys[..]), (1, 1, &["strange".to_owned()][..]));
+    assert_eq!(first.removed_regions, ["old"]);
     world.links.set_records("a", records(1, &["k", "l"]));
     let second = router.applied(2).await.remove(1);
     assert_eq!((second.regions.len(), second.keys.len()), (0, 1));

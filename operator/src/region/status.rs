@@ -41,6 +41,17 @@ pub struct Observed {
     pub workers_left: Option<usize>,
 }
 
+impl Observed {
+    /// Whether an operator that has just begun would say less than its predecessor did: routers are ready, and it has not
+    /// been able to ask them yet.
+    #[must_use]
+    pub fn is_premature(&self, region: &VoiceRegion) -> bool {
+        let asked = self.view.connected || self.view.heard.is_some() || !self.view.problem.is_empty();
+        let said = region.status.as_ref().is_some_and(|status| !status.conditions.is_empty());
+        !asked && said && ready(self.routers.as_deref()) > 0
+    }
+}
+
 /// Something that people have to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {

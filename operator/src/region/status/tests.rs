@@ -181,3 +181,15 @@ fn counts_are_told_from_the_rest() {
     assert!(differ_in_counts_only(&a, &more));
     assert!(!differ_in_counts_only(&a, &VoiceRegionStatus { relays: 1, ..more }));
 }
+
+#[test]
+fn an_operator_that_has_just_begun_says_nothing_before_it_has_asked() {
+    let told = status(&region("a", |_| {}), &observed(0));
+    let known = region("a", |region| region["status"] = serde_json::to_value(&told).unwrap());
+    let fresh = Observed { view: View::default(), ..observed(0) };
+    assert!(fresh.is_premature(&known));
+    assert!(!fresh.is_premature(&region("a", |_| {})), "there is nothing to contradict");
+    let failed = Observed { view: View { problem: "refused".into(), ..View::default() }, ..fresh.clone() };
+    assert!(!failed.is_premature(&known));
+    assert!(!Observed { routers: deployment(2, 0), ..fresh }.is_premature(&known));
+}
