@@ -214,7 +214,7 @@ impl Router {
     /// # Errors
     /// [`RouterError`].
     pub async fn list(&self, limit: u32) -> Result<Listing, RouterError> {
-        let request = self.request(ListSessionsRequest { limit });
+        let request = self.request(ListSessionsRequest { limit, ..ListSessionsRequest::default() });
         let listing = async {
             let answer = self.client.clone().list_sessions(request).await?;
             let missing = answer.metadata().get("antiphon-missing").and_then(|names| names.to_str().ok());

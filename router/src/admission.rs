@@ -35,6 +35,7 @@ use crate::{
     refusals::{Failure, Reason},
 };
 use quota::Quota;
+pub(crate) use rate::Question;
 use rate::Rates;
 pub(crate) use sessions::{Listing, MAX_LISTED};
 

@@ -23,7 +23,7 @@ use axum::{
 use tokio::time::timeout;
 
 use crate::{
-    admission::Admission,
+    admission::{Admission, Question},
     auth::{self, Caller},
     create::{limit, session_id},
     field::FieldError,
@@ -96,6 +96,7 @@ async fn list(
 ) -> Answer<axum::Json<Listing>> {
     let Query(query) = query.map_err(|e| FieldError::new("", e.body_text()))?;
     let limit = limit(query.limit()?)?;
+    admission.admit_question(&caller, Question::Look)?;
     let listing = admission.list(&caller.tenant, limit).await;
     Ok(axum::Json(listing.into()))
 }
@@ -113,6 +114,7 @@ async fn path(
     Keyed(caller): Keyed,
     Named(session): Named,
 ) -> Answer<axum::Json<SessionPath>> {
+    admission.admit_question(&caller, Question::Look)?;
     Ok(axum::Json(admission.path(&caller.tenant, session).await?.into()))
 }
 
@@ -121,6 +123,7 @@ async fn remove(
     Keyed(caller): Keyed,
     Named(session): Named,
 ) -> Answer<StatusCode> {
+    admission.admit_question(&caller, Question::Delete)?;
     admission.delete(&caller.tenant, session).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -1,13 +1,13 @@
 //! The public port: TLS, HTTP/1.1 and HTTP/2 on one listener, bounded in connections, streams, headers and time.
 //!
-//! Anybody may connect. Without a key a source gets its share of the connections only, each for a short time only.
-
-mod sources;
+//! Anybody may connect. Without a key a source gets its share of the connections only, each for a short time only, and
+//! makes room when the port is full.
 
 use std::{sync::Arc, time::Duration};
 
 use antiphon_runtime::{
     Tasks,
+    crowd::{Crowd, Entry, Place},
     tls::{self, Clients},
 };
 use axum::{body::Body, response::IntoResponse as _};
@@ -29,7 +29,6 @@ use tonic::{Status, service::Routes};
 use tower::{ServiceExt as _, service_fn};
 
 use crate::{auth::Proof, metrics::Metrics};
-use sources::Sources;
 
 /// What is served.
 #[derive(Clone, Debug)]
@@ -51,7 +50,7 @@ pub(crate) async fn serve(
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let services = Services { http, grpc: grpc.prepare() };
-    let sources = Sources::default();
+    let crowd = Crowd::new(MAX_CONNECTIONS, MAX_PER_SOURCE);
     let stopping = tasks.stopping();
     loop {
         let (stream, source) = tokio::select! {
@@ -67,23 +66,22 @@ pub(crate) async fn serve(
             () = stopping.cancelled() => return Ok(()),
         };
         // Taken from the backlog in any case: what waits there must not keep others from being heard.
-        let place = match sources.enter(source.ip()) {
-            Ok(place) => place,
-            Err(bound) => {
-                metrics.connection_refused(bound);
-                continue;
-            }
+        let Entry { place, bound } = crowd.enter(source.ip());
+        if let Some(bound) = bound {
+            metrics.connection_refused(bound.into());
+        }
+        let Some(place) = place else {
+            continue;
         };
         let (acceptor, services) = (acceptor.clone(), services.clone());
         let (stopping, metrics) = (stopping.clone(), metrics.clone());
         tasks.spawn("public connection", async move {
             metrics.connections.inc();
-            let served = connection(stream, acceptor, services, stopping).await;
+            let served = connection(stream, place, acceptor, services, stopping).await;
             metrics.connections.dec();
             if let Err(error) = served {
                 tracing::debug!(error, "public connection");
             }
-            drop(place);
             Ok(())
         });
     }
@@ -91,20 +89,26 @@ pub(crate) async fn serve(
 
 async fn connection(
     stream: TcpStream,
+    place: Place,
     acceptor: TlsAcceptor,
     services: Services,
     stopping: CancellationToken,
 ) -> Result<(), String> {
     // Latency of small answers matters more than packets.
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
-    let accepted = timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)).await;
+    let accepted = tokio::select! {
+        accepted = timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)) => accepted,
+        () = place.taken() => return Err(CROWDED.to_owned()),
+    };
     let stream = accepted.map_err(|_| "TLS handshake took too long".to_owned())?.map_err(|e| e.to_string())?;
-    answer(stream, services, stopping).await
+    answer(stream, &place, services, stopping).await
 }
 
-/// Answers requests until the other end closes, the stop, or [`UNPROVEN`] without a request that has a valid key.
+/// Answers requests until the other end closes, the stop, or [`UNPROVEN`] without a request that has a valid key. Whoever
+/// has shown one is not turned away for others.
 async fn answer(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    place: &Place,
     services: Services,
     stopping: CancellationToken,
 ) -> Result<(), String> {
@@ -128,10 +132,15 @@ async fn answer(
     let builder = protocols();
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     tokio::pin!(connection);
-    let unproven = async { while timeout(UNPROVEN, proof.given()).await.is_ok() {} };
+    let unproven = async {
+        while timeout(UNPROVEN, proof.given()).await.is_ok() {
+            place.prove();
+        }
+    };
     let ended = tokio::select! {
         ended = connection.as_mut() => return ended.map_err(|e| e.to_string()),
         () = unproven => Err("no request with a valid key".to_owned()),
+        () = place.taken() => Err(CROWDED.to_owned()),
         () = stopping.cancelled() => Ok(()),
     };
     connection.as_mut().graceful_shutdown();
@@ -163,6 +172,9 @@ fn is_grpc(request: &Request<Body>) -> bool {
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
+const CROWDED: &str = "too many connections at once";
+const MAX_CONNECTIONS: usize = 4096;
+const MAX_PER_SOURCE: usize = 256;
 const MAX_STREAMS: u32 = 256;
 const MAX_HEADERS: usize = 64;
 /// Of one request, all its headers together.
@@ -231,7 +243,8 @@ mod tests {
         let (server, client) = tokio::io::duplex(64 << 10);
         let started = Instant::now();
         let served = async {
-            let _ = answer(server, services, tasks.stopping()).await;
+            let place = Crowd::new(1, 1).enter([127, 0, 0, 1].into()).place.unwrap();
+            let _ = answer(server, &place, services, tasks.stopping()).await;
             started.elapsed()
         };
         tokio::join!(served, ask(client, key)).0
@@ -335,7 +348,8 @@ mod tests {
             (String::from_utf8(answer).unwrap(), started.elapsed())
         };
         let serving = async {
-            let _ = answer(server, services, tasks.stopping()).await;
+            let place = Crowd::new(1, 1).enter([127, 0, 0, 1].into()).place.unwrap();
+            let _ = answer(server, &place, services, tasks.stopping()).await;
             std::future::pending::<()>().await;
         };
         tokio::select! {

@@ -1,5 +1,6 @@
 //! Metrics of the router.
 
+use antiphon_runtime::crowd::Bound;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -204,6 +205,15 @@ impl ClockOf {
             Self::Workers => "workers",
             Self::Relays => "relays",
             Self::Peers => "peers",
+        }
+    }
+}
+
+impl From<Bound> for ConnectionBound {
+    fn from(bound: Bound) -> Self {
+        match bound {
+            Bound::Source => Self::Source,
+            Bound::Total => Self::Total,
         }
     }
 }

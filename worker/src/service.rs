@@ -86,11 +86,13 @@ impl Worker for WorkerService {
         request: Request<ListSessionsRequest>,
     ) -> Result<Response<ListSessionsResponse>, Status> {
         self.authorize(&request)?;
-        let limit = match request.into_inner().limit {
+        let request = request.into_inner();
+        let limit = match request.limit {
             0 => 1_000,
             n => n.min(10_000) as usize,
         };
         let mut sessions = self.capacity.sessions();
+        sessions.retain(|(terms, _)| [terms.tenant.as_str(), ""].contains(&request.tenant.as_str()));
         sessions.sort_by_key(|(terms, _)| std::cmp::Reverse(terms.since));
         let sessions = sessions.iter().take(limit).map(|(terms, active)| self.summary(terms, *active)).collect();
         Ok(Response::new(ListSessionsResponse { sessions }))

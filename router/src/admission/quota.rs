@@ -1,7 +1,8 @@
 //! Sessions of one tenant at one agent, bounded by the agent's limit (invariant I12).
 //!
 //! The workers know which sessions there are; the router asks them at most once a second per tenant and agent and adds
-//! what it granted since. Routers of different regions see each other's grants with that delay.
+//! what it granted since. Routers of different regions see each other's grants with that delay. What a worker or region
+//! that does not answer held before goes on to count: it may well be there.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,13 +30,14 @@ type Ownership = (SessionId, Epoch);
 #[derive(Debug, Default)]
 pub(super) struct Quota {
     counters: Counters,
-    refreshing: tokio::sync::Mutex<()>,
 }
 
 /// The sessions of one tenant at one agent.
 #[derive(Debug, Default)]
 struct Counter {
     listed_at: Option<Millis>,
+    /// Of those who wait for the same answers one asks.
+    refreshing: Arc<tokio::sync::Mutex<()>>,
     /// Grants so far.
     grants: u64,
     known: BTreeMap<Ownership, Standing>,
@@ -44,10 +46,10 @@ struct Counter {
 }
 
 /// Why a session is counted at one epoch: at least one holds.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Standing {
-    /// The workers said so.
-    listed: bool,
+    /// Who said so: a worker of this region, or another region.
+    listed: Option<Arc<str>>,
     /// Which grant of the counter it was, if it was not listed since.
     granted: Option<u64>,
     /// Requests that are being placed.
@@ -55,8 +57,8 @@ struct Standing {
 }
 
 impl Standing {
-    const fn counts(self) -> bool {
-        self.listed || self.granted.is_some() || self.under_way > 0
+    const fn counts(&self) -> bool {
+        self.listed.is_some() || self.granted.is_some() || self.under_way > 0
     }
 }
 
@@ -82,17 +84,19 @@ impl Counter {
         });
     }
 
-    /// What the workers said replaces what they said before and the grants that they already knew of.
-    fn listed(&mut self, sessions: &[Ownership], grants_before: u64, now: Millis) {
+    /// What was said replaces what was said before and the grants that were already known of, but for those who are
+    /// `missing`. A grant may be at one of them, too.
+    fn listed(&mut self, sessions: &[(Ownership, Arc<str>)], missing: &[String], grants_before: u64, now: Millis) {
         let known: Vec<Ownership> = self.known.keys().copied().collect();
+        let is_missing = |who: &Arc<str>| missing.iter().any(|name| **name == **who);
         for ownership in known {
             self.change(ownership, |standing| {
-                standing.listed = false;
-                standing.granted = standing.granted.filter(|serial| *serial > grants_before);
+                standing.listed = standing.listed.take().filter(is_missing);
+                standing.granted = standing.granted.filter(|serial| *serial > grants_before || !missing.is_empty());
             });
         }
-        for ownership in sessions {
-            self.change(*ownership, |standing| standing.listed = true);
+        for (ownership, who) in sessions {
+            self.change(*ownership, |standing| standing.listed = Some(Arc::clone(who)));
         }
         self.listed_at = Some(now);
     }
@@ -100,9 +104,10 @@ impl Counter {
     fn change(&mut self, ownership: Ownership, change: impl FnOnce(&mut Standing)) {
         let old = self.known.remove(&ownership);
         let weight = self.next_weight(ownership.0);
+        let counted = old.is_some();
         let mut standing = old.unwrap_or_default();
         change(&mut standing);
-        if old.is_some() {
+        if counted {
             self.weight -= weight;
         }
         if standing.counts() {
@@ -179,27 +184,37 @@ impl Admission {
         if !stale(self) {
             return;
         }
-        let _turn = self.quota.refreshing.lock().await;
-        if !stale(self) {
-            return;
-        }
-        let before = {
+        let turn = {
             let mut counters = self.quota.counters.lock();
             if counters.len() >= MAX_COUNTERS {
                 let now = self.fleet.clock.now();
                 counters.retain(|_, c| !c.idle(now));
             }
-            counters.entry(key.clone()).or_default().grants
+            Arc::clone(&counters.entry(key.clone()).or_default().refreshing)
         };
-        let sessions = self.list(&key.0, MAX_LISTED).await.sessions;
-        let sessions: Vec<Ownership> = sessions.iter().filter(|s| s.agent == key.1).filter_map(ownership).collect();
+        // Other tenants do not wait for this one's answers.
+        let _turn = turn.lock().await;
+        if !stale(self) {
+            return;
+        }
+        let before = self.quota.counters.lock().entry(key.clone()).or_default().grants;
+        let listing = self.list(&key.0, MAX_LISTED).await;
+        let own = &self.fleet.region;
+        let sessions = listing.sessions.iter().filter(|s| s.agent == key.1);
+        let sessions: Vec<_> = sessions.filter_map(|summary| Some((ownership(summary)?, who(summary, own)))).collect();
         let mut counters = self.quota.counters.lock();
-        counters.entry(key.clone()).or_default().listed(&sessions, before, self.fleet.clock.now());
+        let counter = counters.entry(key.clone()).or_default();
+        counter.listed(&sessions, &listing.missing, before, self.fleet.clock.now());
     }
 }
 
 fn ownership(summary: &v1::SessionSummary) -> Option<Ownership> {
     Some((summary.session.parse().ok()?, Epoch::new(summary.epoch.max(1)).ok()?))
+}
+
+/// Whose word it is, by the name under which it would be missing.
+fn who(summary: &v1::SessionSummary, own_region: &str) -> Arc<str> {
+    if summary.region == own_region { summary.worker.as_str().into() } else { summary.region.as_str().into() }
 }
 
 const COUNT_LIFETIME: Duration = Duration::from_secs(1);
@@ -215,6 +230,24 @@ mod tests {
         (SessionId::from_bytes([session; 16]), Epoch::new(epoch).unwrap())
     }
 
+    fn at(ownership: Ownership) -> (Ownership, Arc<str>) {
+        (ownership, "w-1".into())
+    }
+
+    #[test]
+    fn sessions_of_who_does_not_answer_go_on_to_count() {
+        let mut counter = Counter::default();
+        counter.listed(&[at(of(1, 1)), (of(2, 1), "virginia".into())], &[], 0, Millis(0));
+        counter.listed(&[], &["virginia".into()], 0, Millis(1));
+        assert_eq!(counter.weight, 1, "of the worker that answered nothing is left");
+        assert!(counter.admit(of(3, 1), 2));
+        counter.settle(of(3, 1), true);
+        counter.listed(&[], &["w-1".into()], counter.grants, Millis(2));
+        assert_eq!(counter.weight, 1, "the grant may be at the one who is missing");
+        counter.listed(&[], &[], counter.grants, Millis(3));
+        assert_eq!(counter.weight, 0);
+    }
+
     #[test]
     fn the_same_request_counts_once_before_and_after_it_is_listed() {
         let mut counter = Counter::default();
@@ -223,7 +256,7 @@ mod tests {
             counter.settle(of(1, 1), true);
         }
         assert!(!counter.admit(of(2, 1), 1));
-        counter.listed(&[of(1, 1)], counter.grants, Millis(0));
+        counter.listed(&[of(1, 1)].map(at), &[], counter.grants, Millis(0));
         assert!(counter.admit(of(1, 1), 1));
         assert!(!counter.admit(of(2, 1), 1));
         counter.settle(of(1, 1), false);
@@ -235,7 +268,7 @@ mod tests {
         let mut counter = Counter::default();
         assert!(counter.admit(of(1, 1), 1));
         counter.settle(of(1, 1), true);
-        counter.listed(&[], counter.grants, Millis(0));
+        counter.listed(&[], &[], counter.grants, Millis(0));
         assert_eq!((counter.weight, counter.known.len()), (0, 0));
         assert!(counter.admit(of(2, 1), 1));
         assert!(!counter.admit(of(1, 1), 1), "its former place is taken");
@@ -248,7 +281,7 @@ mod tests {
         assert!(counter.admit(of(1, 1), 2));
         assert!(counter.admit(of(2, 1), 2));
         counter.settle(of(1, 1), true);
-        counter.listed(&[], before, Millis(0));
+        counter.listed(&[], &[], before, Millis(0));
         assert_eq!(counter.weight, 2);
         counter.settle(of(2, 1), false);
         assert_eq!(counter.weight, 1);
@@ -257,11 +290,11 @@ mod tests {
     #[test]
     fn a_moving_session_is_one_and_many_epochs_are_many() {
         let mut counter = Counter::default();
-        counter.listed(&[of(1, 1), of(2, 1)], 0, Millis(0));
+        counter.listed(&[of(1, 1), of(2, 1)].map(at), &[], 0, Millis(0));
         assert!(counter.admit(of(1, 2), 2), "a session may move at the limit");
         assert_eq!(counter.weight, 2);
         assert!(!counter.admit(of(1, 3), 2));
-        counter.listed(&[of(1, 2), of(2, 1)], 0, Millis(1));
+        counter.listed(&[of(1, 2), of(2, 1)].map(at), &[], 0, Millis(1));
         counter.settle(of(1, 2), false);
         assert!(counter.admit(of(1, 3), 2), "the old owner is gone");
     }

@@ -1,4 +1,4 @@
-//! Tickets per minute of one API key, and of one tenant at one agent (invariant I12).
+//! Tickets per minute of one API key, and of one tenant at one agent; questions per minute of one key (invariant I12).
 //!
 //! The generic cell rate algorithm (ITU-T I.371, annex A), which is a token bucket with one number per bucket: the time
 //! at which it is full again. Memory is bounded; a bucket that is full is the same as none.
@@ -22,6 +22,10 @@ pub(super) struct Rates {
     keys: Mutex<Buckets<[u8; 32]>>,
     /// By tenant and agent.
     tenants: Mutex<Buckets<(String, String)>>,
+    /// Questions that go to every worker of the fleet, by the key's hash.
+    questions: Mutex<Buckets<[u8; 32]>>,
+    /// Sessions to be ended, likewise.
+    deletions: Mutex<Buckets<[u8; 32]>>,
 }
 
 /// Buckets of one kind.
@@ -70,7 +74,28 @@ impl<K: Eq + Hash + Clone> Buckets<K> {
     }
 }
 
+/// What an application asks about sessions that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// Which there are, or where one's packets go.
+    Look,
+    /// That one ends.
+    Delete,
+}
+
 impl Admission {
+    /// Counts a question against its key's rate.
+    pub(crate) fn admit_question(&self, caller: &Caller, question: Question) -> Result<(), Failure> {
+        let (buckets, per_minute, what) = match question {
+            Question::Look => (&self.rates.questions, LOOKS_PER_MINUTE, "list sessions or ask for their paths"),
+            Question::Delete => (&self.rates.deletions, DELETIONS_PER_MINUTE, "delete sessions"),
+        };
+        buckets.lock().take(&caller.sha256, per_minute, self.fleet.clock.now()).map_err(|wait| {
+            let text = format!("this API key may {what} {per_minute} times a minute");
+            Failure::refused(Reason::KeyLimit, text, millis(wait), vec![])
+        })
+    }
+
     /// Counts a request against the rates of its key, and of its tenant at the agent.
     pub(super) fn admit_rate(self: &Arc<Self>, caller: &Caller, create: &Create) -> Result<(), Failure> {
         let now = self.fleet.clock.now();
@@ -99,6 +124,9 @@ fn millis(wait: Duration) -> u32 {
 
 /// What a key may ask for unless its record says otherwise.
 const DEFAULT_PER_MINUTE: NonZeroU32 = NonZeroU32::new(30_000).expect("not zero");
+/// Every worker of the fleet is asked.
+const LOOKS_PER_MINUTE: NonZeroU32 = NonZeroU32::new(600).expect("not zero");
+const DELETIONS_PER_MINUTE: NonZeroU32 = NonZeroU32::new(6_000).expect("not zero");
 /// A bucket holds what comes in this time: 2,000 by default.
 const BURST: Duration = Duration::from_secs(4);
 const MAX_BUCKETS: usize = 10_000;

@@ -40,14 +40,15 @@ impl Listing {
 impl Admission {
     /// A tenant's sessions in all regions.
     pub(crate) async fn list(self: &Arc<Self>, tenant: &str, limit: usize) -> Listing {
-        let own = async {
-            let mut own = self.list_here(MAX_LISTED).await;
-            own.sessions.retain(|s| s.tenant == tenant);
-            own
-        };
+        let own = self.list_here(tenant, MAX_LISTED);
         let peers = stream::iter(self.fleet.peer_regions())
             .map(|name| async move {
-                let answer = self.ask_routers(&name, LIST_DEADLINE, list_peer).await;
+                // Whoever is out of touch would only be waited for.
+                if self.fleet.is_silent(&name) {
+                    return (name, None);
+                }
+                let ask = self.ask_routers(&name, LIST_DEADLINE, |channel| list_peer(channel, tenant));
+                let answer = timeout(LIST_DEADLINE, ask).await.ok().flatten();
                 (name, answer)
             })
             .buffer_unordered(FAN_OUT)
@@ -61,11 +62,11 @@ impl Admission {
         listing.cut(limit)
     }
 
-    /// All tenants' sessions in this region.
-    pub(crate) async fn list_here(&self, limit: usize) -> Listing {
+    /// A tenant's sessions in this region; all tenants' if it is empty.
+    pub(crate) async fn list_here(&self, tenant: &str, limit: usize) -> Listing {
         let mut listing = Listing::default();
         let answers = stream::iter(self.fleet.worker_channels())
-            .map(|(name, channel)| async move { (name, list_worker(channel).await) })
+            .map(|(name, channel)| async move { (name, list_worker(channel, tenant).await) })
             .buffer_unordered(FAN_OUT)
             .collect::<Vec<_>>()
             .await;
@@ -78,7 +79,7 @@ impl Admission {
     /// Opens the connection to a worker before the first session needs it.
     pub(crate) async fn warm(&self, number: WorkerNumber) {
         if let Some(channel) = self.fleet.worker_channel(number) {
-            let answer = list_worker(channel).await;
+            let answer = list_worker(channel, NOBODY).await;
             tracing::debug!(%number, reachable = answer.is_some(), "worker's API");
         }
     }
@@ -235,24 +236,26 @@ impl Target {
     }
 }
 
-async fn list_worker(channel: Channel) -> Option<Vec<v1::SessionSummary>> {
+async fn list_worker(channel: Channel, tenant: &str) -> Option<Vec<v1::SessionSummary>> {
     let mut worker = WorkerClient::new(channel);
-    let answer = timeout(LIST_DEADLINE, worker.list_sessions(request())).await;
+    let answer = timeout(LIST_DEADLINE, worker.list_sessions(request(tenant))).await;
     Some(answer.ok()?.ok()?.into_inner().sessions)
 }
 
-async fn list_peer(channel: Channel) -> Result<Vec<v1::SessionSummary>, Status> {
+async fn list_peer(channel: Channel, tenant: &str) -> Result<Vec<v1::SessionSummary>, Status> {
     let mut peer = PeerClient::new(channel).max_decoding_message_size(MAX_LISTING_BYTES);
-    Ok(peer.list_sessions(request()).await?.into_inner().sessions)
+    Ok(peer.list_sessions(request(tenant)).await?.into_inner().sessions)
 }
 
-fn request() -> Request<v1::ListSessionsRequest> {
+fn request(tenant: &str) -> Request<v1::ListSessionsRequest> {
     let limit = u32::try_from(MAX_LISTED).unwrap_or(u32::MAX);
-    let mut request = Request::new(v1::ListSessionsRequest { limit });
+    let mut request = Request::new(v1::ListSessionsRequest { limit, tenant: tenant.to_owned() });
     request.set_timeout(LIST_DEADLINE);
     request
 }
 
+/// No tenant has this name: whoever is asked for its sessions only shows that it answers.
+const NOBODY: &str = "-";
 /// Sessions in one listing at most.
 pub(crate) const MAX_LISTED: usize = 10_000;
 /// Questions under way at once.

@@ -336,6 +336,13 @@ impl Fleet {
         others.map(|r| r.name.clone()).collect()
     }
 
+    /// All routers of a region are out of touch.
+    pub(crate) fn is_silent(&self, region: &str) -> bool {
+        let state = self.state.lock();
+        let routers = state.peers.get(region).map(|peer| &peer.routers);
+        routers.is_some_and(|routers| !routers.is_empty() && routers.values().all(|router| router.silent))
+    }
+
     /// The routers of a region, those first that were heard last.
     pub(crate) fn routers_of(&self, region: &str) -> Vec<String> {
         let state = self.state.lock();

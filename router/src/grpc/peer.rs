@@ -73,8 +73,8 @@ impl Peer for Service {
         request: Request<ListSessionsRequest>,
     ) -> Result<Response<ListSessionsResponse>, Status> {
         auth::peer(&request, Role::Router, None)?;
-        let limit = limit(request.get_ref().limit)?;
-        let listing = self.0.list_here(limit).await;
+        let request = request.get_ref();
+        let listing = self.0.list_here(&request.tenant, limit(request.limit)?).await;
         Ok(Response::new(ListSessionsResponse { sessions: listing.sessions }))
     }
 

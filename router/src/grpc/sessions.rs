@@ -9,7 +9,7 @@ use antiphon_proto::v1::{
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
 use crate::{
-    admission::Admission,
+    admission::{Admission, Question},
     auth::{self, Caller},
     create::{limit, session_id},
     refusals::Failure,
@@ -42,6 +42,7 @@ impl Sessions for Service {
     async fn explain_path(&self, request: Request<ExplainPathRequest>) -> Result<Response<SessionPath>, Status> {
         let caller = self.caller(&request)?;
         let session = session_id(&request.get_ref().session)?;
+        self.0.admit_question(&caller, Question::Look)?;
         Ok(Response::new(self.0.path(&caller.tenant, session).await?))
     }
 
@@ -51,6 +52,7 @@ impl Sessions for Service {
     ) -> Result<Response<DeleteSessionResponse>, Status> {
         let caller = self.caller(&request)?;
         let session = session_id(&request.get_ref().session)?;
+        self.0.admit_question(&caller, Question::Delete)?;
         self.0.delete(&caller.tenant, session).await?;
         Ok(Response::new(DeleteSessionResponse {}))
     }
@@ -62,6 +64,7 @@ impl Sessions for Service {
     ) -> Result<Response<ListSessionsResponse>, Status> {
         let caller = self.caller(&request)?;
         let limit = limit(request.get_ref().limit)?;
+        self.0.admit_question(&caller, Question::Look)?;
         let listing = self.0.list(&caller.tenant, limit).await;
         let mut response = Response::new(ListSessionsResponse { sessions: listing.sessions });
         if !listing.missing.is_empty()

@@ -261,7 +261,7 @@ async fn records_are_applied_whole_and_keys_are_revoked_at_once() {
     assert_eq!(refused.code(), Code::InvalidArgument);
     assert!(refused.message().starts_with("agents[0].rtt_ceiling_max_ms: "), "{refused:?}");
     let list = async || {
-        let list = v1::ListSessionsRequest { limit: 0 };
+        let list = v1::ListSessionsRequest::default();
         let listed = region.sessions().list_sessions(with_key(&world.key, list)).await;
         listed.map(drop).map_err(|s| s.code())
     };

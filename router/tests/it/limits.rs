@@ -42,6 +42,28 @@ async fn tickets_are_limited_per_key_and_per_tenant_and_agent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_asks_all_workers_again_and_again_is_told_to_wait() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    let ask = async |key: &ApiKey| region.ask(key, "GET", "/v1/sessions", None).await;
+    let mut refused = None;
+    for _ in 0..200 {
+        let answer = ask(&world.key).await;
+        if answer.status != 200 {
+            refused = Some(answer);
+            break;
+        }
+    }
+    let refused = refused.expect("not without end");
+    assert_eq!((refused.status, refused.body["reason"].as_str()), (429, Some("key_limit")), "{refused:?}");
+    let other = ApiKey::from_random(&[32; ApiKey::RANDOM]);
+    let mut change = world.agent(&["frankfurt"]);
+    change.keys.push(key_record(&other, &[]));
+    world.apply(&region, change).await.unwrap();
+    assert_eq!(ask(&other).await.status, 200, "another key has its own rate");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_have_a_bound_on_every_port() {
     let world = World::new();
     let region = world.region("frankfurt").await;

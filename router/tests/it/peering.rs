@@ -65,7 +65,7 @@ async fn a_caller_is_placed_in_the_nearest_region_whoever_is_asked() {
     assert_eq!(verdict("virginia"), "chosen");
     assert_eq!(verdict("frankfurt"), "eligible");
     // Each region lists and ends the fleet's sessions.
-    let list = with_key(&world.key, v1::ListSessionsRequest { limit: 0 });
+    let list = with_key(&world.key, v1::ListSessionsRequest::default());
     let listed = frankfurt.sessions().list_sessions(list).await.unwrap().into_inner();
     assert!(listed.sessions.iter().any(|s| s.session == far.session && s.region == "virginia"));
     let delete = v1::DeleteSessionRequest { session: near.session.clone() };

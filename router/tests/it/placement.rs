@@ -38,7 +38,7 @@ async fn a_session_over_grpc_from_ticket_to_release() {
     assert!(explained.candidates.iter().all(|c| c.verdict == "chosen"));
     assert_eq!(explained.candidates.len(), 2);
 
-    let list = with_key(&world.key, v1::ListSessionsRequest { limit: 0 });
+    let list = with_key(&world.key, v1::ListSessionsRequest::default());
     let listed = sessions.list_sessions(list).await.unwrap().into_inner();
     assert_eq!(listed.sessions[0].session, session.session);
 

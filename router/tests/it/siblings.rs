@@ -27,7 +27,7 @@ async fn each_router_of_a_region_places_and_ends_what_another_one_placed() {
     let placed_by_one = first.is_ok();
     let session = first.or(second).unwrap().into_inner().session;
     let (placer, other) = if placed_by_one { (&one, &two) } else { (&two, &one) };
-    let list = with_key(&world.key, v1::ListSessionsRequest { limit: 0 });
+    let list = with_key(&world.key, v1::ListSessionsRequest::default());
     let listed = other.sessions().list_sessions(list).await.unwrap().into_inner().sessions;
     assert_eq!(listed.iter().map(|s| s.session.as_str()).collect::<Vec<_>>(), [session.as_str()]);
     let path = with_key(&world.key, v1::ExplainPathRequest { session: session.clone() });
