@@ -2,3 +2,5 @@
 module antiphon.dev/e2e/probe
 
 go 1.26.0
+
+require golang.org/x/sys v0.40.0

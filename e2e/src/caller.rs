@@ -9,11 +9,14 @@ use tokio::process::Command;
 use crate::{
     daemon::Process,
     network::{Namespace, PREFIX},
+    path::Path,
+    state::Home,
 };
 
 /// A machine with one address, connected with the hub. It stays until its set of clusters goes, or it is removed.
 #[derive(Clone, Debug)]
 pub struct Caller {
+    home: Home,
     hub: Namespace,
     own: Namespace,
     index: u8,
@@ -21,10 +24,10 @@ pub struct Caller {
 }
 
 impl Caller {
-    pub(crate) async fn new(hub: Namespace, prefix: &str, index: u8, address: Ipv4Addr) -> Result<Self> {
-        let own = Namespace::named(format!("{prefix}caller{index}"));
+    pub(crate) async fn new(home: &Home, hub: Namespace, index: u8, address: Ipv4Addr) -> Result<Self> {
+        let own = Namespace::named(format!("{}caller{index}", home.prefix()));
         if own.exists() {
-            Self { hub: hub.clone(), own: own.clone(), index, address }.remove().await?;
+            Self { home: home.clone(), hub: hub.clone(), own: own.clone(), index, address }.remove().await?;
         }
         own.add().await?;
         hub.ip(&format!(
@@ -33,7 +36,7 @@ impl Caller {
         ))
         .await?;
         own.ip(&format!("address add {address}/{PREFIX} dev eth0\nlink set eth0 up")).await?;
-        Ok(Self { hub, own, index, address })
+        Ok(Self { home: home.clone(), hub, own, index, address })
     }
 
     /// Its address, as clusters see it.
@@ -46,6 +49,19 @@ impl Caller {
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         self.own.command(program)
+    }
+
+    /// The way to it, from everywhere, to give it faults.
+    ///
+    /// # Errors
+    /// No cable can be laid.
+    pub async fn path(&self) -> Result<Path> {
+        Path::lay(&self.home, self.hub.clone(), &self.port()).await
+    }
+
+    /// The hub's end of its link.
+    fn port(&self) -> String {
+        format!("caller{}", self.index)
     }
 
     /// Takes its link away.
@@ -71,6 +87,10 @@ impl Caller {
     pub async fn remove(self) -> Result<()> {
         for process in self.own.processes()?.into_iter().filter_map(Process::of) {
             process.signal(Signal::KILL)?;
+        }
+        let path = Path::of(&self.home, self.hub.clone(), &self.port());
+        if path.is_laid() {
+            path.remove().await?;
         }
         self.hub.ip(&format!("link delete caller{}", self.index)).await?;
         self.own.delete().await

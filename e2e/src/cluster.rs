@@ -15,6 +15,7 @@ use crate::{
     images::Archive,
     network::{Namespace, Network},
     parts::{API_PORT, Part},
+    path::Path,
     progress,
     state::Home,
     tools::Tools,
@@ -31,6 +32,8 @@ pub(crate) struct Set {
     pub(crate) tools: Tools,
     /// The program of this package, which gives addresses to Services.
     pub(crate) program: PathBuf,
+    /// Configurations of clusters that others run; none: all are made here.
+    pub(crate) foreign: Vec<PathBuf>,
 }
 
 /// A running cluster, or one that has been.
@@ -60,7 +63,10 @@ impl Cluster {
     /// A configuration that lets this machine, and callers, administer the cluster.
     #[must_use]
     pub fn kubeconfig(&self) -> PathBuf {
-        self.home().join("admin.kubeconfig")
+        match self.set.foreign.get(usize::from(self.number) - 1) {
+            Some(file) => file.clone(),
+            None => self.home().join("admin.kubeconfig"),
+        }
     }
 
     /// Where its API server listens.
@@ -118,7 +124,7 @@ impl Cluster {
         run(command.env("KUBECONFIG", self.kubeconfig()).args(arguments)).await
     }
 
-    /// The nodes, whether they run or not.
+    /// The nodes, whether they run or not; none of a cluster that others run.
     #[must_use]
     pub fn nodes(&self) -> Vec<Node> {
         (1..=self.set.nodes).map(|number| self.node(number)).collect()
@@ -136,6 +142,7 @@ impl Cluster {
     /// # Errors
     /// There is no such link.
     pub async fn cut(&self) -> Result<()> {
+        self.own()?;
         self.cloud().ip("link set uplink down").await
     }
 
@@ -144,7 +151,18 @@ impl Cluster {
     /// # Errors
     /// There is no such link.
     pub async fn join(&self) -> Result<()> {
+        self.own()?;
         self.cloud().ip("link set uplink up").await
+    }
+
+    /// The way to it, from everywhere outside, to give it faults.
+    ///
+    /// # Errors
+    /// No cable can be laid.
+    pub async fn path(&self) -> Result<Path> {
+        self.own()?;
+        let hub = Namespace::named(format!("{}hub", self.set.home.prefix()));
+        Path::lay(&self.set.home, hub, &format!("c{}", self.number)).await
     }
 
     /// Starts a part that does not run. It is not ready yet when this returns.
@@ -152,6 +170,7 @@ impl Cluster {
     /// # Errors
     /// It cannot be started.
     pub fn start(&self, part: Part) -> Result<()> {
+        self.own()?;
         let program = match part {
             Part::LoadBalancers => self.set.program.clone(),
             part => self.set.tools.program(part.name()),
@@ -166,6 +185,7 @@ impl Cluster {
     /// # Errors
     /// It does not end.
     pub async fn stop(&self, part: Part) -> Result<()> {
+        self.own()?;
         self.daemon(part).end(Signal::TERM).await
     }
 
@@ -174,6 +194,7 @@ impl Cluster {
     /// # Errors
     /// It does not end.
     pub async fn kill(&self, part: Part) -> Result<()> {
+        self.own()?;
         self.daemon(part).end(Signal::KILL).await
     }
 
@@ -198,14 +219,16 @@ impl Cluster {
     pub async fn ready(&self) -> Result<()> {
         let what = format!("the API server of cluster {}", self.number);
         until(&what, PATIENCE, async || {
-            ensure!(self.runs(Part::ApiServer), "it does not run: see {}", self.log(Part::ApiServer.name()).display());
+            let runs = !self.set.foreign.is_empty() || self.runs(Part::ApiServer);
+            ensure!(runs, "it does not run: see {}", self.log(Part::ApiServer.name()).display());
             self.kubectl(["get", "--raw", "/readyz", "--request-timeout=5s"]).await.map(Some)
         })
         .await
         .map(drop)
     }
 
-    /// Puts images on all nodes. Those that are there already are skipped.
+    /// Puts images on all nodes. Those that are there already are skipped. A cluster that others run has to find them by
+    /// itself.
     ///
     /// # Errors
     /// A node does not take one.
@@ -232,6 +255,17 @@ impl Cluster {
     #[must_use]
     pub fn cloud(&self) -> Namespace {
         Namespace::named(format!("{}{}", self.set.home.prefix(), self.number))
+    }
+
+    /// Nobody breaks what others run.
+    fn own(&self) -> Result<()> {
+        ensure!(
+            self.set.foreign.is_empty(),
+            "cluster {} is run by others ({}): it cannot be broken from here",
+            self.number,
+            self.kubeconfig().display()
+        );
+        Ok(())
     }
 
     fn daemon(&self, part: Part) -> Daemon {

@@ -1,6 +1,13 @@
 //! A set of clusters side by side, and everything outside of them.
 
-use std::{fs, net::Ipv4Addr, path::Path, process::Stdio, sync::Arc, time::Duration};
+use std::{
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures::future::try_join_all;
@@ -45,7 +52,7 @@ impl Clusters {
     /// Those of [`start`](Self::start).
     pub async fn borrow(name: &str, shape: Shape, program: &Path) -> Result<Self> {
         let home = Home::of(name)?;
-        let found = home.read()?.filter(|found| found.stays);
+        let found = home.read()?.filter(|found| found.stays && hub(&home).exists());
         match found {
             Some(found) => {
                 let enough = found.shape.clusters >= shape.clusters && found.shape.nodes >= shape.nodes;
@@ -61,13 +68,35 @@ impl Clusters {
         }
     }
 
+    /// Clusters that others run, by the files that let their administrator in. They cannot be broken from here, have no
+    /// [`Caller`]s, and find images by themselves.
+    ///
+    /// # Errors
+    /// There is no such file, or no kubectl.
+    pub async fn existing(kubeconfigs: &[PathBuf]) -> Result<Self> {
+        let canonical =
+            kubeconfigs.iter().map(|file| fs::canonicalize(file).with_context(|| file.display().to_string()));
+        let foreign = canonical.collect::<Result<Vec<_>>>()?;
+        let clusters = u8::try_from(foreign.len()).context("at most 255 clusters are possible")?;
+        ensure!(clusters > 0, "no cluster is named");
+        let set = Set {
+            home: Home::of("existing")?,
+            network: Network::numbered(0).context("there is a first network")?,
+            nodes: 0,
+            tools: Tools::clients().await?,
+            program: PathBuf::new(),
+            foreign,
+        };
+        Ok(Self { set: Arc::new(set), shape: Shape { clusters, nodes: 0 }, keeper: None })
+    }
+
     /// The set of that name that is up.
     ///
     /// # Errors
     /// There is none.
     pub fn find(name: &str) -> Result<Self> {
         let home = Home::of(name)?;
-        let found = home.read()?;
+        let found = home.read()?.filter(|_| hub(&home).exists());
         let found =
             found.with_context(|| format!("no clusters {name} are up: start them with `cargo xtask cluster up`"))?;
         Ok(Self::open(home, &found))
@@ -75,7 +104,8 @@ impl Clusters {
 
     fn open(home: Home, found: &Description) -> Self {
         let tools = Tools { kubernetes: found.kubernetes.clone(), cni: found.cni.clone() };
-        let set = Set { home, network: found.network, nodes: found.shape.nodes, tools, program: found.program.clone() };
+        let (nodes, program) = (found.shape.nodes, found.program.clone());
+        let set = Set { home, network: found.network, nodes, tools, program, foreign: Vec::new() };
         Self { set: Arc::new(set), shape: found.shape, keeper: None }
     }
 
@@ -88,7 +118,8 @@ impl Clusters {
         // Waits for a keeper that is still stopping the one before.
         let lock = home.clone();
         let _lock = tokio::task::spawn_blocking(move || lock.lock()).await??;
-        if home.read()?.is_some_and(|found| found.stays) {
+        // What a restart of the machine has left is removed like everything else.
+        if home.read()?.is_some_and(|found| found.stays) && hub(&home).exists() {
             bail!("the clusters {name} are up already");
         }
         remove(&home).await?;
@@ -172,7 +203,8 @@ link set {port} up",
     /// The index is too high.
     pub async fn caller(&self, index: u8) -> Result<Caller> {
         ensure!(index < 200, "caller {index}: 0 to 199 are possible");
-        Caller::new(self.hub(), &self.set.home.prefix(), index, self.network().caller(index)).await
+        ensure!(self.set.foreign.is_empty(), "clusters that others run have no callers with addresses of their own");
+        Caller::new(&self.set.home, self.hub(), index, self.network().caller(index)).await
     }
 
     /// The address of this machine, which is outside of all clusters, too.

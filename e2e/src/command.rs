@@ -1,6 +1,6 @@
 //! Programs that are run and waited for.
 
-use std::{ffi::OsStr, future::Future, process::Stdio, time::Duration};
+use std::{ffi::OsStr, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::{
@@ -43,10 +43,7 @@ pub async fn run_with(command: &mut Command, input: &[u8]) -> Result<String> {
 ///
 /// # Errors
 /// The time is over: with the last thing that went wrong, if anything did.
-pub async fn until<T, F>(what: &str, limit: Duration, mut look: impl FnMut() -> F) -> Result<T>
-where
-    F: Future<Output = Result<Option<T>>>,
-{
+pub async fn until<T>(what: &str, limit: Duration, mut look: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + limit;
     let mut tick = interval(LOOK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -3,7 +3,8 @@
 //!
 //! [`Clusters`] is a set of them side by side. Whole clusters and single nodes can be cut off and joined again
 //! ([`Cluster::cut`], [`Node::cut`]), parts of a control plane and nodes stopped, killed, frozen and started
-//! ([`Cluster::stop`], [`Cluster::kill`], [`Cluster::signal`], [`Node::kill`]), and [`Caller`]s reach them from outside.
+//! ([`Cluster::stop`], [`Cluster::kill`], [`Cluster::signal`], [`Node::kill`]), and [`Caller`]s reach them from outside,
+//! over a [`Path`] with delay, jitter and loss where a test wants one.
 //! It needs root. Nothing of the machine's own is changed but for one network link, and nothing is left afterwards.
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod images;
 pub mod load_balancers;
 mod network;
 mod parts;
+mod path;
 mod pki;
 mod progress;
 mod state;
@@ -30,5 +32,6 @@ pub use command::{run, run_with, until};
 pub use image::Image;
 pub use network::{Namespace, Network};
 pub use parts::Part;
+pub use path::{Carried, Counts, Faults, Path};
 pub use state::Shape;
 pub use tools::Tools;

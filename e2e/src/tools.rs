@@ -6,7 +6,10 @@
 mod go;
 mod system;
 
-use std::{env, fs, path::PathBuf};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -35,6 +38,22 @@ impl Tools {
         Ok(Self { kubernetes, cni })
     }
 
+    /// Those that speak to a cluster which others run: kubectl, the one in the path if there is one, and helm.
+    ///
+    /// # Errors
+    /// There is no kubectl, and none can be built.
+    pub(crate) async fn clients() -> Result<Self> {
+        let found = match given()? {
+            Some(directory) => Some(directory),
+            None => system::program("kubectl").and_then(|file| file.parent().map(Path::to_owned)),
+        };
+        let kubernetes = match found {
+            Some(directory) => directory,
+            None => go::kubernetes().await?,
+        };
+        Ok(Self { kubernetes, cni: PathBuf::new() })
+    }
+
     /// A program of Kubernetes, or etcd.
     #[must_use]
     pub fn program(&self, name: &str) -> PathBuf {
@@ -57,6 +76,11 @@ impl Tools {
     /// It cannot be built.
     pub async fn probe(&self) -> Result<PathBuf> {
         Ok(go::probe().await?.join("probe"))
+    }
+
+    /// What carries packets with faults.
+    pub(crate) async fn cable() -> Result<PathBuf> {
+        Ok(go::cable().await?.join("cable"))
     }
 
     /// Helm.

@@ -1,6 +1,6 @@
 //! `cargo xtask cluster` and `cargo xtask e2e`: Kubernetes on this machine, and the tests that take it.
 
-use std::{os::unix::process::CommandExt as _, path::PathBuf};
+use std::{env, os::unix::process::CommandExt as _, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 
@@ -18,9 +18,13 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
 }
 
 /// Runs the tests. Clusters that `cargo xtask cluster up --set test` has started are used and stay; else the tests start
-/// and stop their own.
-pub(crate) fn test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+/// and stop their own. With configurations of clusters, those are used.
+pub(crate) fn test(workspace: &Workspace, kubeconfigs: &[PathBuf], arguments: &[String]) -> Result<()> {
     let mut command = workspace.command(cargo());
     command.args(["test", "--package", "antiphon-e2e", "--features", "clusters", "--test", "it", "--"]);
+    if !kubeconfigs.is_empty() {
+        let absolute = kubeconfigs.iter().map(std::path::absolute).collect::<std::io::Result<Vec<_>>>()?;
+        command.env("ANTIPHON_E2E_KUBECONFIG", env::join_paths(absolute)?);
+    }
     workspace.run(command.args(arguments))
 }

@@ -9,7 +9,7 @@ mod gate;
 mod tidy;
 mod workspace;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::Parser;
@@ -36,6 +36,9 @@ enum Task {
     },
     /// Runs the tests that take Kubernetes clusters, on this machine, as root.
     E2e {
+        /// Clusters that others run, instead of own ones; Antiphon's images have to be where they find them.
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: Vec<PathBuf>,
         /// Arguments of the test program: names of tests, --nocapture.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -88,7 +91,7 @@ fn run(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Test { steps, list: false } => gate::run(&workspace, &steps),
-        Task::E2e { arguments } => cluster::test(&workspace, &arguments),
+        Task::E2e { kubeconfig, arguments } => cluster::test(&workspace, &kubeconfig, &arguments),
         Task::Cluster { arguments } => cluster::run(&workspace, &arguments),
         Task::Bench { arguments } => bench::run(&workspace, &arguments),
         Task::Fuzz { targets, seconds, keep } => fuzz::run(&workspace, &fuzz::Search { targets, seconds, keep }),

@@ -63,6 +63,10 @@ pub(super) async fn probe() -> Result<PathBuf> {
     small("probe").await
 }
 
+pub(super) async fn cable() -> Result<PathBuf> {
+    small("cable").await
+}
+
 async fn small(name: &str) -> Result<PathBuf> {
     let package = format!("./{name}");
     Module { name, directory: "probe", version: "own", packages: &[&package], takes: "seconds" }.build().await

@@ -73,7 +73,7 @@ fn is_there(file: &str) -> bool {
 }
 
 /// Where a program is; also in the directories that are root's alone.
-fn program(name: &str) -> Option<PathBuf> {
+pub(super) fn program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let directories = env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
     directories.map(|directory| directory.join(name)).find(|file| file.is_file())

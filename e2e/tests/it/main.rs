@@ -5,4 +5,5 @@
 mod clusters;
 mod crds;
 mod leftovers;
+mod paths;
 mod world;

@@ -36,7 +36,12 @@ async fn world() -> &'static World {
     static WORLD: OnceCell<World> = OnceCell::const_new();
     WORLD
         .get_or_init(async || {
-            let clusters = Clusters::borrow("test", Shape { clusters: 2, nodes: 1 }, program()).await.unwrap();
+            let existing = std::env::var_os("ANTIPHON_E2E_KUBECONFIG");
+            let clusters = match &existing {
+                Some(files) => Clusters::existing(&std::env::split_paths(files).collect::<Vec<_>>()).await,
+                None => Clusters::borrow("test", Shape { clusters: 2, nodes: 1 }, program()).await,
+            };
+            let clusters = clusters.unwrap_or_else(|error| panic!("{error:#}"));
             World { clusters, peace: RwLock::new(()) }
         })
         .await
