@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     clock::Millis,
-    pool::{Leaver, Policy, Roster, WorkerView, count},
+    pool::{DrainOrder, Leaver, Policy, Roster, WorkerView, count},
 };
 
 /// What is wanted of a rollout.
@@ -67,7 +67,7 @@ pub struct Revision<'a> {
 pub struct Progress {
     /// Workers wanted.
     pub target: u32,
-    /// Workers that are there and stay.
+    /// Workers that are there and are not being drained.
     pub replicas: u32,
     /// Those of them that take calls.
     pub serving: u32,
@@ -77,6 +77,8 @@ pub struct Progress {
     pub updated_serving: u32,
     /// Workers on their way out.
     pub draining: u32,
+    /// Workers that stay and are to hold no calls until somebody takes that back.
+    pub emptied: u32,
     /// Workers that no node has room for.
     pub stuck: u32,
     /// Workers whose node is out of touch.
@@ -155,7 +157,9 @@ pub fn budget(policy: &RolloutPolicy, stuck: u32) -> Budget {
 /// Counts for the status.
 pub(crate) fn progress(roster: &Roster<'_>, policy: &Policy, leaving: &[Leaver<'_>], stuck: u32) -> Progress {
     let stays = |worker: &&&WorkerView| !leaving.iter().any(|leaver| leaver.worker.name == worker.name);
-    let staying: Vec<&WorkerView> = roster.active.iter().filter(stays).copied().collect();
+    let is_emptied = |worker: &&WorkerView| matches!(worker.order, Some(DrainOrder::Empty { .. }));
+    let (emptied, staying): (Vec<&WorkerView>, Vec<&WorkerView>) =
+        roster.active.iter().filter(stays).copied().partition(is_emptied);
     let updated = |worker: &&&WorkerView| worker.revision == policy.rollout.revision;
     let serves = |worker: &&&WorkerView| worker.serves();
     let missing = count(staying.iter().filter(|worker| worker.missing));
@@ -166,6 +170,7 @@ pub(crate) fn progress(roster: &Roster<'_>, policy: &Policy, leaving: &[Leaver<'
         updated: count(staying.iter().filter(updated)),
         updated_serving: count(staying.iter().filter(updated).filter(serves)),
         draining: count(leaving.iter()),
+        emptied: count(emptied.iter()),
         stuck,
         missing,
         stage: Stage::Complete,
@@ -176,9 +181,10 @@ pub(crate) fn progress(roster: &Roster<'_>, policy: &Policy, leaving: &[Leaver<'
 
 fn stage(progress: &Progress, policy: &Policy) -> Stage {
     let rollout = &policy.rollout;
-    let all_there = progress.replicas - progress.missing == progress.target && progress.draining == 0;
+    let there = progress.replicas - progress.missing + progress.emptied;
+    let all_there = there == progress.target && progress.draining == 0;
     let all_updated = progress.updated == progress.replicas;
-    if all_there && all_updated && progress.serving >= progress.target {
+    if all_there && all_updated && progress.serving + progress.emptied >= progress.target {
         Stage::Complete
     } else if rollout.paused && !all_updated {
         Stage::Paused

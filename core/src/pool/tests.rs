@@ -347,6 +347,7 @@ fn a_drained_pool_stays_and_comes_back() {
     (0..2).for_each(|which| world.order(which, Some(DrainOrder::Empty { deadline })));
     let last = world.settle(40);
     assert_eq!((world.serving().len(), world.pods.len(), last.steps.len()), (0, 2, 0));
+    assert_eq!((last.progress.replicas, last.progress.emptied, last.progress.stage), (0, 2, Stage::Complete));
     (0..2).for_each(|which| world.order(which, None));
     let last = world.settle(10);
     assert_converged(&world, &last);

@@ -38,7 +38,7 @@ pub(super) fn of(
         replicas: progress.replicas,
         ready_replicas: progress.serving,
         updated_replicas: progress.updated,
-        draining: progress.draining,
+        draining: progress.draining + progress.emptied,
         selector: Some(format!("{POOL}={},!{DRAINING}", round.names.pool)),
         updated_revision: Some(round.wanted.policy.rollout.revision.clone()).filter(|revision| !revision.is_empty()),
         ..WorkerPoolStatus::default()
@@ -187,6 +187,9 @@ fn ready(wanted: &Wanted, seen: &Observed, progress: &Progress) -> Say {
     }
     if progress.serving >= progress.target {
         Say::new("Ready", true, "Ready", count)
+    } else if progress.emptied > 0 {
+        let message = format!("{count}; {} are out of service until their Drain is deleted", progress.emptied);
+        Say::new("Ready", false, "Drained", message)
     } else if progress.serving > 0 {
         Say::new("Ready", false, "TooFewWorkers", count)
     } else {

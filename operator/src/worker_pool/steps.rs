@@ -32,13 +32,13 @@ pub(super) async fn carry_out(round: &Round<'_>, seen: &Observed, step: &Step, a
             let labels = json!({DRAINING: word(Some(*reason))});
             patch(round, seen, worker, labels, json!({DEADLINE: rfc3339(*deadline)}), None).await?;
             let note = format!("worker {worker} drains until {}: {}", rfc3339(*deadline), sentence(*reason));
-            round.context.events.normal(round.pool, "WorkerDraining", "Drain", note).await;
+            tell_of(round, seen, worker, "WorkerDraining", "Drain", note).await;
             Ok(())
         }
         Step::Unmark { worker } => {
             patch(round, seen, worker, json!({DRAINING: null}), json!({DEADLINE: null}), None).await?;
             let note = format!("worker {worker} takes calls again");
-            round.context.events.normal(round.pool, "WorkerBack", "Undrain", note).await;
+            tell_of(round, seen, worker, "WorkerBack", "Undrain", note).await;
             Ok(())
         }
         Step::Release { worker } => {
@@ -52,7 +52,7 @@ pub(super) async fn carry_out(round: &Round<'_>, seen: &Observed, step: &Step, a
             let Some(pod) = seen.pod(worker) else { return Ok(()) };
             round.context.applier.delete_unchanged(pod).await?;
             let note = format!("worker {worker} was drained and is deleted; its ReplicaSet makes its successor");
-            round.context.events.normal(round.pool, "WorkerReplaced", "Delete", note).await;
+            tell_of(round, seen, worker, "WorkerReplaced", "Delete", note).await;
             Ok(())
         }
         Step::DeleteSet { revision } => {
@@ -162,6 +162,13 @@ async fn patch(
         // Gone meanwhile; the next look knows.
         Err(error) if error.is_not_found() => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+/// An event of the pool about one of its workers; those of different workers are kept apart.
+async fn tell_of(round: &Round<'_>, seen: &Observed, worker: &str, reason: &str, action: &str, note: String) {
+    if let Some(pod) = seen.pod(worker) {
+        round.context.events.about(round.pool, pod, reason, action, note).await;
     }
 }
 
