@@ -32,7 +32,7 @@ use crate::{
     playout::Playout,
     report::{CallReport, TurnTiming},
     socket::RelaySocket,
-    uplink::{Uplink, Word},
+    uplink::Uplink,
 };
 
 /// Why a call ended before the party hung up.
@@ -293,18 +293,6 @@ impl Call {
             }
             None => {}
         }
-    }
-
-    /// What the worker says has reached it, and what therefore has not.
-    fn on_word(&mut self, beat: &Heartbeat, echoed_us: Option<u64>) {
-        let word = Word {
-            came: self.started.elapsed(),
-            sent_us: beat.sent_us,
-            echoed: echoed_us.map(Duration::from_micros),
-            highest: beat.audio_highest.and_then(|highest| u16::try_from(highest).ok()),
-        };
-        let missing = self.uplink.on_word(word, self.connection.rtt(), self.path.since());
-        self.path.on_missing(missing);
     }
 
     /// 20 ms pass.

@@ -1,7 +1,6 @@
 //! What this worker has promised to whom: the lease table, the doors of its shards, and who may end what.
 
 use std::{
-    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -15,7 +14,7 @@ use antiphon_core::{
     id::{Epoch, KeyGeneration, RelayNumber, ServerId, SessionId},
     lease::{ActivateError, Lease, LeaseId, LeaseRequest, LeaseTable, ReserveRefusal},
 };
-use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode, MeasuredRtt, Phase, PhaseOrder, RevisionSessions};
+use antiphon_proto::v1::{AgentBehaviour, Codec, EndCode, Phase};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +27,8 @@ use crate::{
     rotation::Rotation,
     session::history::PathHistory,
 };
+
+mod orders;
 
 /// What a lease is for, and the live facts of its session.
 #[derive(Debug)]
@@ -256,19 +257,6 @@ impl Capacity {
         self.publish(inner);
     }
 
-    /// A router says whether to take new sessions, and until when to keep those that are here.
-    pub(crate) fn order(&self, order: &PhaseOrder) {
-        let inner = &mut *self.inner.lock();
-        if !inner.phase.order(self.now(), order) {
-            return;
-        }
-        let phase = inner.phase.phase();
-        let sessions = inner.table.active();
-        tracing::info!(?phase, deadline_ms = order.deadline_ms, reason = order.reason, sessions, "ordered by a router");
-        inner.table.accept(phase == Phase::Active);
-        self.publish(inner);
-    }
-
     /// Ends every session with this code and takes every unused lease back.
     pub(crate) fn end_all(&self, code: EndCode) {
         let inner = &mut *self.inner.lock();
@@ -286,27 +274,6 @@ impl Capacity {
             inner.end_all(EndCode::WorkerStopping);
         }
         self.publish(inner);
-    }
-
-    /// The present round trip of a session's caller.
-    pub(crate) fn note_rtt(&self, terms: &Terms, rtt: Duration) {
-        self.measured.lock().note(self.now(), terms.neighbourhood, rtt);
-    }
-
-    /// Round trips by where callers are.
-    pub(crate) fn measured(&self) -> Vec<MeasuredRtt> {
-        self.measured.lock().list(self.now())
-    }
-
-    /// Sessions by the revision of the agent that they began with.
-    pub(crate) fn revisions(&self) -> Vec<RevisionSessions> {
-        let inner = self.inner.lock();
-        let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
-        for (_, lease, _) in inner.table.iter().filter(|(.., active)| *active) {
-            *counts.entry(&lease.attachment.behaviour.revision).or_default() += 1;
-        }
-        let count = |(revision, sessions): (&str, u32)| RevisionSessions { revision: revision.to_owned(), sessions };
-        counts.into_iter().map(count).collect()
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -469,6 +436,7 @@ mod tests {
         cid::{CidCodec, ConfigId, NonceCounter},
         id::{Incarnation, RegionNumber, ShardNumber, WorkerNumber},
     };
+    use antiphon_proto::v1::{PhaseOrder, RevisionSessions};
 
     fn door() -> Door {
         let server_id = ServerId {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use antiphon_proto::v1::Heartbeat;
 use antiphon_quic::{AudioReceived, datagram};
 
 use super::{Call, CallError, micros};
@@ -9,6 +10,7 @@ use crate::{
     party::{Event, Party},
     path::{PathSelector, Switch},
     report::{Rebind, RelaySwitch},
+    uplink::Word,
 };
 
 impl Call {
@@ -45,6 +47,18 @@ impl Call {
             }
         }
         Ok(())
+    }
+
+    /// What the worker says has reached it, and what therefore has not.
+    pub(super) fn on_word(&mut self, beat: &Heartbeat, echoed_us: Option<u64>) {
+        let word = Word {
+            came: self.started.elapsed(),
+            sent_us: beat.sent_us,
+            echoed: echoed_us.map(Duration::from_micros),
+            highest: beat.audio_highest.and_then(|highest| u16::try_from(highest).ok()),
+        };
+        let missing = self.uplink.on_word(word, self.connection.rtt(), self.path.since());
+        self.path.on_missing(missing);
     }
 
     /// Something came at `heard`: how long had it been quiet, and what was it that ended?

@@ -9,7 +9,7 @@ use antiphon_core::{clock::Millis, placement::Phase};
 use antiphon_proto::v1;
 use tokio::sync::watch;
 
-use super::{Fleet, clock::unix_ms, workers::Worker};
+use super::{Fleet, State, WorkerHello, clock::unix_ms, workers::Worker};
 use crate::{
     field::FieldError,
     records::{phase, proto_phase},
@@ -95,15 +95,19 @@ impl Worker {
         }
     }
 
-    /// The order that a new process of this name takes over.
-    pub(super) fn inherited_order(&self) -> Option<Order> {
-        self.order.borrow().clone().filter(|order| order.by_name)
-    }
-
     /// Its report says that it follows a newer order than ours.
     pub(super) fn drop_older_order(&self) {
         let followed = self.report.as_ref().map_or(0, |r| r.ordered_unix_ms);
         self.order.send_if_modified(|order| order.take_if(|o| o.unix_ms < followed).is_some());
+    }
+}
+
+impl State {
+    /// The order that one who registers finds: what this life of it was told, or whoever has its name.
+    pub(super) fn order_of(&self, hello: &WorkerHello) -> Option<Order> {
+        let former = self.workers.values().find(|w| w.hello.name == hello.name)?;
+        let same_life = former.hello.incarnation == hello.incarnation;
+        former.order.borrow().clone().filter(|order| same_life || order.by_name)
     }
 }
 

@@ -139,6 +139,10 @@ impl Fleet {
             if state.workers.values().any(|w| lives(&w)) {
                 return Err(RegisterError::Alive(hello.name));
             }
+            let others = state.workers.values().filter(|w| w.hello.agent == hello.agent && w.hello.name != hello.name);
+            if others.count() >= MAX_WORKERS_OF_AGENT {
+                return Err(RegisterError::TooMany(hello.agent));
+            }
         }
         let channel = tls::channel(&hello.control_address, &self.identity, Role::Worker, &self.region)?;
         let claim = WorkerClaim {
@@ -162,13 +166,11 @@ impl Fleet {
         // The former incarnation is gone: its successor is here. Its reports do not speak for the new one.
         let same = |w: &Worker| w.number == number || w.hello.name == hello.name;
         let former: Vec<WorkerNumber> = state.workers.values().filter(|w| same(w)).map(|w| w.number).collect();
-        let mut order = None;
+        let order = state.order_of(&hello);
         for former in former {
-            if let Some(worker) = state.workers.get(&former).filter(|w| w.hello.name == hello.name) {
-                let same_life = worker.hello.incarnation == hello.incarnation;
-                order = if same_life { worker.order.borrow().clone() } else { worker.inherited_order() };
-            }
-            let proven = state.workers.get(&former).is_some_and(|w| w.hello.incarnation != hello.incarnation);
+            // Who takes a number over from another name proves nothing of that one.
+            let successor = |w: &Worker| w.hello.name == hello.name && w.hello.incarnation != hello.incarnation;
+            let proven = state.workers.get(&former).is_some_and(successor);
             self.remove_worker(&mut state, former, proven);
         }
         let worker = Worker {
@@ -204,7 +206,7 @@ impl Fleet {
         worker.report = Some(Report {
             at: now,
             phase: records::phase(report.phase),
-            slots: report.slots,
+            slots: report.slots.min(worker.hello.slots),
             reserved: report.reserved,
             active: report.active,
             clock_ahead_ms,
@@ -453,5 +455,7 @@ impl State {
 
 /// How long a worker's report holds for placement.
 pub(crate) const WORKER_LEASE: Duration = Duration::from_secs(3);
+/// As many as a pool may have: one certificate stands for all of an agent's workers, and nobody is to take all numbers.
+const MAX_WORKERS_OF_AGENT: usize = 10_000;
 /// Agent revisions of one worker's sessions; those of years, for one that lasts that long.
 const MAX_REVISIONS: usize = 64;
