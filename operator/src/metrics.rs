@@ -79,33 +79,20 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Makes them and puts them into the registry.
+    /// Makes them and puts them into the registry, under `antiphon_operator_`.
     #[must_use]
     pub fn register(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("antiphon_operator");
         let metrics = Self::default();
         let Self { reconcile, failures, corrections, writes, leading, connected_regions } = &metrics;
-        let name = "antiphon_operator_reconcile_seconds";
-        registry.register(name, "How long reconciling an object took", reconcile.clone());
-        let name = "antiphon_operator_reconcile_errors";
-        registry.register(name, "Reconciles that failed, by reason", failures.clone());
-        let name = "antiphon_operator_drift_corrections";
-        registry.register(
-            name,
-            "Owned objects that somebody else had changed and that were put right",
-            corrections.clone(),
-        );
-        registry.register(
-            "antiphon_operator_writes",
-            "Requests to the API server that change something",
-            writes.clone(),
-        );
-        registry.register("antiphon_operator_leading", "1 while this process holds the lease", leading.clone());
-        let name = "antiphon_operator_connected_regions";
-        registry.register(
-            name,
-            "Regions of this cluster whose routers report to this process",
-            connected_regions.clone(),
-        );
+        registry.register("reconcile_seconds", "How long reconciling an object took", reconcile.clone());
+        registry.register("reconcile_errors", "Reconciles that failed, by reason", failures.clone());
+        let help = "Owned objects that somebody else had changed and that were put right";
+        registry.register("drift_corrections", help, corrections.clone());
+        registry.register("writes", "Requests to the API server that change something", writes.clone());
+        registry.register("leading", "1 while this process holds the lease", leading.clone());
+        let help = "Regions of this cluster whose routers report to this process";
+        registry.register("connected_regions", help, connected_regions.clone());
         metrics
     }
 
