@@ -68,11 +68,12 @@ impl Admission {
         let Some(mut decision) = known else {
             return Ok(None);
         };
-        if decision.epoch > create.epoch {
+        let own = decision.tenant == attempt.tenant;
+        if decision.epoch > create.epoch && own {
             let text = format!("epoch {} is older than {}", create.epoch, decision.epoch);
             return Err(Failure::Conflict(text));
         }
-        if decision.epoch < create.epoch && decision.tenant == attempt.tenant {
+        if decision.epoch < create.epoch && own {
             return Ok(None);
         }
         if !decision.is_of(attempt.tenant, create) {

@@ -20,6 +20,8 @@ pub(crate) enum RegisterError {
     NoAgent(String),
     #[error("{0} is connected with another incarnation; it can be replaced once that one is gone")]
     Alive(String),
+    #[error("{0} has 10000 workers here, as many as an agent may have in a region: report those that are gone")]
+    TooMany(String),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -33,6 +35,7 @@ impl From<RegisterError> for tonic::Status {
             RegisterError::NoRegion(_) => Self::unavailable(text),
             RegisterError::NoAgent(_) => Self::failed_precondition(text),
             RegisterError::Alive(_) => Self::already_exists(text),
+            RegisterError::TooMany(_) => Self::resource_exhausted(text),
             RegisterError::Store(error) => error.into(),
             RegisterError::Tls(_) => Self::invalid_argument(text),
         }

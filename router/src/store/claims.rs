@@ -131,7 +131,8 @@ impl Claims {
         let (table, count) = (self.of(claim.kind), claim.kind.numbers());
         let obtainable = |number: &u16| {
             let holder = table.holders.get(number);
-            u32::from(*number) < count && holder.is_none_or(|h| h.unconfirmed || h.name == claim.name)
+            // Of whom only a snapshot knows it may be somebody else's, but not before that one had time to come back.
+            u32::from(*number) < count && holder.is_none_or(|h| h.name == claim.name || h.unconfirmed && newcomers)
         };
         let held = claim.held.filter(obtainable);
         let owned = table.names.get(&claim.name).copied();
@@ -212,7 +213,9 @@ mod tests {
         // Its name has no other claim to the number than the snapshot.
         assert_eq!(claims.choose(&claim("w-1", None), false), Ok(5));
         assert_eq!(claims.choose(&claim("w-1", Some(8)), false), Ok(8));
-        assert_eq!(claims.choose(&claim("w-9", Some(5)), false), Ok(5));
+        // Another name may have it when that one had time to come back: whoever is first must not take it from the living.
+        assert_eq!(claims.choose(&claim("w-9", Some(5)), false), Err(StoreError::Settling));
+        assert_eq!(claims.choose(&claim("w-9", Some(5)), true), Ok(5));
         for i in 0..2000 {
             assert_ne!(claims.choose(&claim(&format!("new-{i}"), None), true), Ok(5));
         }
