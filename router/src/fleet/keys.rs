@@ -286,7 +286,7 @@ const MAX_REPORTED: usize = 16;
 #[cfg(test)]
 mod tests {
     use antiphon_core::{
-        id::{Incarnation, ShardNumber, WorkerNumber},
+        id::{Incarnation, ServerId, ShardNumber, WorkerNumber},
         keys::FleetRoot,
     };
     use antiphon_runtime::pki::{FleetCa, PeerName, Role};
@@ -294,7 +294,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        Memory,
+        Memory, WorkerClaim,
         fleet::{Standing, WorkerHello},
     };
 
@@ -519,6 +519,46 @@ mod tests {
         advance(2 * DIGEST_LEASE).await;
         round(&regions).await;
         assert!(!regions[0].held_up_by().iter().any(|held| held.contains("router")), "{:?}", regions[0].held_up_by());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_holds_a_number_and_never_registered_here_is_waited_for_until_it_does_or_is_gone() {
+        let regions = [Region::new("here").await, Region::new("there").await];
+        let here = &regions[0].fleet;
+        let incarnation = Incarnation::new(7).unwrap();
+        let claim = WorkerClaim { name: "w-2".into(), agent: "a/b".into(), incarnation, held: None };
+        let number = here.store.claim_worker(&claim).await.unwrap();
+        here.store.claim_relay("r-1", None).await.unwrap();
+        advance(SETTLING).await;
+        for region in &regions {
+            region.wants(2).await;
+        }
+        for _ in 0..3 {
+            round(&regions).await;
+        }
+        assert_eq!(regions.each_ref().map(Region::given), [(vec![1, 2], 1), (vec![1, 2], 1)]);
+        let why = "holds a number and has not registered with this router";
+        assert_eq!(regions[0].held_up_by(), [format!("w-2: {why}"), format!("r-1: {why}")]);
+        assert_eq!(regions[1].held_up_by(), ["here: has not loaded generation 2"]);
+        assert!(!here.too_early_for(4).is_empty());
+        // Whoever looks for it finds it in the status.
+        let status = here.status().regions.into_iter().find(|region| region.local).unwrap();
+        let missed: Vec<_> = status.workers.iter().filter(|w| !w.connected).map(|w| (&*w.name, &*w.agent)).collect();
+        assert_eq!(missed, [("w-2", "a/b")]);
+        assert_eq!(status.relays.iter().map(|r| (&*r.name, r.connected)).collect::<Vec<_>>(), [("r-1", false)]);
+        // Another life of it is not meant, nor is a namesake of another kind.
+        assert!(!here.worker_reported_gone("w-2", 8).await && !here.worker_reported_gone("r-1", 0).await);
+        assert!(here.worker_reported_gone("w-2", 7).await && here.relay_reported_gone("r-1").await);
+        assert!(!here.worker_reported_gone("w-2", 7).await && !here.relay_reported_gone("r-1").await);
+        // Other routers of the region, which may know it, hear of it.
+        let (dead, _) = here.dead_since(0, true);
+        let dead: Vec<_> = dead.iter().map(|server| ServerId::from_u64(server.server_id)).collect();
+        assert_eq!(dead.iter().map(|id| (id.worker, id.incarnation)).collect::<Vec<_>>(), [(number, incarnation)]);
+        assert_eq!(here.digest().unwrap().gone_relays.len(), 1);
+        for _ in 0..3 {
+            round(&regions).await;
+        }
+        assert_eq!(regions.each_ref().map(|r| r.given().1), [2, 2]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::server::{Cable, Server, Way};
-use crate::world::{AGENT, FRANKFURT, Region, World, create, eventually, key_record, soon, with_key};
+use crate::world::{AGENT, FRANKFURT, Region, Relay, World, create, eventually, key_record, soon, with_key};
 
 /// A router's process, and how to talk to it.
 struct Process {
@@ -212,4 +212,44 @@ async fn a_router_killed_between_claim_and_answer_gives_the_same_number_again() 
     })
     .await;
     assert_eq!(welcome.worker_number.to_string(), claim);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_that_starts_with_nothing_does_not_rotate_past_a_relay_that_it_never_saw() {
+    let world = World::new();
+    let server = Server::start().await;
+    let [first, fresh] = ["router-1", "router-2"].map(|name| Place::new(&world, name, server.address));
+    let one = first.start(&world).await;
+    let mut change = world.agent(&["frankfurt"]);
+    change.regions = vec![one.region.record(1, FRANKFURT)];
+    world.apply(&one.region, change).await.unwrap();
+    let known = world.stand_in(&one.region, "w-1", 4).await;
+    eventually("newcomers are numbered", async || known.register(&world, &one.region).await.is_ok()).await;
+    let away = Relay::register(&world, &one.region, "relay-1").await;
+    assert_eq!(away.keys.secrets.len(), 1);
+
+    // Another router, whose state is empty, is all that is left.
+    one.kill().await;
+    let two = fresh.start(&world).await;
+    eventually("it is ready", async || two.ready().await).await;
+    known.register(&world, &two.region).await.unwrap();
+    let rotate = v1::ApplyRequest { key_generation: 2, ..v1::ApplyRequest::default() };
+    world.apply(&two.region, rotate).await.unwrap();
+    // Long enough for all who reach it to register; the worker has loaded the generation.
+    eventually("only the relay is waited for", async || {
+        let held_up_by = world.status(&two.region).await.rotation_held_up_by;
+        known.shared.loaded() == [1, 2]
+            && held_up_by == ["relay-1: holds a number and has not registered with this router"]
+    })
+    .await;
+    assert_eq!(known.shared.minting(), 1);
+    let missed = world.status(&two.region).await.regions.into_iter().flat_map(|region| region.relays);
+    assert_eq!(missed.map(|relay| (relay.name, relay.connected)).collect::<Vec<_>>(), [("relay-1".to_owned(), false)]);
+
+    let gone = v1::ReportRelayGoneRequest { name: "relay-1".into() };
+    assert!(world.operator(&two.region).report_relay_gone(gone).await.unwrap().into_inner().known);
+    eventually("the rotation goes on", async || known.shared.minting() == 2).await;
+    let mut etcd = server.client().await;
+    let left = etcd.get("/antiphon/frankfurt/names/relays/relay-1", None).await.unwrap();
+    assert!(left.kvs().is_empty(), "its number is free");
 }
