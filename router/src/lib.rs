@@ -28,12 +28,13 @@ use antiphon_core::keys::FleetRoot;
 use antiphon_runtime::{
     Tasks,
     admin::{self, Readiness},
-    pki::{Identity, Role},
+    pki::{FleetCa, Identity, Role},
     private_file::read_secret,
     shutdown, telemetry,
 };
 use anyhow::{Context as _, ensure};
 use prometheus_client::registry::Registry;
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::{
     net::TcpListener,
     time::{MissedTickBehavior, interval},
@@ -88,13 +89,14 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let Args { region, public, internal, admin, identity, root, store, log_json } = args;
     telemetry::init(log_json);
     let stop = shutdown::signal().context("signal handlers")?;
-    let identity = Identity::load(&identity)?;
+    let directory = identity;
+    let identity = Identity::load(&directory)?;
     let peer = identity.peer();
     ensure!(
         peer.role == Role::Router && peer.region == region,
         "the identity is {peer}: expected a router of {region}"
     );
-    let root = load_root(&root)?;
+    let root = load_root(&root, &directory, &identity)?;
     let ports = Ports::bind(public, internal, admin).await?;
     tracing::info!(
         region,
@@ -177,22 +179,62 @@ async fn gauge(fleet: Arc<Fleet>, metrics: Metrics, readiness: Readiness, tasks:
     Ok(())
 }
 
-/// Reads the fleet root, which nobody else may read.
-fn load_root(path: &Path) -> anyhow::Result<FleetRoot> {
+/// Reads the fleet root, which nobody else may read. It has to be of the identity's fleet: tickets signed with keys of
+/// another root are refused by every worker.
+fn load_root(path: &Path, directory: &Path, identity: &Identity) -> anyhow::Result<FleetRoot> {
     let text = read_secret(path).context("fleet root")?;
-    FleetRoot::from_hex(text.trim_end()).with_context(|| format!("fleet root {}", path.display()))
+    let root = FleetRoot::from_hex(text.trim_end()).with_context(|| format!("fleet root {}", path.display()))?;
+    let issuer = FleetCa::from_seed(&root.ca_seed())?;
+    let issuer = CertificateDer::from_pem_slice(issuer.certificate_pem().as_bytes());
+    ensure!(
+        issuer.context("the issuer that follows from the root")? == identity.ca(),
+        "fleet root {} is not the one of the identity in {}: the issuer that follows from it is not {}; give the root \
+         that the fleet was made with, or an identity that was issued from this one",
+        path.display(),
+        directory.display(),
+        directory.join("ca.pem").display()
+    );
+    Ok(root)
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use antiphon_runtime::pki::PeerName;
+
     use super::*;
+
+    /// A router's identity in the fleet that has this root.
+    fn identity(root: &FleetRoot) -> Identity {
+        let peer = PeerName::new("router-1", Role::Router, "frankfurt").unwrap();
+        let ca = FleetCa::from_seed(&root.ca_seed()).unwrap();
+        ca.issue(&peer, &[], std::time::SystemTime::now()).unwrap()
+    }
+
+    #[test]
+    fn a_root_of_another_fleet_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("root.hex");
+        antiphon_runtime::pki::write_secret(&path, "42".repeat(32).as_bytes()).unwrap();
+        // As it is after the identity was written and read again.
+        let load = |byte| {
+            identity(&FleetRoot::from_bytes([byte; 32])).save(dir.path()).unwrap();
+            load_root(&path, dir.path(), &Identity::load(dir.path()).unwrap())
+        };
+        assert!(load(0x42).is_ok());
+        let error = load(0x43).unwrap_err().to_string();
+        for said in ["root.hex is not the one of the identity", "/ca.pem; give the root that the fleet was made with"] {
+            assert!(error.contains(said), "{error}");
+        }
+    }
 
     #[test]
     fn a_root_that_others_can_read_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("root.hex");
+        let identity = identity(&FleetRoot::from_bytes([0x42; 32]));
+        let load_root = |path: &Path| load_root(path, dir.path(), &identity);
         std::fs::write(&path, format!("{}\n", "42".repeat(32))).unwrap();
         let set = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
         set(0o600);
