@@ -1,5 +1,6 @@
 //! HTTP/JSON under `/v1/sessions`; errors are `application/problem+json` (RFC 9457).
 
+mod drain;
 mod json;
 mod path;
 mod problem;
@@ -17,6 +18,7 @@ use axum::{
         header::{AUTHORIZATION, CONTENT_TYPE, LOCATION},
         request::Parts,
     },
+    middleware::from_fn,
     response::{IntoResponse, Response},
     routing::{delete, get},
 };
@@ -45,6 +47,7 @@ pub(crate) fn router(admission: Arc<Admission>) -> Router {
             let text = "no such method here: see /openapi.json";
             Problem::of(StatusCode::METHOD_NOT_ALLOWED, text)
         })
+        .layer(from_fn(drain::drained))
         .with_state(admission)
 }
 

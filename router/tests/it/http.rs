@@ -153,3 +153,33 @@ async fn a_path_that_is_no_text_is_a_problem_like_any_other() {
     let bare = http::Request::delete("/v1/sessions/%ff").header("host", "router").body(Full::default()).unwrap();
     assert_eq!(region.http(bare).await.status, 401);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_unread_is_answered_whole_over_http2() {
+    let world = World::new();
+    let region = world.region("frankfurt").await;
+    let request = |(method, path, kind, _): &(&str, &str, &str, u16)| {
+        http::Request::builder()
+            .method(*method)
+            .uri(format!("https://router{path}"))
+            .header("content-type", *kind)
+            .header("authorization", format!("Bearer {}", world.key.text()))
+            .body(Full::new(Bytes::from(vec![b' '; 60 << 10])))
+            .unwrap()
+    };
+    let table = [
+        ("POST", "/v1/sessions", "text/plain", 415),
+        ("PUT", "/v1/sessions", "application/json", 405),
+        ("POST", "/v1/session", "application/json", 404),
+        // Read to its end: an answer like any other.
+        ("POST", "/v1/sessions", "application/json", 400),
+    ];
+    let answers = region.http2(table.iter().map(request).collect()).await;
+    for (answer, row) in answers.iter().zip(&table) {
+        assert_eq!(
+            (answer.status, answer.headers["content-type"].as_bytes()),
+            (row.3, &b"application/problem+json"[..])
+        );
+        assert!(answer.body["detail"].is_string(), "{row:?}: {answer:?}");
+    }
+}

@@ -295,18 +295,43 @@ impl Region {
         self.http_over(TcpStream::connect(self.public).await.unwrap(), request).await
     }
 
-    /// One HTTP/1.1 request on this connection.
-    pub(crate) async fn http_over(&self, tcp: TcpStream, request: ::http::Request<Full<Bytes>>) -> Answer {
+    /// Requests over HTTP/2, one after the other on one connection.
+    pub(crate) async fn http2(&self, requests: Vec<::http::Request<Full<Bytes>>>) -> Vec<Answer> {
+        let stream = self.tls(TcpStream::connect(self.public).await.unwrap(), &[b"h2"]).await;
+        let executor = hyper_util::rt::TokioExecutor::new();
+        let handshake = hyper::client::conn::http2::handshake(executor, TokioIo::new(stream)).await;
+        let (mut client, connection) = handshake.unwrap();
+        let answers = async {
+            let mut answers = Vec::new();
+            for request in requests {
+                let (parts, body) = client.send_request(request).await.unwrap().into_parts();
+                answers.push(Answer::new(parts, &body.collect().await.unwrap().to_bytes()));
+            }
+            answers
+        };
+        tokio::select! {
+            answers = answers => answers,
+            ended = connection => panic!("connection ended early: {ended:?}"),
+        }
+    }
+
+    async fn tls(&self, tcp: TcpStream, protocols: &[&[u8]]) -> tokio_rustls::client::TlsStream<TcpStream> {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.identity.ca()).unwrap();
-        let config = rustls::ClientConfig::builder_with_provider(tls::provider())
+        let mut config = rustls::ClientConfig::builder_with_provider(tls::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .with_root_certificates(roots)
             .with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
         let name = shared_dns(Role::Router, &self.name).try_into().unwrap();
-        let stream = connector.connect(name, tcp).await.unwrap();
+        connector.connect(name, tcp).await.unwrap()
+    }
+
+    /// One HTTP/1.1 request on this connection.
+    pub(crate) async fn http_over(&self, tcp: TcpStream, request: ::http::Request<Full<Bytes>>) -> Answer {
+        let stream = self.tls(tcp, &[]).await;
         let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         // Both end together: the connection is only driven for this one answer.
         let answer = async {
@@ -318,11 +343,7 @@ impl Region {
             answer = answer => answer,
             ended = connection => panic!("connection ended early: {ended:?}"),
         };
-        Answer {
-            status: parts.status.as_u16(),
-            headers: parts.headers,
-            body: serde_json::from_slice(&body).unwrap_or(Value::Null),
-        }
+        Answer::new(parts, &body)
     }
 
     /// A request to the admin port.
@@ -370,6 +391,16 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: ::http::HeaderMap,
     pub(crate) body: Value,
+}
+
+impl Answer {
+    fn new(parts: ::http::response::Parts, body: &[u8]) -> Self {
+        Self {
+            status: parts.status.as_u16(),
+            headers: parts.headers,
+            body: serde_json::from_slice(body).unwrap_or(Value::Null),
+        }
+    }
 }
 
 /// A gRPC request with an API key.
