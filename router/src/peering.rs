@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use antiphon_proto::v1::{WatchRegionRequest, peer_client::PeerClient};
 use antiphon_runtime::{
-    Tasks,
+    Tasks, cause,
     pki::{Identity, Role},
     tls::{self, TlsError},
 };
@@ -80,15 +80,17 @@ pub(crate) async fn watch_all(fleet: Arc<Fleet>, tasks: Tasks) -> anyhow::Result
 }
 
 async fn watch(fleet: Arc<Fleet>, region: String, address: String) {
-    let mut failures = 0_u32;
+    let (mut failures, mut heard) = (0_u32, false);
     loop {
         let error = match tls::channel(&address, &fleet.identity, Role::Router, &region) {
-            Ok(channel) => listen(&fleet, &region, &address, channel, &mut failures).await,
+            Ok(channel) => listen(&fleet, &region, &address, channel, (&mut failures, &mut heard)).await,
             Err(error) => error.to_string(),
         };
         fleet.peer_lost(&region, &address);
-        if failures == 0 {
-            tracing::warn!(region, address, error, "peer lost, its routes stay");
+        match (failures, heard) {
+            (0, true) => tracing::warn!(region, address, error, "peer lost, its routes stay"),
+            (0, false) => tracing::warn!(region, address, error, "peer is not reached yet, trying on"),
+            _ => {}
         }
         failures += 1;
         let ceiling = LONGEST_PAUSE.min(SHORTEST_PAUSE * 2_u32.pow(failures.min(10)));
@@ -97,27 +99,34 @@ async fn watch(fleet: Arc<Fleet>, region: String, address: String) {
     }
 }
 
-/// Takes updates until the stream breaks; says why it did.
-async fn listen(fleet: &Fleet, region: &str, address: &str, channel: Channel, failures: &mut u32) -> String {
+/// Takes updates until the stream breaks; says why it did. With the first one the failures before are over.
+async fn listen(
+    fleet: &Fleet,
+    region: &str,
+    address: &str,
+    channel: Channel,
+    (failures, heard): (&mut u32, &mut bool),
+) -> String {
     let mut peer = PeerClient::new(channel).max_decoding_message_size(MAX_UPDATE_BYTES);
     let request = WatchRegionRequest { region: region.to_owned() };
     let late = || Status::deadline_exceeded("silent");
     let open = timeout(SILENCE, peer.watch_region(request)).await;
     let mut updates = match open.unwrap_or_else(|_| Err(late())) {
         Ok(response) => response.into_inner(),
-        Err(status) => return status.to_string(),
+        Err(status) => return cause::text(&status),
     };
     loop {
         let next = timeout(SILENCE, updates.message()).await;
         match next.unwrap_or_else(|_| Err(late())) {
             Ok(Some(update)) => {
                 if std::mem::take(failures) > 0 {
-                    tracing::info!(region, "peer is back");
+                    tracing::info!(region, address, "peer is {}", if *heard { "back" } else { "reached" });
                 }
+                *heard = true;
                 fleet.peer_reported(region, address, update, unix_ms());
             }
             Ok(None) => return "closed".to_owned(),
-            Err(status) => return status.to_string(),
+            Err(status) => return cause::text(&status),
         }
     }
 }

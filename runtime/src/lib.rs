@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod cause;
 pub mod crowd;
 mod identity;
 pub mod members;

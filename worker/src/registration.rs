@@ -3,14 +3,14 @@
 //! One router's answer is needed to begin. After that sessions live on without any: every link is tried again for as
 //! long as the process runs (invariant I8).
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error as _, sync::Arc, time::Duration};
 
 use antiphon_proto::v1::{
     Deregister, WorkerDirective, WorkerMessage, WorkerWelcome, fleet_client::FleetClient, worker_directive::Directive,
     worker_message::Message,
 };
 use antiphon_runtime::{
-    Tasks,
+    Tasks, cause,
     members::{self, Member, Resolver},
     pki::{Identity, Role},
     tls,
@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 use crate::{
     capacity::Capacity,
@@ -83,7 +83,7 @@ impl Link {
                 if error.downcast_ref().is_some_and(StandingError::is_fatal) {
                     return Err(error);
                 }
-                tracing::warn!(router = %self.router.address, "registration: {error:#}");
+                tracing::warn!(router = %self.router.address, "not registered: {}", cause::text(error.as_ref()));
             }
             failures = if began.elapsed() > LONGEST_PAUSE { 0 } else { failures.saturating_add(1) };
             if stopping.run_until_cancelled(sleep(pause(failures))).await.is_none() {
@@ -161,13 +161,19 @@ async fn open(
     fleet: &mut FleetClient<tonic::transport::Channel>,
     messages: ReceiverStream<WorkerMessage>,
 ) -> anyhow::Result<(WorkerWelcome, Streaming<WorkerDirective>)> {
-    let mut directives = fleet.run_worker(messages).await.context("router refused")?.into_inner();
+    let mut directives = fleet.run_worker(messages).await.map_err(refused)?.into_inner();
     match directives.next().await {
         Some(Ok(WorkerDirective { directive: Some(Directive::Welcome(welcome)) })) => Ok((welcome, directives)),
         Some(Ok(_)) => bail!("router began with something other than a welcome"),
-        Some(Err(status)) => bail!("router refused: {}", status.message()),
+        Some(Err(status)) => Err(refused(status)),
         None => bail!("router closed the stream"),
     }
+}
+
+/// Only a router that was reached can refuse.
+fn refused(status: Status) -> anyhow::Error {
+    let reached = status.source().is_none();
+    anyhow::Error::new(status).context(if reached { "router refused" } else { "router is not reached" })
 }
 
 const fn message(message: Message) -> WorkerMessage {

@@ -32,6 +32,7 @@ use tokio::{
 };
 
 use self::{
+    connect::told,
     mirror::{Done, Mirror, Step},
     plan::Change,
 };
@@ -215,7 +216,7 @@ impl Etcd {
             };
             let answer = match timeout(OPERATION, client.txn(transaction)).await {
                 Ok(Ok(answer)) => answer,
-                Ok(Err(error)) => return Err(self.lose(session, &format!("{error}"))),
+                Ok(Err(error)) => return Err(self.lose(session, &told(&error))),
                 Err(_) => return Err(self.lose(session, &format!("no answer within {} s", OPERATION.as_secs()))),
             };
             let mut state = self.state.lock();

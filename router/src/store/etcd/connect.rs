@@ -6,8 +6,8 @@ use std::{
     time::Duration,
 };
 
-use antiphon_runtime::private_file::read_secret;
-use anyhow::{Context as _, bail, ensure};
+use antiphon_runtime::{cause, private_file::read_secret};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use tokio::time::timeout;
 use tonic::transport::Endpoint;
@@ -124,12 +124,22 @@ impl EtcdConfig {
         let options = self.options()?;
         self.knock().await?;
         let client = timeout(LOGIN, Client::connect(&self.endpoints, Some(options))).await;
-        client.with_context(|| format!("no answer within {} s", LOGIN.as_secs()))?.context("connecting")
+        let client = client.with_context(|| format!("no answer within {} s", LOGIN.as_secs()))?;
+        client.map_err(|error| anyhow!("connecting: {}", told(&error)))
     }
 
     /// For people.
     pub(super) fn shown(&self) -> String {
         format!("{}{}", self.endpoints.join(","), self.prefix)
+    }
+}
+
+/// What etcd or the way to it says, for people.
+pub(super) fn told(error: &etcd_client::Error) -> String {
+    match error {
+        etcd_client::Error::GRpcStatus(status) => cause::text(status),
+        etcd_client::Error::TransportError(error) => cause::text(error),
+        other => other.to_string(),
     }
 }
 

@@ -2,12 +2,14 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
+use antiphon_runtime::cause;
 use etcd_client::{GetOptions, KvClient, WatchOptions, WatchResponse};
 use futures::FutureExt as _;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use super::{
     ATTEMPTS, Etcd, OPERATION, Pending,
+    connect::told,
     keys::{Entry, FORMAT, Identity},
     mirror::{Done, Mirror, Step},
     plan,
@@ -17,9 +19,9 @@ use crate::store::{Claims, Reached, StoreError};
 /// Why a connection is given up.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
-    #[error("{0:#}")]
+    #[error("{}", cause::text(.0.as_ref()))]
     Failed(anyhow::Error),
-    #[error("{0}")]
+    #[error("{}", told(.0))]
     Answer(etcd_client::Error),
     #[error(transparent)]
     Refused(StoreError),
@@ -91,7 +93,9 @@ impl Etcd {
             if was_connected || said.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
                 said = Some(Instant::now());
                 let error = self.unavailable(&self.state.lock());
-                tracing::warn!(etcd = self.config.shown(), "what is known goes on: {error}");
+                let knows = self.records.borrow().revision > 0;
+                let meanwhile = if knows { "what is known goes on" } else { "nothing is known until it answers" };
+                tracing::warn!(etcd = self.config.shown(), "{meanwhile}: {error}");
             }
             if failures > 0 || !ended.at_once() {
                 sleep(backoff(failures)).await;
