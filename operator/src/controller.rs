@@ -38,7 +38,7 @@ where
         queue.push_object(&object);
     }
     let failures: Arc<Mutex<HashMap<ObjectRef<K>, u32>>> = Arc::default();
-    let succeeded = failures.clone();
+    let (succeeded, present) = (failures.clone(), cache.store());
     let reconcile = move |object: Arc<K>, context: Arc<Context>| {
         let (reference, succeeded) = (ObjectRef::from_obj(object.as_ref()), succeeded.clone());
         let (began, metrics) = (Instant::now(), context.metrics.clone());
@@ -58,6 +58,10 @@ where
         context.metrics.failed(kind, error.reason());
         let count = {
             let mut failures = failures.lock();
+            if failures.len() >= MANY {
+                // Objects that are gone fail no more.
+                failures.retain(|reference, _| present.get(reference).is_some());
+            }
             let count = failures.entry(reference.clone()).or_default();
             *count = count.saturating_add(1);
             *count
@@ -86,5 +90,7 @@ where
     Ok(())
 }
 
+/// Failing objects from which on it is worth looking which of them are still there.
+const MANY: usize = 256;
 /// Objects of a kind that are reconciled at a time.
 const CONCURRENCY: u16 = 8;

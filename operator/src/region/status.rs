@@ -216,7 +216,7 @@ fn say(region: &VoiceRegion, observed: &Observed, peers: &[PeerStatus]) -> Vec<S
     } else if region.spec.serving == Serving::Cordoned {
         Say::new("Ready", true, "Cordoned", "calls go on and no new ones are placed here: spec.serving is Cordoned")
     } else {
-        Say::new("Ready", true, "Serving", format!("{routers} routers and {relays} of {wanted} relays are ready"))
+        Say::new("Ready", true, "Serving", format!("ready: routers {routers}, relays {relays} of {wanted}"))
     };
     let moving: Vec<_> = [("routers", &observed.routers), ("relays", &observed.relays)]
         .into_iter()
