@@ -55,8 +55,9 @@ impl Programs {
         }
         let what = "building Antiphon's programs, static (the first time: minutes)";
         let said = progress::step(what, async {
-            // Errors of the compiler are for people to read.
-            let output = command.stderr(Stdio::inherit()).output().await.context("cargo cannot be started")?;
+            // What the compiler says is for people to read.
+            let child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn();
+            let output = child.context("cargo cannot be started")?.wait_with_output().await?;
             match output.status.success() {
                 true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
                 false => bail!("cargo build: {}", output.status),
