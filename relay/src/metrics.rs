@@ -98,6 +98,8 @@ pub struct Metrics {
     pub table_version: Gauge,
     /// Routers connected.
     pub router_connected: Gauge,
+    /// Routes that are not in force because a relay of another region has their address.
+    pub refused_routes: Gauge,
     /// Version of the routes on disk.
     pub state_version: Gauge,
     /// Writes of the state that failed.
@@ -163,6 +165,7 @@ impl Metrics {
             neighbour_switches,
             loaded_generation: gauge("loaded_generation", "Newest key generation that all threads can use"),
             routes: gauge("routes", "Routable server IDs"),
+            refused_routes: gauge("refused_routes", "Routes refused: a relay of another region has their address"),
             table_version: gauge("table_version", "Version of the routes in force"),
             router_connected: gauge("router_connected", "Routers connected"),
             state_version: gauge("state_version", "Version of the routes on disk"),

@@ -2,7 +2,8 @@
 //! [`Table`](crate::table::Table).
 //!
 //! Every router of the region speaks for itself. What any of them holds is in force; a full list of one takes away
-//! nothing that another one holds; what one says is gone is gone, whoever held it.
+//! nothing that another one holds; what one says is gone or dead is gone, whoever held it. A new incarnation of a shard
+//! takes the place of the older one in what its router says.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -113,7 +114,7 @@ impl Routing {
         routing.welcome = Some(welcome);
         routes.into_iter().for_each(|(server_id, address)| routing.insert(server_id, address));
         neighbours.into_iter().for_each(|record| routing.adjoin(record));
-        routing.dead = dead.into_iter().map(|(server, heard)| (server.server_id, (server, heard))).collect();
+        dead.into_iter().for_each(|(server, heard)| routing.bury(heard, server));
         routing.join_regions();
         routing
     }
@@ -277,7 +278,8 @@ impl Routing {
     ///
     /// Removing more than a tenth of what the router has said is refused unless it is marked as intended: a router that
     /// lost its store must not take the fleet away with it. Deltas of a table smaller than [`GUARDED_ROUTES`] name each
-    /// route and are taken at their word. What a refused change adds is in force all the same.
+    /// route and are taken at their word. What a refused change adds is in force all the same. Servers that are dead, or
+    /// replaced by a new incarnation, go on that evidence and are no removals.
     ///
     /// # Errors
     /// [`ChangeError::Gap`]; nothing is changed then.
@@ -287,6 +289,10 @@ impl Routing {
             return Err(ChangeError::Gap { have: version.unwrap_or(0), got: change.version });
         }
         self.routers[router].version = Some(change.version);
+        self.dead.retain(|_, (_, heard)| now < heard.saturating_add(REMEMBERED_S));
+        change.dead.iter().for_each(|server| self.bury(now, server.clone()));
+        let change = RouteChange { upserts: self.living(&change), ..change };
+        self.replace(router, &change.upserts);
         let gone = self.removed_by(router, &change);
         let (removals, of) = (gone.shards.len() + gone.regions.len(), gone.of);
         let guarded = change.full || of >= GUARDED_ROUTES;
@@ -296,12 +302,39 @@ impl Routing {
         }
         for (server_id, address) in change.upserts {
             self.routers[router].shards.insert(server_id);
+            self.dead.remove(&server_id);
             self.insert(server_id, address);
         }
         self.routers[router].regions.extend(change.region_upserts);
         self.join_regions();
-        self.bury(now, change.dead);
         Ok(if refused { Outcome::RemovalsRefused { removals, of } } else { Outcome::Applied })
+    }
+
+    /// A change's upserts, less those of servers that were proven dead and have a living successor: such a router goes by
+    /// an old list. Without a successor it is believed, for a death can turn out to be none.
+    fn living(&self, change: &RouteChange) -> Vec<(ServerId, SocketAddr)> {
+        let replaced =
+            |id: &ServerId| self.dead.contains_key(id) && self.incarnations_of(*id).any(|other| other != *id);
+        change.upserts.iter().filter(|(id, _)| !replaced(id)).copied().collect()
+    }
+
+    /// A new incarnation takes the place of older ones in what its router says. Their routes go once no router holds
+    /// them.
+    fn replace(&mut self, router: usize, upserts: &[(ServerId, SocketAddr)]) {
+        let named: HashSet<_> = upserts.iter().map(|(id, _)| *id).collect();
+        let new = named.iter().filter(|id| !self.routers[router].shards.contains(id));
+        let older =
+            |id: &ServerId| self.incarnations_of(*id).filter(|other| !named.contains(other)).collect::<Vec<_>>();
+        let gone: HashSet<_> = new.flat_map(older).collect();
+        self.routers[router].shards.retain(|id| !gone.contains(id));
+        self.remove_unheld(&gone);
+    }
+
+    /// Living incarnations of the server's shard, itself among them.
+    fn incarnations_of(&self, server_id: ServerId) -> impl Iterator<Item = ServerId> {
+        let first = server_id.to_u64() & !u64::from(u32::MAX);
+        let [first, last] = [first, first | u64::from(u32::MAX)].map(ServerId::from_u64);
+        self.shards.range(first..=last).map(|(id, _)| *id)
     }
 
     fn removed_by(&self, router: usize, change: &RouteChange) -> Removal {
@@ -334,7 +367,11 @@ impl Routing {
             speaker.shards.retain(|id| !gone.shards.contains(id));
             speaker.regions.retain(|region, _| !gone.regions.contains(region));
         }
-        for server_id in &gone.shards {
+        self.remove_unheld(&gone.shards);
+    }
+
+    fn remove_unheld(&mut self, shards: &HashSet<ServerId>) {
+        for server_id in shards {
             if self.routers.iter().all(|r| !r.shards.contains(server_id)) {
                 self.shards.remove(server_id);
             }
@@ -360,11 +397,13 @@ impl Routing {
         self.regions = joined.into_iter().map(region).collect();
     }
 
-    fn bury(&mut self, now: u64, dead: Vec<DeadServer>) {
-        for server in dead {
-            self.dead.insert(server.server_id, (server, now));
+    /// A proven death is evidence, as a removal by name is: no router's word holds the route.
+    fn bury(&mut self, heard: u64, server: DeadServer) {
+        for speaker in self.routers.iter_mut().chain([&mut self.ancestral]) {
+            speaker.shards.remove(&server.server_id);
         }
-        self.dead.retain(|_, (_, heard)| now < heard.saturating_add(REMEMBERED_S));
+        self.shards.remove(&server.server_id);
+        self.dead.insert(server.server_id, (server, heard));
         while self.dead.len() > MAX_DEAD {
             let eldest = self.dead.iter().min_by_key(|(_, (_, heard))| *heard).map(|(id, _)| *id);
             eldest.and_then(|id| self.dead.remove(&id));

@@ -47,6 +47,8 @@ pub struct Table {
     pub(crate) neighbours: Vec<Neighbour>,
     pub(crate) regions: HashMap<RegionNumber, Ways>,
     pub(crate) dead: HashMap<u64, Dead>,
+    /// Shards that say that they live where a relay of another region does.
+    pub(crate) refused: Vec<ServerId>,
 }
 
 /// Who may send frames from one address.
@@ -89,6 +91,7 @@ impl Table {
             neighbours: Vec::new(),
             regions: HashMap::new(),
             dead: HashMap::new(),
+            refused: Vec::new(),
         }
     }
 
@@ -126,6 +129,12 @@ impl Table {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.routes.is_empty()
+    }
+
+    /// Shards without a route because their address is that of another region's relay.
+    #[must_use]
+    pub fn refused(&self) -> &[ServerId] {
+        &self.refused
     }
 
     /// The route of exactly this server ID.

@@ -17,6 +17,7 @@ use crate::{
     metrics::{Metrics, Refused},
     routing::{Disagreement, Outcome, Routing},
     state::State,
+    table::Table,
 };
 
 /// What the relay knows, and who is to learn of it.
@@ -175,6 +176,7 @@ impl Knowledge {
         let table = self.routing.table();
         let (routes, version) = (table.len(), table.version());
         self.metrics.routes.set(routes as i64);
+        self.tell_refused(&table);
         self.metrics.table_version.set(version as i64);
         self.metrics.regions.set(table.region_count() as i64);
         self.metrics.neighbours.set(table.neighbours().len() as i64);
@@ -195,6 +197,21 @@ impl Knowledge {
                 "ready"
             );
         }
+    }
+
+    /// Once, when there are more of them than before.
+    fn tell_refused(&self, table: &Table) {
+        let refused = table.refused();
+        if let Some(first) = refused.first()
+            && refused.len() as i64 > self.metrics.refused_routes.get()
+        {
+            tracing::warn!(
+                refused = refused.len(),
+                server_id = %first,
+                "workers are not reached: they say that they live at the tunnel address of another region's relay"
+            );
+        }
+        self.metrics.refused_routes.set(refused.len() as i64);
     }
 
     fn count_routers(&self) {

@@ -21,14 +21,21 @@ impl Routing {
         table.relay = *relay;
         table.loaded = keys.loaded();
         table.codec = keys.codec();
+        // Before the shards, which have to leave their addresses alone.
         self.add_neighbours(&mut table, keys);
         self.add_shards(&mut table, keys);
         self.add_dead(&mut table, keys);
         table
     }
 
+    /// A shard at the address of another region's relay is refused: one worker's certificate must not be enough to cut
+    /// off what goes through that relay.
     fn add_shards(&self, table: &mut Table, keys: &Keyring) {
         for (server_id, shard) in &self.shards {
+            if matches!(table.sources.get(&shard.address), Some(Source::Neighbour(_))) {
+                table.refused.push(*server_id);
+                continue;
+            }
             let sealing = shard.keys.iter().find(|(generation, _)| *generation == keys.sealing);
             let Some((generation, sealing)) = sealing else {
                 continue;
@@ -41,9 +48,10 @@ impl Routing {
                 slot: KeySlot::of(*generation),
                 key: keys.down.clone(),
             });
-            match table.sources.entry(shard.address).or_insert_with(|| Source::Shards(Vec::new())) {
-                Source::Shards(all) => all.extend(down),
-                neighbour @ Source::Neighbour(_) => *neighbour = Source::Shards(down.collect()),
+            if let Source::Shards(all) =
+                table.sources.entry(shard.address).or_insert_with(|| Source::Shards(Vec::new()))
+            {
+                all.extend(down);
             }
         }
     }

@@ -333,6 +333,103 @@ fn dead_servers_are_forgotten_in_time_and_in_number() {
     assert!(routing.dead.keys().all(|id| *id >= shard(10)));
 }
 
+fn dead(n: u64) -> DeadServer {
+    DeadServer { server_id: shard(n), keys: Vec::new() }
+}
+
+/// The shard's next life.
+fn successor(n: u64) -> ServerId {
+    ServerId::from_u64(shard(n).to_u64() ^ 0xff)
+}
+
+fn lives(routing: &Routing, id: ServerId) -> bool {
+    let table = routing.table();
+    assert!(table.route(id.to_u64()).is_none() || !table.is_dead(id.to_u64(), NOW), "{id} is both");
+    table.route(id.to_u64()).is_some()
+}
+
+#[test]
+fn a_proven_death_takes_the_route_away_whoever_holds_it() {
+    let mut routing = welcomed_by_two();
+    routing.apply(0, NOW, full(1, 0..3)).unwrap();
+    routing.apply(1, NOW, full(1, 0..3)).unwrap();
+    // A small fleet, whose list never gets past the guard against mass removals.
+    let restarted = RouteChange { dead: vec![dead(0)], ..full(1, 1..3) };
+    assert_eq!(routing.apply(0, NOW, restarted), Ok(Outcome::Applied), "a death is no removal");
+    assert!(!has(&routing, 0) && has(&routing, 1));
+    assert!(routing.table().is_dead(shard(0).to_u64(), NOW));
+    assert_eq!(routing.known().unwrap().routes.len(), 2, "nor is it kept on disk");
+    assert_eq!(routing.apply(1, NOW, full(2, 1..3)), Ok(Outcome::Applied), "the other router has nothing to remove");
+}
+
+#[test]
+fn a_death_that_was_none_is_taken_back_by_the_servers_route() {
+    let mut routing = welcomed();
+    routing.apply(0, NOW, full(1, 0..3)).unwrap();
+    routing.apply(0, NOW, RouteChange { version: 2, dead: vec![dead(0)], ..RouteChange::default() }).unwrap();
+    assert!(!has(&routing, 0));
+    let back = RouteChange { version: 3, upserts: vec![(shard(0), address(0))], ..RouteChange::default() };
+    routing.apply(0, NOW, back).unwrap();
+    assert!(lives(&routing, shard(0)));
+    assert!(routing.known().unwrap().dead.is_empty());
+}
+
+#[test]
+fn a_new_incarnation_is_evidence_against_the_older_one() {
+    let mut routing = welcomed_by_two();
+    routing.apply(0, NOW, full(1, 0..2)).unwrap();
+    routing.apply(1, NOW, full(1, 0..2)).unwrap();
+    // Worker and router were killed together: the router's first list knows of no death.
+    let list = RouteChange { upserts: vec![(successor(0), address(7)), (shard(1), address(1))], ..full(1, 0..0) };
+    assert_eq!(routing.apply(0, NOW, list.clone()), Ok(Outcome::Applied), "nothing is missing");
+    assert!(lives(&routing, successor(0)) && lives(&routing, shard(0)), "the other router holds the older one");
+    assert_eq!(routing.apply(1, NOW, list), Ok(Outcome::Applied));
+    assert!(lives(&routing, successor(0)) && !lives(&routing, shard(0)) && lives(&routing, shard(1)));
+    assert!(routing.table().has_other_incarnation(shard(0).to_u64()));
+}
+
+#[test]
+fn a_router_with_an_old_list_takes_no_living_server_away() {
+    let mut routing = welcomed_by_two();
+    let news = RouteChange { upserts: vec![(successor(0), address(7))], dead: vec![dead(0)], ..full(1, 1..2) };
+    routing.apply(0, NOW, news.clone()).unwrap();
+    routing.apply(1, NOW, RouteChange { upserts: vec![(shard(0), address(0))], ..full(1, 0..0) }).unwrap();
+    assert!(lives(&routing, successor(0)) && !lives(&routing, shard(0)), "what is dead and replaced stays so");
+    routing.apply(0, NOW + REMEMBERED_S, RouteChange { dead: Vec::new(), ..news }).unwrap();
+    // Once the death is forgotten both are in force: nobody knows better.
+    let old = RouteChange { upserts: vec![(shard(0), address(0))], ..full(1, 0..0) };
+    routing.apply(1, NOW + REMEMBERED_S, old).unwrap();
+    assert!(lives(&routing, successor(0)) && lives(&routing, shard(0)));
+}
+
+#[test]
+fn a_state_with_a_route_of_the_dead_is_read_as_dead() {
+    let mut before = welcomed();
+    before.apply(0, NOW, full(1, 0..3)).unwrap();
+    let known = Known { dead: vec![(dead(1), NOW)], ..before.known().unwrap() };
+    let mut after = Routing::restore(1, known);
+    assert!(lives(&after, shard(0)) && !lives(&after, shard(1)));
+    let list = RouteChange { upserts: vec![(shard(0), address(0)), (shard(2), address(2))], ..full(1, 0..0) };
+    assert_eq!(after.apply(0, NOW, list), Ok(Outcome::Applied));
+}
+
+#[test]
+fn a_worker_at_a_relays_address_gets_no_route_and_takes_none_away() {
+    let mut routing = welcomed();
+    let thief = RouteChange { upserts: vec![(shard(1), address(128)), (shard(2), address(2))], ..full(1, 0..0) };
+    routing.apply(0, NOW, thief.clone()).unwrap();
+    assert!(has(&routing, 1), "no relay is there yet");
+    routing.neighbours(0, vec![neighbour(128)]);
+    for version in [2, 3] {
+        let table = routing.table();
+        assert_eq!(table.neighbour_at(address(128)).unwrap().number, relay(128));
+        assert_eq!(table.refused(), [shard(1)]);
+        assert!(table.route(shard(1).to_u64()).is_none() && table.route(shard(2).to_u64()).is_some());
+        // Later than the relay it changes nothing either.
+        routing.apply(0, NOW, RouteChange { version, ..thief.clone() }).unwrap();
+    }
+}
+
 #[test]
 fn a_predecessor_is_known_as_such() {
     let mut routing = welcomed();
