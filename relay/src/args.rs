@@ -64,10 +64,11 @@ pub struct Args {
     /// How long a planned stop may take at most.
     #[arg(long, env = "ANTIPHON_RELAY_DRAIN_DEADLINE", value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     pub drain_deadline: Duration,
-    /// Packets a second that pass of any one connection ID, per core and relay that they come in at.
+    /// Packets a second that pass of any one connection ID from one client address, per core and relay that they come in
+    /// at; ten times that from all addresses, of which those that came before have a tenth of it each for certain.
     #[arg(long, env = "ANTIPHON_RELAY_CID_RATE", value_name = "N", default_value_t = Limits::default().cid_rate)]
     pub cid_rate: NonZeroU16,
-    /// Initial packets a second that pass of any one connection ID, likewise.
+    /// Initial packets a second, counted apart, likewise; the share is 8 at least.
     #[arg(long, env = "ANTIPHON_RELAY_INITIAL_RATE", value_name = "N", default_value_t = Limits::default().initial_rate)]
     pub initial_rate: NonZeroU16,
     /// Stateless resets a second that a core sends in the name of workers that are proven dead.

@@ -84,11 +84,13 @@ pub struct Onward<'t> {
     pub flow: Option<Flow>,
 }
 
-/// Packets that are bounded together: those of one connection ID through one ingress relay.
+/// Packets that are bounded together: those of one connection ID over one path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// Names it.
+    /// Names connection ID and ingress relay.
     pub key: [u64; 2],
+    /// With the ingress relay, the path.
+    pub client: ClientAddr,
     /// Initial packets are bounded more tightly.
     pub initial: bool,
 }
@@ -175,7 +177,7 @@ pub fn classify_up<'t>(
         relay: table.relay(),
         time: coarse_time(now.unix_s),
     };
-    let flow = flow(server_id, nonce, table.relay(), packet.initial);
+    let flow = flow(server_id, nonce, &header, packet.initial);
     Ok(FromClient::Onward(Onward { address: hop.address, key: hop.key, header, through: hop.through, flow }))
 }
 
@@ -274,8 +276,9 @@ fn check_nonce(nonce: u64, packet: &QuicPacket<'_>, now: Now) -> Result<(), Drop
 }
 
 /// The nonce's top bits are kind and expiry, its low ones count: there is room for the relay's number between.
-fn flow(server_id: u64, nonce: u64, ingress: RelayNumber, initial: bool) -> Option<Flow> {
-    Some(Flow { key: [server_id, nonce ^ u64::from(ingress.value()) << 40], initial })
+fn flow(server_id: u64, nonce: u64, header: &Header, initial: bool) -> Option<Flow> {
+    let ingress = u64::from(header.relay.value());
+    Some(Flow { key: [server_id, nonce ^ ingress << 40], client: header.client, initial })
 }
 
 /// Congestion met on the tunnel's leg is passed on (RFC 6040, section 4.2).

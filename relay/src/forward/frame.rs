@@ -115,7 +115,7 @@ fn of_its_client<'t, 'f>(
         key: &route.key,
         header: next_hop(header, route.slot, outer)?,
         through: None,
-        flow: flow(server_id, nonce, header.relay, packet.initial),
+        flow: flow(server_id, nonce, &header, packet.initial),
     };
     Ok(FromTunnel::Onward(onward, datagram))
 }

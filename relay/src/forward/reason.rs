@@ -42,7 +42,7 @@ drop_reasons! {
     DeadIncarnation => "dead_incarnation",
     /// From a client: the connection ID names a server that is proven dead; a reset may have been sent instead.
     DeadServer => "dead_server",
-    /// From a client: its connection ID comes more often than any call's does.
+    /// From a client: its connection ID comes more often than any call's does, from this address or in all.
     CidRate => "cid_rate",
     /// From a client: the connection ID is of a kind that nobody mints.
     CidKind => "cid_kind",

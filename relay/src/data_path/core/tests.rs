@@ -6,6 +6,7 @@ use std::{
 
 use antiphon_core::{
     cid::{CidMinter, ConfigId, NonceCounter},
+    clock::Millis,
     id::{KeyGeneration, RelayNumber, ServerId},
     keys::RelaySecret,
 };
@@ -29,8 +30,13 @@ fn loopback() -> UdpSocket {
     UdpSocket::bind("127.0.0.1:0").unwrap()
 }
 
-/// A core that only moves when its test says so, one live route, and a packet for it.
+/// With room for tests that send as fast as they can.
 fn bench() -> Bench {
+    bench_within(&Limits { cid_rate: NonZeroU16::new(20_000).unwrap(), ..Limits::default() })
+}
+
+/// A core that only moves when its test says so, one live route, and a packet for it.
+fn bench_within(limits: &Limits) -> Bench {
     let (front, back, worker) = (loopback(), loopback(), loopback());
     let server_id = ServerId::from_u64(77);
     let (generation, config) = (KeyGeneration::new(1).unwrap(), ConfigId::new(0).unwrap());
@@ -52,8 +58,7 @@ fn bench() -> Bench {
     shared.swap(routing.table());
     let metrics = Metrics::register(&mut Registry::default());
     let front_address = front.local_addr().unwrap();
-    let limits = Limits { cid_rate: NonZeroU16::new(20_000).unwrap(), ..Limits::default() };
-    let (core, _waker) = Core::new(front, back, 0, shared, metrics.clone(), &limits).unwrap();
+    let (core, _waker) = Core::new(front, back, 0, shared, metrics.clone(), limits).unwrap();
     let mut minter = CidMinter::new(server_id, config, [1; 16], NonceCounter::starting_at(0));
     let mut packet = vec![0x40];
     packet.extend_from_slice(minter.mint_connection().as_bytes());
@@ -113,6 +118,34 @@ fn forwarding_for_10_000_clients_allocates_nothing() {
         outbox.flush(&ports);
     });
     assert_eq!(allocations.count_total, 0);
+}
+
+/// Who has seen one packet of a call has its connection ID, which is all that he needs to send more with it.
+#[test]
+fn a_flood_with_a_callers_connection_id_costs_the_caller_nothing() {
+    for attackers in [1, 64] {
+        let mut bench = bench_within(&Limits::default());
+        let (table, start) = (bench.core.shared.in_force(0), bench.core.shared.clock.now());
+        let Core { outbox, front, back, .. } = &mut bench.core;
+        let (ports, mut memo) = (Ports { front, back }, Memo::default());
+        let mut dropped = 0;
+        // Three seconds, 100 packets a second of the caller, 64,000 of the others.
+        for ms in 0..3000 {
+            let now = Now { ms: Millis(start.ms.0 + ms), ..start };
+            let mut send = |from: SocketAddr| {
+                let arrival = Arrival { datagram: &bench.packet, from, ecn: Ecn::NotEct };
+                outbox.of_client(&table, now, &arrival, &ports, &mut memo).1
+            };
+            if ms % 10 == 0 {
+                assert_eq!(send(SocketAddr::from(([192, 0, 2, 7], 4000))), Ok(()), "the caller at {ms} ms");
+            }
+            for n in 0..64 {
+                dropped += u32::from(send(SocketAddr::from(([198, 51, 100, 9], 5000 + n % attackers))).is_err());
+            }
+            outbox.flush(&ports);
+        }
+        assert!(dropped > 3 * (64_000 - 20_000), "the worker is spared the most of it: {dropped}");
+    }
 }
 
 #[test]

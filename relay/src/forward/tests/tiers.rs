@@ -118,7 +118,7 @@ fn forged_frames_with_a_neighbours_number_go_nowhere() {
     let mut tampered = good.clone();
     *tampered.last_mut().unwrap() ^= 1;
     assert_eq!(refused_by(&table, &tampered, A), DropReason::FrameTag);
-    let header = Header::parse(&good).unwrap();
+    let header = Header { time: coarse_time(NOW), ..Header::parse(&good).unwrap() };
     let with = |header: Header, key: &TunnelKey| {
         let mut frame = good.clone();
         header.seal_frame(key, &mut frame).unwrap();
@@ -216,7 +216,7 @@ fn one_flow_is_one_connection_id_through_one_relay() {
     let cid = minter(far()).mint_connection();
     let flow_at_b = |relay: RelayNumber| {
         let (server, nonce) = table_of_b().codec().decode_u64(cid.as_bytes()).unwrap();
-        flow(server, nonce, relay, false)
+        flow(server, nonce, &Header { relay, ..down_header() }, false).unwrap().key
     };
     assert_ne!(flow_at_b(a()), flow_at_b(b()), "spoofing through one relay costs callers of another nothing");
 }
@@ -224,10 +224,15 @@ fn one_flow_is_one_connection_id_through_one_relay() {
 #[test]
 fn the_dead_are_answered_for_unless_they_live() {
     let mut routing = routing();
-    let dead = DeadServer { server_id: far(), keys: vec![(generation(4), [5; 32])] };
-    let living = DeadServer { server_id: server_id(), keys: vec![(generation(4), [5; 32])] };
-    let change = RouteChange { version: 2, dead: vec![dead, living], ..RouteChange::default() };
+    let dead = |server_id| DeadServer { server_id, keys: vec![(generation(4), [5; 32])] };
+    let change = RouteChange { version: 2, dead: vec![dead(far()), dead(server_id())], ..RouteChange::default() };
     routing.apply(0, NOW, change).unwrap();
+    let bereaved = routing.table();
+    let own = short(&live_cid());
+    let judged = classify_up(&bereaved, now(), &own, address(CLIENT), Ecn::NotEct, &mut Memo::default());
+    assert!(matches!(judged, Ok(FromClient::Reset { .. })), "a route is no life");
+    let back = RouteChange { version: 3, upserts: vec![(server_id(), address(WORKER))], ..RouteChange::default() };
+    routing.apply(0, NOW, back).unwrap();
     let table = routing.table();
     let judge = |packet: &[u8], from: &str| {
         classify_up(&table, now(), packet, address(from), Ecn::NotEct, &mut Memo::default())
