@@ -19,11 +19,11 @@ use anyhow::{Context as _, bail};
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Streaming;
+use tonic::{Code, Status, Streaming};
 
 use crate::public::Addresses;
 
@@ -65,8 +65,8 @@ pub struct Link {
 enum End {
     /// The relay leaves.
     Left,
-    /// The router went away after having been of use.
-    Lost,
+    /// The router went away after having been of use for that long.
+    Lost(Duration),
     /// The relay has another address.
     Moved,
 }
@@ -87,7 +87,7 @@ impl Link {
     }
 
     async fn stay(mut self, stopping: CancellationToken) -> anyhow::Result<()> {
-        let mut failures = 0;
+        let (mut failures, mut name_is_taken) = (0, false);
         while *self.lifecycle.borrow() != Lifecycle::Leaving {
             let cut_off = cancelled_unless_leaving(stopping.clone(), self.lifecycle.clone());
             let ended = tokio::select! {
@@ -96,15 +96,27 @@ impl Link {
             };
             self.knowledge.lock().disconnected(self.index);
             let router = self.router.address;
+            name_is_taken &= ended.is_err();
             match ended {
                 Ok(End::Left) => return Ok(()),
                 Ok(End::Moved) => failures = 0,
-                Ok(End::Lost) => {
+                Ok(End::Lost(lasted)) => {
                     tracing::warn!(%router, "router went away; the table stays in force");
-                    failures = 0;
+                    failures = if lasted >= STEADY { 0 } else { failures + 1 };
                 }
                 Err(error) => {
-                    tracing::warn!(%router, "router: {error:#}");
+                    // Its predecessor may be about to be given up, so it goes on trying, but says so once.
+                    let (told, name) = (name_is_taken, &self.hello.name);
+                    name_is_taken = is_taken(&error);
+                    match (name_is_taken, told) {
+                        (true, false) => tracing::error!(
+                            %router,
+                            "the name {name} is in use: {error:#}. Relays need names of their own (--name); this one \
+                             takes its place once the router has given the other one up"
+                        ),
+                        (true, true) => tracing::debug!(%router, name, "the name is still in use"),
+                        (false, _) => tracing::warn!(%router, "router: {error:#}"),
+                    }
                     failures += 1;
                 }
             }
@@ -163,16 +175,17 @@ impl Link {
         outgoing: mpsc::Sender<v1::RelayMessage>,
         report_interval: Duration,
     ) -> anyhow::Result<End> {
+        let began = Instant::now();
         let mut reports = interval(report_interval);
         reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 directive = incoming.message() => match directive {
                     Ok(Some(directive)) => self.knowledge.lock().directive(self.index, directive)?,
-                    Ok(None) => return Ok(End::Lost),
+                    Ok(None) => return Ok(End::Lost(began.elapsed())),
                     Err(status) => {
                         tracing::debug!(%status, "stream ended");
-                        return Ok(End::Lost);
+                        return Ok(End::Lost(began.elapsed()));
                     }
                 },
                 _ = reports.tick() => {
@@ -234,6 +247,11 @@ async fn cancelled_unless_leaving(stopping: CancellationToken, lifecycle: watch:
     }
 }
 
+/// Whether the router knows another relay of the name that is alive.
+fn is_taken(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Status>().is_some_and(|status| status.code() == Code::AlreadyExists)
+}
+
 fn report_interval(welcome: &v1::RelayWelcome) -> Duration {
     match welcome.report_interval_ms {
         0 => DEFAULT_REPORT_INTERVAL,
@@ -257,6 +275,8 @@ const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 const GOODBYE_WITHIN: Duration = Duration::from_secs(1);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// A connection that lasts shorter is a failure, too: two that drive each other out do it ever more slowly.
+const STEADY: Duration = Duration::from_secs(10);
 const DEFAULT_REPORT_INTERVAL: Duration = Duration::from_secs(1);
 const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(50);
 const MAX_REPORT_INTERVAL: Duration = Duration::from_secs(60);
@@ -264,6 +284,16 @@ const MAX_REPORT_INTERVAL: Duration = Duration::from_secs(60);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_in_use_is_told_from_other_refusals() {
+        let refused = |status: Status| anyhow::Error::from(status);
+        assert!(is_taken(&refused(Status::already_exists("relay a is connected"))));
+        assert!(!is_taken(&refused(Status::unavailable("no record yet"))));
+        assert!(!is_taken(&anyhow::anyhow!("no welcome")));
+        let within = Err::<(), _>(Status::already_exists("relay a is connected")).context("no welcome within 5 s");
+        assert!(is_taken(&within.unwrap_err()), "also with words around it");
+    }
 
     #[test]
     fn backoff_grows_to_its_bound_and_is_spread() {

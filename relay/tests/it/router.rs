@@ -94,6 +94,11 @@ impl Registered {
         self.directives.send(Ok(directive)).await.unwrap();
     }
 
+    /// Ends the registration with an error.
+    pub(crate) async fn refuse(self, status: Status) {
+        self.directives.send(Err(status)).await.unwrap();
+    }
+
     pub(crate) async fn welcome(&self) {
         self.welcome_as(relay_number(), &[GENERATION], GENERATION).await;
     }

@@ -11,6 +11,7 @@ use std::{
 
 use antiphon_core::id::{KeyGeneration, RelayNumber};
 use antiphon_proto::v1;
+use tonic::Status;
 
 use crate::{
     fixture::{Worker, eventually, loopback, relay_number, short},
@@ -225,4 +226,21 @@ async fn routers_are_found_by_name() {
     router.routes(1, true, &[]).await;
     router.report(|r| r.table_version == 1).await;
     fixture.eventually_http("/readyz", "HTTP/1.1 200").await;
+}
+
+/// The router decides whose the name is; the relay that is refused waits for it and takes nothing from the other one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_whose_name_is_in_use_waits_until_it_is_free() {
+    let mut fixture = fixture(&[]).await;
+    let _running = start(fixture.args.clone());
+    for _ in 0..3 {
+        let mut router = fixture.registered().await;
+        assert_eq!(router.hello().await.name, "relay-1");
+        router.refuse(Status::already_exists("relay relay-1 is connected from elsewhere")).await;
+    }
+    let mut router = fixture.registered().await;
+    router.hello().await;
+    router.welcome().await;
+    router.routes(1, true, &[&Worker::new(0x0040_0000_0000_0001)]).await;
+    router.report(|report| report.routes == 1).await;
 }
