@@ -56,7 +56,12 @@ async fn ensure(agent: &VoiceAgent, region: &RegionPool, context: &Context) -> R
     let wanted = pool(agent, region, context);
     let (namespace, name) = (agent.namespace().unwrap_or_default(), wanted.name_any());
     let Some(live) = context.caches.pools.find(&namespace, &name) else {
-        if context.applier.seed(&wanted).await? {
+        let seeded = match context.applier.seed(&wanted).await {
+            // The agent is about to be deleted as well.
+            Err(error) if is_terminating(&error) => return Ok(None),
+            seeded => seeded?,
+        };
+        if seeded {
             let note = format!("pool {name} was made with {} workers; scale it as you like", region.min_replicas);
             context.events.normal(agent, "PoolCreated", "Create", note).await;
         }
@@ -98,4 +103,11 @@ fn pool(agent: &VoiceAgent, region: &RegionPool, context: &Context) -> WorkerPoo
         ..ObjectMeta::default()
     };
     pool
+}
+
+/// Whether the API server refused to make something because the namespace is being deleted.
+fn is_terminating(error: &Error) -> bool {
+    let Error::Kube(kube::Error::Api(status)) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
 }
