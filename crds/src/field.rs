@@ -50,9 +50,13 @@ impl FieldPath {
         &self.0
     }
 
-    /// Takes the field out of a resource; `false` if it is an item of a list, for the others would move up.
+    /// Takes the field out of a resource; of an item of a list the whole list, for the others would move up. `false` for
+    /// the resource itself.
     pub(crate) fn remove_from(&self, resource: &mut serde_json::Value) -> bool {
-        let Some((Step::Field(last), way)) = self.0.split_last() else { return false };
+        let field = self.0.iter().rposition(|step| matches!(step, Step::Field(_)));
+        let Some((Step::Field(last), way)) = field.and_then(|field| self.0[..=field].split_last()) else {
+            return false;
+        };
         let parent = way.iter().try_fold(resource, |value, step| match step {
             Step::Field(name) => value.get_mut(name),
             Step::Item(index) => value.get_mut(index),
@@ -61,6 +65,13 @@ impl FieldPath {
             fields.remove(last);
         }
         true
+    }
+
+    fn find_in<'a>(&self, resource: &'a serde_json::Value) -> Option<&'a serde_json::Value> {
+        self.0.iter().try_fold(resource, |value, step| match step {
+            Step::Field(name) => value.get(name),
+            Step::Item(index) => value.get(index),
+        })
     }
 
     fn then(&self, step: Step) -> Self {
@@ -91,12 +102,15 @@ impl FieldError {
         problem: impl Into<String>,
         hint: impl Into<String>,
     ) -> Self {
-        let text = value.to_string();
-        let value = match text.char_indices().nth(LONGEST_VALUE) {
-            Some((end, _)) => format!("{}…", &text[..end]),
-            None => text,
-        };
-        Self { path, value, problem: problem.into(), hint: hint.into() }
+        Self { path, value: shortened(value), problem: problem.into(), hint: hint.into() }
+    }
+
+    /// The same with the field's value as it stands in a resource, if it is there: a parsed one may be spelt anew.
+    pub(crate) fn spelt_as_in(self, resource: &serde_json::Value) -> Self {
+        match self.path.find_in(resource) {
+            Some(value) if !self.value.is_empty() => Self { value: shortened(value), ..self },
+            _ => self,
+        }
     }
 
     /// Something wrong that no single value shows.
@@ -111,6 +125,14 @@ impl FieldError {
         let parts = [path, what.join(" "), self.hint.clone()];
         let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
         parts.join(": ")
+    }
+}
+
+fn shortened(value: &serde_json::Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST_VALUE) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
     }
 }
 

@@ -83,10 +83,7 @@ pub fn parse(sources: &[(&str, &str)]) -> Result<Vec<Resource>, ManifestErrors> 
             Err(error) => errors.push(not_yaml(file, &error)),
         }
     }
-    // A resource that could not be read would make others look dangling.
-    if errors.is_empty() && documents.iter().all(Document::is_known_to_others) {
-        check_together(&mut documents);
-    }
+    check_together(&mut documents, errors.is_empty());
     if errors.is_empty() && documents.is_empty() {
         errors.push(nothing_there(sources));
     }
@@ -126,7 +123,7 @@ fn document(file: &str, node: Node) -> Document {
     let (api_version, kind) = (format!("{GROUP}/{VERSION}"), known.1.unwrap_or_default());
     let name = value["metadata"]["name"].as_str().unwrap_or_default();
     let subject = match kind {
-        "VoiceAgent" => {
+        "VoiceAgent" if !name.is_empty() => {
             let namespace = value["metadata"]["namespace"].as_str().unwrap_or("default");
             format!("{kind} {namespace}/{name}")
         }
@@ -153,6 +150,10 @@ impl Document {
             SHARED.iter().any(|shared| path.starts_with(shared))
         };
         self.resource.is_some() && !self.errors.iter().any(is_shared)
+    }
+
+    fn is_agent(&self) -> bool {
+        matches!(self.resource, Some(Resource::VoiceAgent(_))) || self.subject.starts_with("VoiceAgent")
     }
 
     fn located_errors(&self) -> impl Iterator<Item = ManifestError> {
@@ -195,7 +196,7 @@ where
     match serde_json::from_value(value.clone()) {
         Ok(kind) => {
             let resource = of(kind);
-            errors.extend(resource.rules());
+            errors.extend(resource.rules().into_iter().map(|error| error.spelt_as_in(&value)));
             (Some(resource), errors)
         }
         Err(error) if errors.is_empty() => {
@@ -203,7 +204,7 @@ where
             (None, vec![FieldError::without_value(root, format!("cannot be read: {error}"), hint)])
         }
         Err(_) => {
-            let resource = without_mistakes(value, &errors).map(of);
+            let resource = without_mistakes(value.clone(), &errors).map(of);
             // What compares a field with one that was taken out compares it with a default.
             let rests_on = |rule: &FieldError, wrong: &FieldError| match wrong.path.steps().last() {
                 Some(Step::Field(name)) => rule.path == wrong.path || rule.problem.contains(name.as_str()),
@@ -211,7 +212,7 @@ where
             };
             let mut more = resource.as_ref().map(Resource::rules).unwrap_or_default();
             more.retain(|rule| !errors.iter().any(|wrong| rests_on(rule, wrong)));
-            errors.extend(more);
+            errors.extend(more.into_iter().map(|error| error.spelt_as_in(&value)));
             (resource, errors)
         }
     }
@@ -277,11 +278,29 @@ fn unknown_kind(value: &Value, api_version: &str) -> FieldError {
     FieldError::new(FieldPath::of("kind"), &value["kind"], "is not a kind of Antiphon's", hint)
 }
 
-/// Adds what does not fit together. Every document is known to the others.
-fn check_together(documents: &mut [Document]) {
-    let resources: Vec<Resource> = documents.iter().filter_map(|document| document.resource.clone()).collect();
-    for (index, error) in rules::check_fleet(&resources) {
-        let errors = &mut documents[index].errors;
+/// Adds what does not fit together, as far as that can be known: nothing is compared with what could not be read.
+/// `all_read`: no file is missing.
+fn check_together(documents: &mut [Document], all_read: bool) {
+    let known: Vec<usize> = (0..documents.len()).filter(|index| documents[*index].is_known_to_others()).collect();
+    let resources: Vec<Resource> = known.iter().filter_map(|index| documents[*index].resource.clone()).collect();
+    let mut errors: Vec<(usize, FieldError)> = Vec::new();
+    for rules::Clash { index, first, mut error } in rules::clashes(&resources) {
+        let first = &documents[known[first]];
+        error.problem = format!("{}, first at {}:{}", error.problem, first.file, first.node.line_of(&error.path));
+        errors.push((index, error));
+    }
+    // A region that could not be read would make agents look dangling.
+    let unread = documents.iter().any(|document| !document.is_known_to_others() && !document.is_agent());
+    if all_read && !unread {
+        let regions = resources.iter().filter_map(Resource::region).collect();
+        for (index, resource) in resources.iter().enumerate() {
+            if let Resource::VoiceAgent(agent) = resource {
+                errors.extend(rules::check_regions(agent, &regions).into_iter().map(|error| (index, error)));
+            }
+        }
+    }
+    for (index, error) in errors {
+        let errors = &mut documents[known[index]].errors;
         if !errors.iter().any(|known| known.path == error.path) {
             errors.push(error);
         }
@@ -295,6 +314,7 @@ fn about_file(file: &str, line: u64, problem: String, hint: &str) -> ManifestErr
 
 fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
     let hint = match error.kind() {
+        io::ErrorKind::NotFound if path == Path::new("-") => "standard input is /dev/stdin",
         io::ErrorKind::NotFound => "check the path",
         io::ErrorKind::InvalidData => "manifests are UTF-8 text",
         _ => "check that it is a readable file",

@@ -44,6 +44,14 @@ impl Resource {
         }
     }
 
+    /// A region by its name.
+    pub(crate) fn region(&self) -> Option<(String, &VoiceRegion)> {
+        match self {
+            Self::VoiceAgent(_) => None,
+            Self::VoiceRegion(region) => Some((region.name_any(), region)),
+        }
+    }
+
     /// The rules of the API server that are not the schema's.
     pub(crate) fn rules(&self) -> Vec<FieldError> {
         match self {
@@ -230,40 +238,52 @@ fn check_schema<K: Checked>(spec: &impl Serialize) -> Vec<FieldError> {
 /// about.
 pub(crate) fn check_fleet(resources: &[Resource]) -> Vec<(usize, FieldError)> {
     let mut errors = Vec::new();
-    let mut regions = BTreeMap::new();
-    let mut numbers = BTreeMap::new();
-    let mut agents = BTreeMap::new();
-    for (index, resource) in resources.iter().enumerate() {
-        let path = FieldPath::of("metadata.name");
-        let duplicate = |what: &str| {
-            let hint = "rename or remove one of them";
-            let problem = format!("names {what} that is declared twice");
-            FieldError::new(path.clone(), &Value::from(resource.name()), problem, hint)
-        };
-        match resource {
-            Resource::VoiceAgent(_) => {
-                if agents.insert(resource.name(), index).is_some() {
-                    errors.push((index, duplicate("a VoiceAgent")));
-                }
-            }
-            Resource::VoiceRegion(region) => {
-                if regions.insert(resource.name(), &**region).is_some() {
-                    errors.push((index, duplicate("a VoiceRegion")));
-                }
-                let number = region.spec.number;
-                let Some(number) = number else { continue };
-                if let Some(other) = numbers.insert(number, resource.name()) {
-                    errors.push((index, number_taken(number, &other)));
-                }
-            }
-        }
+    for clash in clashes(resources) {
+        errors.push((clash.index, clash.error));
     }
+    let regions: BTreeMap<String, &VoiceRegion> = resources.iter().filter_map(Resource::region).collect();
     for (index, resource) in resources.iter().enumerate() {
         if let Resource::VoiceAgent(agent) = resource {
             errors.extend(check_regions(agent, &regions).into_iter().map(|error| (index, error)));
         }
     }
     errors
+}
+
+/// Two resources that take the same name or number.
+pub(crate) struct Clash {
+    /// Of the one that comes later.
+    pub(crate) index: usize,
+    /// Of the one that has it already.
+    pub(crate) first: usize,
+    pub(crate) error: FieldError,
+}
+
+/// What is taken twice among these resources.
+pub(crate) fn clashes(resources: &[Resource]) -> Vec<Clash> {
+    let mut clashes = Vec::new();
+    let mut names = BTreeMap::new();
+    let mut numbers = BTreeMap::new();
+    for (index, resource) in resources.iter().enumerate() {
+        if let Some(first) = names.get(&(resource.kind(), resource.name())).copied() {
+            let problem = format!("names a {} that is declared twice", resource.kind());
+            let path = FieldPath::of("metadata.name");
+            let error = FieldError::new(path, &Value::from(resource.name()), problem, "rename or remove one of them");
+            clashes.push(Clash { index, first, error });
+        } else {
+            names.insert((resource.kind(), resource.name()), index);
+        }
+        let Some((_, region)) = resource.region() else { continue };
+        let Some(number) = region.spec.number else { continue };
+        match numbers.get(&number).copied() {
+            Some(first) => {
+                let other: &Resource = &resources[first];
+                clashes.push(Clash { index, first, error: number_taken(number, &other.name()) });
+            }
+            None => drop(numbers.insert(number, index)),
+        }
+    }
+    clashes
 }
 
 fn number_taken(number: u16, other: &str) -> FieldError {

@@ -78,12 +78,7 @@ impl Checker {
             ("boolean", Value::Bool(_)) => {}
             _ => {
                 let problem = format!("is {} where {} is needed", kind_of(value), article(expected));
-                let hint = match (expected, value) {
-                    ("string", Value::Number(_) | Value::Bool(_)) => "put it in quotes".to_owned(),
-                    ("boolean", _) => "write true or false".to_owned(),
-                    _ => documentation(schema),
-                };
-                self.report(path, value, problem, hint);
+                self.report(path, value, problem, form_of(schema, expected, value));
             }
         }
     }
@@ -164,7 +159,7 @@ impl Checker {
                 let names: Vec<&str> = admitted.iter().filter_map(|one| one.0.as_str()).collect();
                 let hint = match nearest(text, names.iter().copied()) {
                     Some(near) => format!("did you mean {near}?"),
-                    None => format!("write {}", names.join(", ")),
+                    None => "write one of these".to_owned(),
                 };
                 let problem = format!("is not one of {}", names.join(", "));
                 self.report(path, &value, problem, hint);
@@ -241,6 +236,38 @@ pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Opt
 fn documentation(schema: &JSONSchemaProps) -> String {
     let text = paragraphs(schema.description.as_deref().unwrap_or_default());
     text.split("\n\n").next().unwrap_or_default().trim_end_matches('.').to_owned()
+}
+
+/// What to write where a value of another type stands.
+fn form_of(schema: &JSONSchemaProps, expected: &str, value: &Value) -> String {
+    let pattern = || schema.pattern.as_ref().map(|pattern| form::of_pattern(pattern).0.meaning);
+    let range = || match (schema.minimum, schema.maximum) {
+        (Some(min), Some(max)) => format!(" from {min} to {max}"),
+        (Some(min), None) => format!(" from {min} on"),
+        _ => String::new(),
+    };
+    match expected {
+        "boolean" => "write true or false".to_owned(),
+        "integer" => format!("write a whole number{}", range()),
+        "number" => format!("write a number{}", range()),
+        "array" => "write a list: [a, b], or lines that begin with -".to_owned(),
+        "object" => match &schema.properties {
+            Some(fields) => {
+                let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+                format!("write fields in it: {}", names.join(", "))
+            }
+            None => "write fields in it, as in {name: value}".to_owned(),
+        },
+        _ => match (pattern(), &schema.enum_, value) {
+            (Some(meaning), ..) => format!("write {meaning}"),
+            (None, Some(admitted), _) => {
+                let names: Vec<&str> = admitted.iter().filter_map(|one| one.0.as_str()).collect();
+                format!("write one of {}", names.join(", "))
+            }
+            (None, None, Value::Number(_) | Value::Bool(_)) => "put it in quotes".to_owned(),
+            _ => "write a text".to_owned(),
+        },
+    }
 }
 
 fn kind_of(value: &Value) -> &'static str {
@@ -372,7 +399,7 @@ mod tests {
             (json!({"name": "a", "count": 10}), "spec.count: 10 does not lie between 0 and 9: How many"),
             (
                 json!({"name": "a", "count": 1.5}),
-                "spec.count: 1.5 is a fractional number where a whole number is needed: How many",
+                "spec.count: 1.5 is a fractional number where a whole number is needed: write a whole number from 0 to 9",
             ),
             (json!({"name": "a", "cuont": 1}), "spec.cuont: is not a known field: did you mean count?"),
             (
@@ -388,7 +415,10 @@ mod tests {
                 "spec.tags[1]: \"x\" is there already, at index 0: remove one of them",
             ),
             (json!({"name": "a", "tags": ["x", "y", "z"]}), "spec.tags: has 3 items, more than 2"),
-            (json!([]), "spec: [] is a list where a map of fields is needed"),
+            (
+                json!([]),
+                "spec: [] is a list where a map of fields is needed: write fields in it: count, mode, name, tags",
+            ),
         ] {
             assert_eq!(errors(&value), [expected]);
         }

@@ -86,7 +86,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "    type: Echo\n",
         "    type: Echo\n  turnTaking:\n    endSilence: 600\n",
-        "fleet.yaml:9: VoiceAgent default/frontdesk: spec.turnTaking.endSilence: 600 is a whole number where a string is needed: put it in quotes",
+        "fleet.yaml:9: VoiceAgent default/frontdesk: spec.turnTaking.endSilence: 600 is a whole number where a string is needed: write a duration such as 600ms, 90s, 15m or 1h30m",
     ),
     (
         "    type: Echo\n",
@@ -148,6 +148,31 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "",
         "fleet.yaml:5: VoiceAgent default/frontdesk: spec.engine: is missing: The speech engine that listens and answers",
     ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  latency: {budget: 1m60s}\n",
+        "fleet.yaml:8: VoiceAgent default/frontdesk: spec.latency.budget: \"1m60s\" does not lie between 50ms and 10s: choose a duration in this range",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  codecs: [MP3]\n",
+        "fleet.yaml:8: VoiceAgent default/frontdesk: spec.codecs[0]: \"MP3\" is not one of Opus, L16At16k, L16At24k: write one of these",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  sessions: {slotsPerWorker: many}\n",
+        "fleet.yaml:8: VoiceAgent default/frontdesk: spec.sessions.slotsPerWorker: \"many\" is a string where a whole number is needed: write a whole number from 1 to 4096",
+    ),
+    (
+        "    type: Echo\n",
+        "    type: Echo\n  disruption: 15m\n",
+        "fleet.yaml:8: VoiceAgent default/frontdesk: spec.disruption: \"15m\" is a string where a map of fields is needed: write fields in it: deadline, policy, safeToEvict",
+    ),
+    (
+        "  name: frontdesk\n",
+        "  namespace: shop\n",
+        "fleet.yaml:3: VoiceAgent: metadata.name: is missing: give the resource a name",
+    ),
     ("spec:", "spce:", "fleet.yaml:5: VoiceAgent default/frontdesk: spce: is not a known field: did you mean spec?"),
     (
         "    type: Echo\n",
@@ -187,13 +212,13 @@ fn duplicates_are_found_across_files() {
     let twice = parse(&[("a.yaml", REGION), ("b.yaml", REGION)]).unwrap_err();
     assert_eq!(
         twice.to_string(),
-        "b.yaml:4: VoiceRegion frankfurt: metadata.name: \"frankfurt\" names a VoiceRegion that is declared twice: rename or remove one of them"
+        "b.yaml:4: VoiceRegion frankfurt: metadata.name: \"frankfurt\" names a VoiceRegion that is declared twice, first at a.yaml:4: rename or remove one of them"
     );
     let numbered = |name| REGION.replace("frankfurt", name).replace("  cluster", "  number: 7\n  cluster");
     let same_number = parse(&[("a.yaml", &numbered("a")), ("b.yaml", &numbered("b"))]).unwrap_err();
     assert_eq!(
         same_number.to_string(),
-        "b.yaml:6: VoiceRegion b: spec.number: 7 is the number of region a already: numbers are unique in the fleet: choose another, or leave both out"
+        "b.yaml:6: VoiceRegion b: spec.number: 7 is the number of region a already, first at a.yaml:6: numbers are unique in the fleet: choose another, or leave both out"
     );
 }
 
@@ -261,6 +286,34 @@ fn a_field_is_not_compared_with_the_default_of_one_that_cannot_be_read() {
     let region = REGION.replace("frankfurt", "Frankfurt");
     let found = errors(&format!("{AGENT}---\n{region}"));
     assert_eq!(found.len(), 1, "nothing dangles: {found:#?}");
+}
+
+#[test]
+fn one_mistake_hides_no_other_that_does_not_rest_on_it() {
+    let agent = AGENT
+        .replace("maxReplicas: 3", "maxReplicas: 1")
+        .replace("name: frankfurt", "name: nowhere")
+        .replace("    type: Echo\n", "    type: Echo\n  codecs: [MP3, 7]\n");
+    let other = AGENT.replace("name: frontdesk", "name: 7");
+    let found = errors(&format!("{agent}---\n{REGION}---\n{other}---\n{REGION}"));
+    let fields: Vec<_> = found.iter().map(|error| error.split(": ").nth(2).unwrap()).collect();
+    let expected = [
+        "spec.codecs[0]",
+        "spec.codecs[1]",
+        "spec.regions[0].name",
+        "spec.regions[0].maxReplicas",
+        "metadata.name",
+        "metadata.name",
+    ];
+    assert_eq!(fields, expected, "{found:#?}");
+    let unread = parse(&[("a.yaml", AGENT), ("b.yaml", "kind: [")]).unwrap_err();
+    assert_eq!(unread.0.len(), 1, "the region may stand in the other file: {unread}");
+}
+
+#[test]
+fn standard_input_has_a_name() {
+    let error = read(&[PathBuf::from("-")]).unwrap_err().to_string();
+    assert!(error.ends_with(": standard input is /dev/stdin"), "{error}");
 }
 
 #[test]
