@@ -28,6 +28,7 @@ use rustls_pki_types::CertificateDer;
 use crate::{
     call::Call,
     clock::ClockSkew,
+    qlog::Milliseconds,
     race::{Attempt, Race},
     socket::{RelaySocket, VIRTUAL},
 };
@@ -277,6 +278,7 @@ impl Dial {
         let mut transport = transport(Side::Client, budget);
         if let Some(writer) = self.qlog.as_ref().and_then(|open| open(attempt)) {
             let mut qlog = QlogConfig::default();
+            let writer = Box::new(Milliseconds::new(writer));
             qlog.writer(writer).title(Some(format!("session {} attempt {attempt}", self.session)));
             transport.qlog_stream(qlog.into_stream());
         }

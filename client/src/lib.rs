@@ -16,6 +16,7 @@ mod dial;
 mod party;
 mod path;
 mod playout;
+mod qlog;
 mod race;
 mod report;
 mod router;
