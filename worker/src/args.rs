@@ -60,7 +60,8 @@ pub struct Args {
     /// How long live sessions may go on after SIGTERM.
     #[arg(long, env = "ANTIPHON_WORKER_DRAIN_DEADLINE", default_value = "25s", value_parser = humantime::parse_duration)]
     pub drain_deadline: Duration,
-    /// How long live connections use a connection ID; key rotations take three times that.
+    /// How long live connections use a connection ID. Three times that after a key rotation began to mint, nothing
+    /// older is in use: 30 minutes at the default.
     #[arg(long, env = "ANTIPHON_WORKER_CID_LIFETIME", default_value = "10m", value_parser = cid_lifetime)]
     pub cid_lifetime: Duration,
     /// Log as JSON.
