@@ -7,8 +7,12 @@
 //! bytes 18..20  client port
 //! bytes 20..22  ingress relay
 //! bytes 22..24  Unix seconds mod 2^16
-//! bytes 24..32  SipHash-2-4 of bytes 0..24 and the datagram, in little-endian order as SipHash defines it
+//! bytes 24..32  SipHash-2-4 of the frame, in little-endian order as SipHash defines it
 //! ```
+//!
+//! While the tag is worked out, Unix seconds div 2^16 stand in its place (8 bytes, network byte order). They do not
+//! travel: the receiver takes those that bring the time nearest to its own clock. So a frame verifies for 2^15 seconds
+//! either way, and never again when the 16 bits that travel come round.
 //!
 //! The key belongs to one relay, one shard, one direction and one generation. A tag of 64 bits stops strangers, not
 //! whoever sees frames go by: those can be replayed within the time that [`open`] allows, and the datagram inside is
@@ -131,6 +135,30 @@ impl From<SocketAddr> for ClientAddr {
     }
 }
 
+/// When a frame was sealed, in Unix seconds. The header carries the low 16 bits; the tag covers all of them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct CoarseTime(u64);
+
+impl CoarseTime {
+    const fn low(self) -> u16 {
+        (self.0 & 0xffff) as u16
+    }
+
+    /// Stands in the tag's place while that is worked out.
+    const fn high(self) -> [u8; TAG_LEN] {
+        (self.0 >> 16).to_be_bytes()
+    }
+
+    /// The moment with these low bits that is nearest to `now`: from 32,768 s before it to 32,767 s after.
+    const fn nearest(self, now: u64) -> Self {
+        Self(now.wrapping_add_signed(self.seconds_ahead(now) as i64))
+    }
+
+    const fn seconds_ahead(self, now: u64) -> i16 {
+        self.low().wrapping_sub(coarse_time(now).low()).cast_signed()
+    }
+}
+
 /// Why a frame is not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum OpenError {
@@ -146,7 +174,7 @@ pub enum OpenError {
     /// Has travelled too far.
     #[error("frame has no hops left")]
     HopLimit,
-    /// The tag does not match: forged, damaged, or under another key.
+    /// The tag does not match: forged, damaged, under another key, or sealed more than 2^15 seconds (9.1 h) from now.
     #[error("frame's tag does not match")]
     Tag,
     /// Genuine, but its time is too far from now: a replay, or a clock that is off.
@@ -169,15 +197,15 @@ pub struct Header {
     pub client: ClientAddr,
     /// The relay that the client talks to.
     pub relay: RelayNumber,
-    /// When it was sealed, in Unix seconds mod 2^16.
-    pub time: u16,
+    /// When it was sealed. Of a header that was only parsed, the bits that travel: it cannot be sealed again.
+    pub time: CoarseTime,
 }
 
 impl Header {
     /// Writes the header for `datagram` to `out`; the frame is `out` followed by `datagram`.
     pub fn seal_into(&self, key: &TunnelKey, datagram: &[u8], out: &mut [u8; HEADER_LEN]) {
         self.write_fields(out);
-        let tag = tag(key, &out[..TAG_AT], datagram);
+        let tag = tag(key, self.time, out, datagram);
         out[TAG_AT..].copy_from_slice(&tag);
     }
 
@@ -216,7 +244,7 @@ impl Header {
             ecn: Ecn::from_bits(head[1]),
             client: ClientAddr { ip: ip.into(), port: word(18) },
             relay: RelayNumber::new(word(20)).expect("any 16 bits are a relay number"),
-            time: word(22),
+            time: CoarseTime(word(22).into()),
         })
     }
 
@@ -235,7 +263,7 @@ impl Header {
     /// genuine frame that came at once, how far its sender's clock is ahead.
     #[must_use]
     pub const fn seconds_ahead(&self, now: u64) -> i16 {
-        self.time.wrapping_sub(coarse_time(now)).cast_signed()
+        self.time.seconds_ahead(now)
     }
 
     fn write_fields(&self, out: &mut [u8; HEADER_LEN]) {
@@ -248,7 +276,7 @@ impl Header {
         out[2..18].copy_from_slice(&self.client.ip.octets());
         out[18..20].copy_from_slice(&self.client.port.to_be_bytes());
         out[20..22].copy_from_slice(&self.relay.value().to_be_bytes());
-        out[22..24].copy_from_slice(&self.time.to_be_bytes());
+        out[22..24].copy_from_slice(&self.time.low().to_be_bytes());
     }
 }
 
@@ -266,15 +294,16 @@ pub fn open<'a>(
     now: u64,
     max_skew: Duration,
 ) -> Result<(Header, &'a [u8]), OpenError> {
-    let header = Header::parse(frame)?;
-    let (head, datagram) = frame.split_at(HEADER_LEN);
+    let parsed = Header::parse(frame)?;
+    let header = Header { time: parsed.time.nearest(now), ..parsed };
+    let (head, datagram) = frame.split_first_chunk::<HEADER_LEN>().ok_or(OpenError::TooShort)?;
     if header.direction != expected {
         return Err(OpenError::Direction);
     }
     if header.hop_limit == 0 {
         return Err(OpenError::HopLimit);
     }
-    if !bool::from(tag(key, &head[..TAG_AT], datagram).ct_eq(&head[TAG_AT..])) {
+    if !bool::from(tag(key, header.time, head, datagram).ct_eq(&head[TAG_AT..])) {
         return Err(OpenError::Tag);
     }
     if u64::from(header.seconds_ahead(now).unsigned_abs()) > max_skew.as_secs() {
@@ -283,15 +312,18 @@ pub fn open<'a>(
     Ok((header, datagram))
 }
 
-/// Unix seconds as the header carries them.
+/// Unix seconds, as a header takes them.
 #[must_use]
-pub const fn coarse_time(unix_s: u64) -> u16 {
-    (unix_s & 0xffff) as u16
+pub const fn coarse_time(unix_s: u64) -> CoarseTime {
+    CoarseTime(unix_s)
 }
 
-fn tag(key: &TunnelKey, fields: &[u8], datagram: &[u8]) -> [u8; HEADER_LEN - TAG_AT] {
+/// What stands at the tag's place in `head` does not matter.
+fn tag(key: &TunnelKey, time: CoarseTime, head: &[u8; HEADER_LEN], datagram: &[u8]) -> [u8; TAG_LEN] {
+    let mut input = *head;
+    input[TAG_AT..].copy_from_slice(&time.high());
     let mut hasher = SipHasher24::new_with_key(key.as_bytes());
-    hasher.write(fields);
+    hasher.write(&input);
     hasher.write(datagram);
     hasher.finish().to_le_bytes()
 }
@@ -347,6 +379,7 @@ const VERSION: u8 = 1;
 const DIRECTION_BIT: u8 = 0x20;
 const KEY_SLOT_MASK: u8 = 0x1f;
 const TAG_AT: usize = 24;
+const TAG_LEN: usize = HEADER_LEN - TAG_AT;
 const NOTICE_DRAINING: u8 = 1;
 
 #[cfg(test)]
@@ -394,17 +427,17 @@ mod tests {
             ecn: Ecn::Ce,
             client: "[2001:db8::1]:65535".parse::<SocketAddr>().unwrap().into(),
             relay: RelayNumber::new(u16::MAX).unwrap(),
-            time: 0xffff,
+            time: coarse_time(0xffff),
         };
         assert_eq!(hex::encode(frame(&down, &[0xaa; 20])), FROZEN_DOWN);
         let notice = Notice::Draining { deadline_ms: 10_000 };
         let told = Header { client: ClientAddr::RELAY, ..header() };
         assert_eq!(hex::encode(frame(&told, &notice.to_bytes())), FROZEN_NOTICE);
     }
-    const FROZEN_UP: &str = "451200000000000000000000ffffc0000207115100c5d200858356445e0b4dcd68656c6c6f";
+    const FROZEN_UP: &str = "451200000000000000000000ffffc0000207115100c5d2005f7b8854ed07f9ac68656c6c6f";
     const FROZEN_DOWN: &str =
-        "7fff20010db8000000000000000000000001ffffffffffff2d71f15a1155a52eaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-    const FROZEN_NOTICE: &str = "451200000000000000000000000000000000000000c5d2003a0fcab93c25ce58012710";
+        "7fff20010db8000000000000000000000001fffffffffffff08cc1a0deff2587aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+    const FROZEN_NOTICE: &str = "451200000000000000000000000000000000000000c5d200d2ccf38691a3f119012710";
 
     #[test]
     fn each_reason_to_refuse_is_told() {
@@ -433,6 +466,31 @@ mod tests {
             }
             assert_eq!(open_up(&frame, sealed + 0x8000), Err(OpenError::Stale));
         }
+    }
+
+    /// Whoever has recorded a frame can wait until the 16 bits that travel come round.
+    #[test]
+    fn a_frame_does_not_come_back_when_its_time_wraps() {
+        let told = Header { client: ClientAddr::RELAY, ..header() };
+        let frame = frame(&told, &Notice::Draining { deadline_ms: 500 }.to_bytes());
+        for rounds in [1, 2, 100] {
+            for offset in [-30, 0, 30] {
+                let now = NOW.checked_add_signed(rounds * 0x1_0000 + offset).unwrap();
+                assert_eq!(open_up(&frame, now), Err(OpenError::Tag), "{rounds} {offset}");
+            }
+        }
+        let (at_most, beyond) = (NOW + 0x8000, NOW + 0x8001);
+        assert_eq!(open_up(&frame, at_most), Err(OpenError::Stale), "how far its clock is off can be told");
+        assert_eq!(open_up(&frame, beyond), Err(OpenError::Tag));
+    }
+
+    /// The next hop seals with the time that was verified, though only a part of it travels.
+    #[test]
+    fn a_forwarded_frame_keeps_its_whole_time() {
+        let first = frame(&header(), b"x");
+        let (opened, _) = open_up(&first, NOW + 3).unwrap();
+        let second = frame(&opened.next_hop(KeySlot(6)).unwrap(), b"x");
+        assert_eq!(open_up(&second, NOW + 3).unwrap().0.time, coarse_time(NOW));
     }
 
     #[test]

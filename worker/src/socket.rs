@@ -18,7 +18,7 @@ use std::{
 
 use antiphon_core::{
     id::RelayNumber,
-    tunnel::{ClientAddr, Ecn, HEADER_LEN, Header, Notice, OpenError, coarse_time},
+    tunnel::{ClientAddr, Ecn, HEADER_LEN, Header, Notice, OpenError},
 };
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -201,7 +201,7 @@ impl TunnelSocket {
         frame: &'a [u8],
     ) -> Option<Opened<'a>> {
         self.metrics.received.inc();
-        let ahead = |header: Header| header.time.wrapping_sub(coarse_time(now_s)).cast_signed();
+        let ahead = |header: Header| header.seconds_ahead(now_s);
         match relays.open(now_s, source, frame) {
             Some(Ok(opened)) => {
                 skew.note(opened.header.relay, ahead(opened.header));
