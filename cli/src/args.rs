@@ -1,11 +1,15 @@
 //! The command line.
 
+mod examples;
+
 use std::{path::PathBuf, time::Duration};
 
 use antiphon_crds::{InvalidTimeSpan, TimeSpan};
+use antiphon_proto::api_key::ApiKey;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::present::from_environment;
+use examples::*;
 
 /// Realtime voice sessions: run a fleet, make calls, look inside.
 #[derive(Debug, Parser)]
@@ -63,7 +67,8 @@ pub struct UpArgs {
     /// Manifests: YAML files with VoiceRegion and VoiceAgent resources, or directories of them.
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// How long live calls may go on after Ctrl-C; holds here instead of the agents' drain.deadline.
+    /// How long live calls may go on after Ctrl-C; holds here instead of the agents'
+    /// disruption.deadline.
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time)]
     pub stop_deadline: Duration,
 }
@@ -83,7 +88,8 @@ pub enum CodecArg {
 
 /// `antiphon call`.
 ///
-/// The exit code says whether every turn was answered; the table says what the answers were.
+/// The exit code says whether every turn was answered, 0 or 1, or 130 after Ctrl-C; what the answers were, the table
+/// says. So does --json, under `turns[].problems`.
 #[derive(Debug, Args)]
 pub struct CallArgs {
     /// The agent, NAMESPACE/NAME; NAME alone is in namespace `default`.
@@ -94,7 +100,7 @@ pub struct CallArgs {
     /// Where to save what was heard, as WAV.
     #[arg(long, value_name = "OUT")]
     pub save: Option<PathBuf>,
-    /// Where to write what QUIC did, as qlog. A second attempt to connect goes to FILE with `-1` before its extension,
+    /// Where to write what QUIC did, as qlog, times in milliseconds. A second attempt to connect goes to FILE with `-1` before its extension,
     /// and so on.
     #[arg(long, value_name = "FILE")]
     pub qlog: Option<PathBuf>,
@@ -125,11 +131,19 @@ pub struct ApiKeyArg {
 
 impl ApiKeyArg {
     /// The key that was given, on the command line or in the environment.
-    pub(crate) fn given(&self) -> Option<String> {
-        let set = || from_environment("ANTIPHON_API_KEY")?.into_string().ok();
-        self.api_key.clone().or_else(set)
+    ///
+    /// # Errors
+    /// It is none; says where it came from, and does not repeat it.
+    pub(crate) fn given(&self) -> anyhow::Result<Option<String>> {
+        let set = || from_environment(API_KEY).map(|key| (API_KEY, key.to_string_lossy().into_owned()));
+        let given = self.api_key.clone().map(|key| ("--api-key", key)).or_else(set);
+        let Some((from, text)) = given else { return Ok(None) };
+        let key = ApiKey::parse(text.trim()).map_err(|error| anyhow::anyhow!("{from}: {error}"))?;
+        Ok(Some(key.text().to_owned()))
     }
 }
+
+const API_KEY: &str = "ANTIPHON_API_KEY";
 
 /// `antiphon sessions`.
 #[derive(Debug, Args)]
@@ -169,10 +183,10 @@ pub enum KeysCommand {
     /// Make a key and print it: this is the only time that it is shown.
     #[command(after_help = CREATE_EXAMPLES)]
     Create {
-        /// Whose it is; quotas are per tenant.
-        #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        /// Whose it is; quotas are per tenant. 1 to 63 of a-z, 0-9 and '-', not at the ends.
+        #[arg(long, value_parser = tenant)]
         tenant: String,
-        /// Only for these agents, NAMESPACE/NAME or NAMESPACE/*; all unless given.
+        /// Only for these agents, NAMESPACE/NAME, NAME in namespace `default`, or NAMESPACE/*; all unless given.
         #[arg(long, value_name = "AGENT")]
         agent: Vec<String>,
     },
@@ -190,7 +204,19 @@ pub enum KeysCommand {
     Rotate(RotateArgs),
     /// Show which generation of secrets each region wants, has loaded and uses.
     #[command(after_help = GENERATIONS_EXAMPLES)]
-    Generations,
+    Generations(GenerationsArgs),
+}
+
+/// `antiphon keys generations`.
+#[derive(Debug, Args)]
+pub struct GenerationsArgs {
+    /// Wait until no generation but the newest is in use: live calls have moved to it, which takes up to three
+    /// lifetimes of connection IDs, 30 minutes unless set otherwise.
+    #[arg(long)]
+    pub wait: bool,
+    /// Longest wait.
+    #[arg(long, value_name = "TIME", default_value = "45m", value_parser = time, requires = "wait")]
+    pub patience: Duration,
 }
 
 /// `antiphon keys rotate`.
@@ -204,9 +230,19 @@ pub struct RotateArgs {
     /// What to wait for.
     #[arg(long, value_enum, default_value_t = RotateUntil::Minted)]
     pub until: RotateUntil,
-    /// Longest wait.
-    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = time)]
-    pub patience: Duration,
+    /// Longest wait; 5m, or 45m for --until unused.
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub patience: Option<Duration>,
+}
+
+impl RotateArgs {
+    pub(crate) fn patience(&self) -> Duration {
+        let usual = Duration::from_secs(match self.until {
+            RotateUntil::Minted => 5 * 60,
+            RotateUntil::Unused => 45 * 60,
+        });
+        self.patience.unwrap_or(usual)
+    }
 }
 
 /// How far a rotation is to go before the command ends.
@@ -214,7 +250,8 @@ pub struct RotateArgs {
 pub enum RotateUntil {
     /// Everything new uses the new generation.
     Minted,
-    /// And nothing uses an older one: live calls have moved too, which takes up to a quarter of an hour.
+    /// And nothing uses an older one: live calls have moved too, which takes up to three lifetimes of connection IDs,
+    /// 30 minutes unless set otherwise.
     Unused,
 }
 
@@ -304,9 +341,9 @@ pub struct CidEncodeArgs {
     /// How it is encrypted.
     #[command(flatten)]
     pub key: CidKeyArgs,
-    /// Configuration, the top three bits of the first octet.
-    #[arg(long, default_value_t = 0, value_name = "0..=6")]
-    pub config: u8,
+    /// Configuration, the top three bits of the first octet; 0, or that of the fleet's generation, unless given.
+    #[arg(long, value_name = "0..=6")]
+    pub config: Option<u8>,
     /// Low five bits of the first octet, instead of the length of the rest.
     #[arg(long, value_name = "0..=31", value_parser = clap::value_parser!(u8).range(0..=31))]
     pub random_bits: Option<u8>,
@@ -337,17 +374,27 @@ pub struct CidKeyArgs {
     /// AES-128 key, 32 hex digits; plain text without one.
     #[arg(long, value_name = "HEX", env = "ANTIPHON_CID_KEY", hide_env_values = true)]
     pub key: Option<String>,
-    /// The key of the fleet in --dir.
+    /// The key of the fleet in --dir; what it says is checked against that fleet if it runs.
     #[arg(long, conflicts_with = "key")]
     pub fleet: bool,
-    /// Generation of the fleet's key.
-    #[arg(long, default_value_t = 1, value_name = "NUMBER", requires = "fleet")]
-    pub generation: u32,
+    /// Generation of the fleet's key; the one that fits unless given.
+    #[arg(long, value_name = "NUMBER", requires = "fleet", value_parser = clap::value_parser!(u32).range(1..))]
+    pub generation: Option<u32>,
 }
 
 /// As in manifests.
 fn time(text: &str) -> Result<Duration, InvalidTimeSpan> {
     Ok(text.parse::<TimeSpan>()?.duration())
+}
+
+/// The rule of routers.
+fn tenant(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let edge = text.starts_with('-') || text.ends_with('-');
+    if text.is_empty() || text.len() > 63 || edge || !text.chars().all(legal) {
+        return Err("use 1 to 63 of a-z, 0-9 and '-', not at the ends".into());
+    }
+    Ok(text.to_owned())
 }
 
 fn location(text: &str) -> Result<(f64, f64), String> {
@@ -361,87 +408,36 @@ fn location(text: &str) -> Result<(f64, f64), String> {
     Ok((latitude, longitude))
 }
 
-const EXAMPLES: &str = "\
-Examples:
-  antiphon up examples/three-clouds                  a fleet on this machine, until Ctrl-C
-  antiphon call frontdesk --save answer.wav          in another terminal
-  antiphon COMMAND --help                            more of each";
-const CREATE_EXAMPLES: &str = "\
-Examples:
-  antiphon keys create --tenant acme                 for all agents
-  antiphon keys create --tenant acme --agent shop/frontdesk --agent 'billing/*'";
-const LIST_EXAMPLES: &str = "\
-Examples:
-  antiphon keys list
-  antiphon keys list --json | jq -r '.[] | select(.tenant == \"acme\") | .id'";
-const REVOKE_EXAMPLES: &str = "\
-Examples:
-  antiphon keys revoke 0123456789ab                  calls that are live go on; new ones are refused";
-const ENCODE_EXAMPLES: &str = "\
-Examples:
-  antiphon cid encode c4605e 4504cc4f --key 8f95f09245765f80256934e50c66207f
-  antiphon cid encode 31441a 9c69c275                plain text";
-const DECODE_EXAMPLES: &str = "\
-Examples:
-  antiphon cid decode --fleet 90…                    a connection ID of the fleet, as packet captures show it
-  antiphon cid decode 07893540d654162a --server-id-len 3 --key 8f95f09245765f80256934e50c66207f";
-const ROTATE_EXAMPLES: &str = "\
-Examples:
-  antiphon keys rotate                               until everything new uses the next generation
-  antiphon keys rotate --until unused --patience 30m until the older one is out of use
-  antiphon keys rotate --no-wait && antiphon keys generations";
-const GENERATIONS_EXAMPLES: &str = "\
-Examples:
-  antiphon keys generations
-  antiphon keys generations --json | jq -r '.regions[] | select(.wanted > .minting) | .heldUpBy[]'";
-const UP_EXAMPLES: &str = "\
-Examples:
-  antiphon up examples/three-clouds                  all manifests of a directory
-  antiphon up fleet.yaml --dir /tmp/fleet            keys, identities, state and logs in another place
-  antiphon up fleet.yaml --json | head -1 | jq .     what runs where, for scripts";
-const CALL_EXAMPLES: &str = "\
-Examples:
-  antiphon call frontdesk --save answer.wav          a built-in sentence
-  antiphon call shop/frontdesk --wav hello.wav --wav bye.wav --codec l16-24k
-  antiphon call frontdesk --from 52.5,13.4           from Berlin: the nearest region answers
-  antiphon call frontdesk --qlog call.sqlog          open it with qvis.quictools.info
-  antiphon call frontdesk --json | jq .turns
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-Columns of the answers:
-  ANSWERED AFTER  from the end of the turn to the first sound of the answer
-  RECEIPT         what the agent says it heard so far: a number over all turns, read back from the recording
-  PROCESS         which worker process answered: another one has another number
-  LIKENESS        of the answer's words to the caller's, 1 for the same sound
-  LONGEST PAUSE   longest silence within the answer, the speaker's own pauses included";
-const STATUS_EXAMPLES: &str = "\
-Examples:
-  antiphon status
-  antiphon status --json | jq '.regions[].workers[] | select(.placeable | not) | {name, whyNot}'";
-const SESSIONS_EXAMPLES: &str = "\
-Examples:
-  antiphon sessions
-  antiphon sessions --json | jq -r '.sessions[] | select(.turns == 0) | .session'";
-const EXPLAIN_EXAMPLES: &str = "\
-Examples:
-  antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8        why it is where it is, and why nowhere else
-  antiphon explain 06AN1CY4PCK5TE6EXZQ6A5T5N8 --path which relays and addresses it used, how well, why that changed";
-const WORKERS_EXAMPLES: &str = "\
-Examples:
-  antiphon workers gone default-frontdesk-1          its machine has burnt down";
-const RELAYS_EXAMPLES: &str = "\
-Examples:
-  antiphon relays gone relay-1 --region frankfurt";
-const KEYS_EXAMPLES: &str = "\
-Examples:
-  antiphon keys create --tenant acme --agent 'shop/*' an API key, shown once
-  antiphon keys list
-  antiphon keys revoke 0123456789ab
-  antiphon keys rotate                               the fleet's own secrets, during live calls";
-const DEMO_EXAMPLES: &str = "\
-Examples:
-  antiphon demo
-  antiphon demo --calls 20 --turns 2 --keep kept     recordings, logs and report.json";
-const CID_EXAMPLES: &str = "\
-Examples:
-  antiphon cid decode --fleet 90…                    a connection ID of the fleet, as packet captures show it
-  antiphon cid encode c4605e 4504cc4f --key 8f95f09245765f80256934e50c66207f";
+    #[test]
+    fn a_bad_key_is_blamed_on_where_it_came_from_and_not_repeated() {
+        let error = ApiKeyArg { api_key: Some("bla".into()) }.given().unwrap_err().to_string();
+        assert!(error.starts_with("--api-key: ") && !error.contains("bla"), "{error}");
+        let key = ApiKey::from_random(&[7; ApiKey::RANDOM]);
+        let given = ApiKeyArg { api_key: Some(format!(" {}\n", key.text())) }.given().unwrap();
+        assert_eq!(given.as_deref(), Some(key.text()));
+    }
+
+    #[test]
+    fn a_tenant_is_what_routers_take() {
+        for good in ["a", "acme-2", &"x".repeat(63)] {
+            assert_eq!(tenant(good).as_deref(), Ok(good));
+        }
+        for bad in ["", "Acme", "-a", "a-", "a b", &"x".repeat(64)] {
+            assert!(tenant(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn patience_is_as_long_as_what_is_waited_for() {
+        let of = |args: &[&str]| {
+            let cli = Cli::try_parse_from(["antiphon", "keys", "rotate"].iter().chain(args)).unwrap();
+            let Command::Keys(KeysArgs { command: KeysCommand::Rotate(args) }) = cli.command else { panic!() };
+            args.patience().as_secs()
+        };
+        assert_eq!([of(&[]), of(&["--until", "unused"]), of(&["--patience", "7s"])], [300, 2700, 7]);
+    }
+}

@@ -21,7 +21,7 @@ use antiphon_media::{
 };
 use antiphon_proto::v1::Codec;
 use antiphon_runtime::shutdown;
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::present::out;
@@ -36,27 +36,25 @@ use crate::{
 use timeline::Timeline;
 
 pub(crate) async fn run(args: &CallArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
-    let context = Context::load(dir)?;
-    let router = context.nearest(args.from).context("the fleet has no router")?;
-    let client = context.client(router, args.key.given().as_deref())?;
-    let agent = if args.agent.contains('/') { args.agent.clone() } else { format!("default/{}", args.agent) };
     let (codec, rate) = match args.codec {
         CodecArg::Opus => (Codec::Opus, 16_000),
         CodecArg::L1616k => (Codec::L1616k, 16_000),
         CodecArg::L1624k => (Codec::L1624k, 24_000),
     };
-    if let Some(save) = &args.save {
-        writable("--save", save)?;
-    }
-    if let Some(qlog) = &args.qlog {
-        writable("--qlog", qlog)?;
-    }
+    // What is wrong here is said before anybody is asked for anything.
+    let key = args.key.given()?;
+    let turns = turns(&args.wav, rate)?;
+    check_outputs(args)?;
+    let context = Context::load(dir)?;
+    let router = context.nearest(args.from).context("the fleet has no router")?;
+    let client = context.client(router, key.as_deref())?;
+    let agent = if args.agent.contains('/') { args.agent.clone() } else { format!("default/{}", args.agent) };
     let wanted = Wanted {
         agent,
         location: args.from,
         codec,
         regions: args.region.clone(),
-        turns: turns(&args.wav, rate)?,
+        turns,
         patience: args.patience,
         session: SessionId::from_bytes(rand::random()),
         qlog: args.qlog.clone(),
@@ -175,6 +173,27 @@ fn turn(file: &Path, rate: u32) -> anyhow::Result<ScriptTurn> {
     Ok(ScriptTurn { code, pcm })
 }
 
+/// What is written can be, and overwrites nothing that is read or written besides.
+fn check_outputs(args: &CallArgs) -> anyhow::Result<()> {
+    let outputs = [("--save", &args.save), ("--qlog", &args.qlog)];
+    let outputs = outputs.into_iter().filter_map(|(flag, path)| Some((flag, path.as_deref()?)));
+    let mut others: Vec<(&str, &Path)> = args.wav.iter().map(|wav| ("--wav", wav.as_path())).collect();
+    for (flag, path) in outputs {
+        if let Some((other, _)) = others.iter().find(|(_, other)| is_same(other, path)) {
+            bail!("{flag} {}: that is the file of {other}, which would be lost: name another", path.display());
+        }
+        writable(flag, path)?;
+        others.push((flag, path));
+    }
+    Ok(())
+}
+
+/// By whatever name; a device is nobody's file.
+fn is_same(a: &Path, b: &Path) -> bool {
+    let file = |path: &Path| fs::canonicalize(path).ok().filter(|path| path.is_file());
+    a == b && !a.exists() || file(a).is_some_and(|a| file(b) == Some(a))
+}
+
 /// Found out before the call, not after it.
 fn writable(flag: &str, path: &Path) -> anyhow::Result<()> {
     fs::OpenOptions::new()
@@ -187,3 +206,38 @@ fn writable(flag: &str, path: &Path) -> anyhow::Result<()> {
 
 const GIVE_BACK: Duration = Duration::from_secs(2);
 const LONGEST_TURN: Duration = Duration::from_secs(55);
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    async fn refused(dir: &Path, more: &[&str]) -> String {
+        let cli = Cli::try_parse_from(["antiphon", "call", "desk"].iter().chain(more)).unwrap();
+        let Command::Call(args) = cli.command else { panic!("another command") };
+        format!("{:#}", run(&args, dir, false).await.unwrap_err())
+    }
+
+    #[tokio::test]
+    async fn files_are_checked_before_a_fleet_is_looked_for_and_none_is_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (said, answer) = (dir.path().join("said.wav"), dir.path().join("answer.wav"));
+        fs::write(&said, wav::write(&Utterance::ALL[0].pcm(), antiphon_media::speech::RATE)).unwrap();
+        let (said, answer) = (said.to_str().unwrap(), answer.to_str().unwrap());
+        let missing = refused(dir.path(), &["--wav", "/nonexistent/a.wav"]).await;
+        assert!(missing.starts_with("/nonexistent/a.wav: "), "{missing}");
+        let unwritable = refused(dir.path(), &["--save", "/nonexistent/a.wav"]).await;
+        assert!(unwritable.starts_with("--save /nonexistent/a.wav: "), "{unwritable}");
+        let roundabout = format!("{}/./said.wav", dir.path().display());
+        for same in [said, roundabout.as_str()] {
+            let text = refused(dir.path(), &["--wav", said, "--save", same]).await;
+            assert!(text.contains("that is the file of --wav, which would be lost"), "{text}");
+        }
+        let text = refused(dir.path(), &["--save", answer, "--qlog", answer]).await;
+        assert!(text.starts_with("--qlog ") && text.contains("the file of --save"), "{text}");
+        let text = refused(dir.path(), &["--wav", said, "--save", answer]).await;
+        assert!(text.starts_with("no fleet in "), "{text}");
+    }
+}

@@ -1,5 +1,7 @@
 //! `antiphon cid`: QUIC-LB connection IDs by hand, for packet captures and for other implementations.
 
+mod fleet;
+
 use std::{
     fmt,
     path::Path,
@@ -17,15 +19,20 @@ use serde_json::json;
 
 use crate::present::out;
 use crate::{
-    args::{CidArgs, CidCommand, CidDecodeArgs, CidEncodeArgs, CidKeyArgs},
-    fleet::read_root,
+    args::{CidArgs, CidCommand, CidDecodeArgs, CidEncodeArgs},
+    present,
     sessions::age,
 };
+use fleet::{Known, Named};
 
-pub(crate) fn run(args: &CidArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: &CidArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     match &args.command {
         CidCommand::Encode(args) => {
-            let cid = encode(args, key(&args.key, dir)?)?.to_string();
+            let cid = match args.key.fleet {
+                true => encode_for_fleet(args, dir).await?,
+                false => encode(args, args.config.unwrap_or(0), key(args.key.key.as_deref())?)?,
+            };
+            let cid = cid.to_string();
             if json {
                 out!("{}", serde_json::to_string_pretty(&json!({ "cid": cid }))?);
             } else {
@@ -34,11 +41,18 @@ pub(crate) fn run(args: &CidArgs, dir: &Path, json: bool) -> anyhow::Result<Exit
         }
         CidCommand::Decode(args) => {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-            let taken = decode(args, key(&args.key, dir)?, now)?;
+            let taken = match args.key.fleet {
+                true => fleet::take_apart(args, &fleet::root(dir)?, &Known::ask(dir).await, now)?,
+                false => decode(args, key(args.key.key.as_deref())?, now)?,
+            };
             if json {
                 out!("{}", serde_json::to_string_pretty(&taken)?);
             } else {
-                print!("{taken}");
+                out!("{}", taken.to_string().trim_end());
+            }
+            if let Some(problem) = taken.problem() {
+                present::error(&anyhow!("{problem}"));
+                return Ok(ExitCode::FAILURE);
             }
             if taken.antiphon.is_some() && taken.encryption == PLAIN {
                 eprintln!("hint: read as plain text; Antiphon encrypts its own: give --key, or --fleet");
@@ -48,12 +62,8 @@ pub(crate) fn run(args: &CidArgs, dir: &Path, json: bool) -> anyhow::Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-fn key(args: &CidKeyArgs, dir: &Path) -> anyhow::Result<Option<[u8; 16]>> {
-    if args.fleet {
-        let root = read_root(dir).context("--fleet")?;
-        return Ok(Some(root.cid_key(KeyGeneration::new(args.generation)?)));
-    }
-    let Some(text) = args.key.as_deref().filter(|key| !key.is_empty()) else {
+fn key(text: Option<&str>) -> anyhow::Result<Option<[u8; 16]>> {
+    let Some(text) = text.filter(|key| !key.is_empty()) else {
         return Ok(None);
     };
     let octets = octets("--key", text)?;
@@ -62,10 +72,23 @@ fn key(args: &CidKeyArgs, dir: &Path) -> anyhow::Result<Option<[u8; 16]>> {
     key.map(Some).map_err(wrong)
 }
 
-fn encode(args: &CidEncodeArgs, key: Option<[u8; 16]>) -> anyhow::Result<Cid> {
+/// With the key of the generation given, else of the one that the fleet uses for what is new.
+async fn encode_for_fleet(args: &CidEncodeArgs, dir: &Path) -> anyhow::Result<Cid> {
+    let root = fleet::root(dir)?;
+    let generation = match args.key.generation {
+        Some(generation) => generation,
+        None => Known::ask(dir).await.minting()?,
+    };
+    if let Some(config) = args.config {
+        fleet::check_generation(generation, ConfigId::new(config).context("--config")?)?;
+    }
+    encode(args, fleet::config_of(generation), Some(root.cid_key(KeyGeneration::new(generation)?)))
+}
+
+fn encode(args: &CidEncodeArgs, config: u8, key: Option<[u8; 16]>) -> anyhow::Result<Cid> {
     let server_id = octets("SERVER_ID", &args.server_id)?;
     let nonce = octets("NONCE", &args.nonce)?;
-    let id = ConfigId::new(args.config).context("--config")?;
+    let id = ConfigId::new(config).context("--config")?;
     let config = Config::new(id, server_id.len(), nonce.len(), key, args.random_bits.is_none())
         .map_err(|error| blame(error, "SERVER_ID", "NONCE"))?;
     Ok(config.encode(&server_id, &nonce, args.random_bits.unwrap_or(0))?)
@@ -98,6 +121,7 @@ fn decode(args: &CidDecodeArgs, key: Option<[u8; 16]>, now: Duration) -> anyhow:
     let layout = <[u8; 8]>::try_from(server_id).ok().zip(<[u8; 8]>::try_from(nonce).ok());
     Ok(Taken {
         configuration: id.value(),
+        generation: None,
         encryption: match key {
             None => PLAIN,
             Some(_) if config.cid_len() == 17 => "single-pass",
@@ -169,6 +193,9 @@ fn octets(argument: &str, text: &str) -> anyhow::Result<Vec<u8>> {
 #[serde(rename_all = "camelCase")]
 struct Taken {
     configuration: u8,
+    /// Of the fleet's keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    generation: Option<u32>,
     encryption: &'static str,
     server_id: String,
     nonce: String,
@@ -177,6 +204,26 @@ struct Taken {
     server_use: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     antiphon: Option<Layout>,
+}
+
+impl Taken {
+    /// Server ID and nonce of Antiphon's own layout.
+    fn layout(&self) -> Option<(ServerId, SessionNonce)> {
+        self.antiphon.as_ref().map(|layout| layout.parts)
+    }
+
+    /// Adds what the fleet says to it.
+    fn of_fleet(&mut self, generation: u32, named: Named) {
+        self.generation = Some(generation);
+        if let Some(layout) = &mut self.antiphon {
+            layout.named = named;
+        }
+    }
+
+    /// Why it may be none of the fleet's.
+    fn problem(&self) -> Option<&str> {
+        self.antiphon.as_ref()?.named.problem.as_deref()
+    }
 }
 
 /// Server ID and nonce in Antiphon's own layout. Any 8 and 8 octets can be read so.
@@ -193,6 +240,10 @@ struct Layout {
     counter: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     expiry: Option<Expiry>,
+    #[serde(flatten)]
+    named: Named,
+    #[serde(skip)]
+    parts: (ServerId, SessionNonce),
 }
 
 /// Until when a client's first packet may carry an initial connection ID.
@@ -224,6 +275,8 @@ impl Layout {
             },
             counter: nonce.value() & COUNTER_MASK,
             expiry: (nonce.kind() == Some(Kind::Initial)).then(|| Expiry::of(nonce, now.as_secs())),
+            named: Named::default(),
+            parts: (server, nonce),
         }
     }
 }
@@ -242,6 +295,9 @@ impl Expiry {
 impl fmt::Display for Taken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "configuration  {}", self.configuration)?;
+        if let Some(generation) = self.generation {
+            writeln!(f, "generation     {generation}")?;
+        }
         writeln!(f, "encryption     {}", self.encryption)?;
         writeln!(f, "server ID      {}", self.server_id)?;
         writeln!(f, "nonce          {}", self.nonce)?;
@@ -256,8 +312,14 @@ impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "as Antiphon's own layout")?;
         writeln!(f, "server         {}  (region.worker.shard#incarnation)", self.server)?;
+        let Named { region, worker, .. } = &self.named;
+        match (region, worker) {
+            (Some(region), Some(worker)) => writeln!(f, "worker         {region}/{worker}")?,
+            (Some(region), None) => writeln!(f, "region         {region}")?,
+            _ => {}
+        }
         let kind = match self.kind {
-            "connection" => "connection: of a live connection",
+            "connection" => "connection: for live connections",
             "initial" => "initial: for a client's first packet",
             _ => "unknown: nobody mints it; forged, or the key is another",
         };
@@ -292,7 +354,7 @@ mod tests {
     use clap::Parser as _;
 
     use super::*;
-    use crate::args::{Cli, Command};
+    use crate::args::{CidKeyArgs, Cli, Command};
 
     const KEY: &str = "8f95f09245765f80256934e50c66207f";
     const NOW: u64 = 1_800_000_000;
@@ -302,10 +364,11 @@ mod tests {
         let cli = Cli::try_parse_from(["antiphon", "cid"].iter().chain(arguments))?;
         let Command::Cid(args) = cli.command else { panic!("{arguments:?} is another command") };
         match &args.command {
-            CidCommand::Encode(args) => Ok(encode(args, key(&args.key, Path::new("/nonexistent"))?)?.to_string()),
+            CidCommand::Encode(args) => {
+                Ok(encode(args, args.config.unwrap_or(0), key(args.key.key.as_deref())?)?.to_string())
+            }
             CidCommand::Decode(args) => {
-                let key = key(&args.key, Path::new("/nonexistent"))?;
-                Ok(decode(args, key, Duration::from_secs(NOW))?.to_string())
+                Ok(decode(args, key(args.key.key.as_deref())?, Duration::from_secs(NOW))?.to_string())
             }
         }
     }
@@ -367,7 +430,7 @@ counter        78187493530
 ";
         assert_eq!(decode("50e37afbbb303e8e4beed1ce6b41856885"), initial);
         let connection = decode("50321e808ee40bb87d8406cce0828668e7");
-        assert!(connection.contains("kind           connection: of a live connection\ncounter        78187493531\n"));
+        assert!(connection.contains("kind           connection: for live connections\ncounter        78187493531\n"));
     }
 
     #[test]
@@ -419,7 +482,7 @@ counter        78187493530
             (&["decode", short, "--server-id-len", "3", "--nonce-len", "3"], "--nonce-len: nonce of 3 octets"),
             (&["decode", short, "--server-id-len", "3", "--nonce-len", "5"], "has 8 octets, the configuration needs 9"),
             (&["decode", short, "--key", "abcd"], "--key: 2 octets: an AES-128 key has 16, 32 hex digits"),
-            (&["decode", short, "--fleet"], "--fleet: /nonexistent/root.hex"),
+            (&["decode", short, "--fleet", "--generation", "0"], "0 is not in 1.."),
             (&["decode", short, "--fleet", "--key", KEY], "cannot be used with"),
             (&["encode", "", "aabbccdd"], "SERVER_ID: empty"),
             (&["encode", "aa", "bb"], "NONCE: nonce of 1 octets is out of range 4..=18"),
@@ -436,10 +499,16 @@ counter        78187493530
     }
 
     #[test]
+    fn where_no_fleet_is_the_text_is_that_of_other_commands() {
+        let error = fleet::root(Path::new("/nonexistent")).unwrap_err().to_string();
+        assert!(error.starts_with("no fleet in /nonexistent: start one with `antiphon up FILE…`"), "{error}");
+    }
+
+    #[test]
     fn json_has_the_same_parts() {
         let args = CidDecodeArgs {
             cid: "50e37afbbb303e8e4beed1ce6b41856885".into(),
-            key: CidKeyArgs { key: None, fleet: false, generation: 1 },
+            key: CidKeyArgs { key: None, fleet: false, generation: None },
             server_id_len: 8,
             nonce_len: None,
             random_bits: false,

@@ -7,7 +7,6 @@ use std::{collections::BTreeMap, path::Path, process::ExitCode, time::SystemTime
 use antiphon_core::id::SessionId;
 use antiphon_proto::v1::{Candidate, Explanation};
 use anyhow::{anyhow, bail};
-use comfy_table::Table;
 use serde::Serialize;
 
 use crate::present::out;
@@ -23,7 +22,7 @@ pub(crate) async fn run(args: &ExplainArgs, dir: &Path, json: bool) -> anyhow::R
     let session = args.session.trim().parse::<SessionId>();
     let session = session.map_err(|error| anyhow!("{error}, as `antiphon sessions` lists them"))?.to_string();
     let context = Context::load(dir)?;
-    let routers = routers(&context, args.key.given().as_deref())?;
+    let routers = routers(&context, args.key.given()?.as_deref())?;
     if args.path {
         let asked = in_turn(routers, PATIENCE, async |router| router.path(&session).await).await?;
         let Some(found) = asked.answer else {
@@ -82,7 +81,7 @@ fn headline(explanation: &Explanation, now: SystemTime) -> String {
 }
 
 /// What was found about each region and worker.
-pub(crate) fn candidates(candidates: &[Candidate]) -> Table {
+pub(crate) fn candidates(candidates: &[Candidate]) -> present::Table {
     present::table(&HEADER, &RIGHT, candidates.iter().map(row))
 }
 
@@ -138,7 +137,7 @@ impl<'a> Weighed<'a> {
             detail: &candidate.detail,
             estimated_rtt_ms: Some(candidate.estimated_rtt_ms).filter(|ms| *ms > 0),
             free: candidate.free,
-            score: candidate.score,
+            score: candidate.score.map(|score| present::rounded(score, 1)),
         }
     }
 }
@@ -182,7 +181,7 @@ mod tests {
             reason: "nearest".into(),
             decided_at: Some((SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)).into()),
             candidates: vec![
-                Candidate { estimated_rtt_ms: 23, free: 60, score: Some(23.45), ..candidate("frankfurt", "chosen") },
+                Candidate { estimated_rtt_ms: 23, free: 60, score: Some(23.46), ..candidate("frankfurt", "chosen") },
                 Candidate { worker: "desk-0".into(), detail: "took it".into(), ..candidate("frankfurt", "chosen") },
             ],
             attempts: 2,
@@ -208,14 +207,14 @@ attempts  2
     #[test]
     fn what_is_unknown_is_a_dash_and_absent_from_json() {
         let rows: Vec<_> = explanation().candidates.iter().map(row).collect();
-        assert_eq!(rows[0], ["frankfurt", "-", "chosen", "23 ms", "60", "23.4", "-"]);
+        assert_eq!(rows[0], ["frankfurt", "-", "chosen", "23 ms", "60", "23.5", "-"]);
         assert_eq!(rows[1], ["frankfurt", "desk-0", "chosen", "-", "0", "-", "took it"]);
         let best = Candidate { score: Some(0.0), ..Candidate::default() };
         assert_eq!((&*row(&best)[5], Weighed::of(&best).score), ("0.0", Some(0.0)), "nothing is better");
         let json = serde_json::to_value(Explained::of(&explanation())).unwrap();
         assert_eq!(json["decidedAt"], "2027-01-15T08:00:00Z");
         let region = serde_json::json!({
-            "region": "frankfurt", "verdict": "chosen", "detail": "", "estimatedRttMs": 23, "free": 60, "score": 23.45,
+            "region": "frankfurt", "verdict": "chosen", "detail": "", "estimatedRttMs": 23, "free": 60, "score": 23.5,
         });
         assert_eq!(json["candidates"][0], region);
         let worker = serde_json::json!({

@@ -31,7 +31,7 @@ use tonic::transport::Channel;
 pub use address::Subnet;
 pub(crate) use antiphon_records::key as key_record;
 pub use context::{Context, RouterContext};
-pub(crate) use context::{ca_path, key_path, new_key};
+pub(crate) use context::{ca_path, key_path, new_key, no_fleet};
 pub(crate) use process::ADMIN;
 pub use process::{Kind, Process, ProcessSpec};
 

@@ -10,9 +10,12 @@ use std::{
     process::ExitCode,
 };
 
+use antiphon_crds::nearest;
 use antiphon_proto::{
     api_key::{ApiKey, is_id},
-    v1::{ApplyRequest, KeyRecord, ListKeysRequest, admin_client::AdminClient},
+    v1::{
+        ApplyRequest, FleetStatusRequest, FleetStatusResponse, KeyRecord, ListKeysRequest, admin_client::AdminClient,
+    },
 };
 use antiphon_runtime::pki::write_secret;
 use anyhow::{Context as _, anyhow, bail, ensure};
@@ -27,6 +30,7 @@ use crate::{
     fleet::{Context, key_record, new_key},
     present, rotation,
     sessions::{Failed, PATIENCE, no_answer},
+    status,
 };
 
 pub(crate) async fn run(args: &KeysArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
@@ -37,7 +41,7 @@ pub(crate) async fn run(args: &KeysArgs, dir: &Path, json: bool) -> anyhow::Resu
         KeysCommand::List => list(&context, json).await,
         KeysCommand::Revoke { id } => revoke(&context, dir, id, json).await,
         KeysCommand::Rotate(args) => rotation::rotate(args, dir, json).await,
-        KeysCommand::Generations => rotation::generations(dir, json).await,
+        KeysCommand::Generations(args) => rotation::generations(args, dir, json).await,
     }
 }
 
@@ -49,8 +53,14 @@ async fn create(
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let in_default = |agent: &String| if agent.contains('/') { agent.clone() } else { format!("default/{agent}") };
+    let agents: Vec<_> = agents.iter().map(in_default).collect();
+    let known = if agents.is_empty() { Vec::new() } else { status::agents(context).await };
+    for agent in agents.iter().filter(|agent| !is_known(agent, &known)) {
+        let hint = nearest(agent, known.iter().map(String::as_str)).map(|near| format!(": did you mean {near}?"));
+        eprintln!("warning: no agent {agent} has workers{}", hint.unwrap_or_default());
+    }
     let key = new_key();
-    let record = key_record(&key, tenant, agents.iter().map(in_default).collect());
+    let record = key_record(&key, tenant, agents);
     // Before any router has it: one that starts in between is told as well.
     change_stored(dir, |keys| keys.push(record.clone()))?;
     let request = ApplyRequest { keys: vec![record.clone()], ..ApplyRequest::default() };
@@ -83,6 +93,14 @@ async fn create(
         record.id
     ));
     Ok(ExitCode::FAILURE)
+}
+
+/// Whether `NAMESPACE/NAME` is one of these agents, or `NAMESPACE/*` has any of them.
+fn is_known(agent: &str, known: &[String]) -> bool {
+    match agent.strip_suffix('*') {
+        Some(namespace) => known.iter().any(|known| known.starts_with(namespace)),
+        None => known.iter().any(|known| known == agent),
+    }
 }
 
 /// Revokes a key that could not be printed: nobody could ever use it.
@@ -196,6 +214,18 @@ pub(crate) async fn ask_all<T>(
     (answers, failed)
 }
 
+/// The fleet as each router sees it that knows of its own region.
+pub(crate) async fn statuses(context: &Context) -> (Vec<(String, FleetStatusResponse)>, Failed) {
+    let (answers, mut failed) =
+        ask_all(context, async |mut admin| admin.fleet_status(FleetStatusRequest {}).await).await;
+    let knows_itself = |status: &FleetStatusResponse| status.regions.iter().any(|region| region.local);
+    let (answers, empty): (Vec<_>, Vec<_>) = answers.into_iter().partition(|(_, status)| knows_itself(status));
+    for (region, _) in empty {
+        failed.add(&region, NO_RECORD);
+    }
+    (answers, failed)
+}
+
 /// A transport error's own text says nothing; its innermost cause does.
 fn what_happened(status: &Status) -> String {
     let mut source = std::error::Error::source(status);
@@ -282,6 +312,8 @@ fn change_stored(dir: &Path, change: impl FnOnce(&mut Vec<KeyRecord>)) -> anyhow
     store().with_context(|| path.display().to_string())
 }
 
+/// What a router does that has just started and was not given its fleet yet.
+pub(crate) const NO_RECORD: &str = "waits for its region record";
 const FILE: &str = "keys.json";
 const NEXT: &str = "keys.json.next";
 const LOCK: &str = "keys.json.lock";
@@ -311,6 +343,13 @@ mod tests {
         let file = fs::metadata(dir.path().join(FILE)).unwrap();
         assert_eq!(file.permissions().mode() & 0o777, 0o600);
         assert!(!dir.path().join(NEXT).exists());
+    }
+
+    #[test]
+    fn agents_of_a_key_are_compared_with_those_that_there_are() {
+        let known = ["shop/desk".to_owned()];
+        let found = ["shop/desk", "shop/*", "shop/desks", "hotel/*"].map(|agent| is_known(agent, &known));
+        assert_eq!(found, [true, true, false, false]);
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub fn main(cli: Cli) -> ExitCode {
     if let Command::Demo(_) = cli.command {
         demo::go_first();
     }
+    let json = cli.json;
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -41,6 +42,10 @@ pub fn main(cli: Cli) -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
+            if json {
+                // Nobody may be there to read it; the exit code says the same.
+                let _ = present::try_line(&serde_json::json!({ "error": present::text(&error) }).to_string());
+            }
             present::error(&error);
             if error.is::<Interrupted>() { ExitCode::from(Interrupted::CODE) } else { ExitCode::FAILURE }
         }
@@ -64,11 +69,13 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             "demo makes a fleet of its own: name a directory to keep it in with --keep, not --dir"
         );
     }
+    let given = cli.dir.clone();
     let dir = cli.dir.or_else(|| present::from_environment("ANTIPHON_DIR").map(PathBuf::from));
     let dir = dir.map_or_else(default_dir, Ok)?;
+    ensure!(!dir.exists() || dir.is_dir(), "{} is no directory: name that of the fleet with --dir", dir.display());
     let json = cli.json;
     match cli.command {
-        Command::Up(args) => up::run(&args, dir, json).await,
+        Command::Up(args) => up::run(&args, dir, given.as_deref(), json).await,
         Command::Call(args) => call::run(&args, &dir, json).await,
         Command::Status => status::run(&dir, json).await,
         Command::Sessions(args) => sessions::run(&args, &dir, json).await,
@@ -77,7 +84,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Workers(args) => gone::worker(&args.command, &dir, json).await,
         Command::Relays(args) => gone::relay(&args.command, &dir, json).await,
         Command::Demo(args) => demo::run(&args, json).await,
-        Command::Cid(args) => cid::run(&args, &dir, json),
+        Command::Cid(args) => cid::run(&args, &dir, json).await,
     }
 }
 

@@ -7,13 +7,18 @@ use std::{
     time::Duration,
 };
 
-use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Width, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// An error with its causes, without a backtrace.
 pub(crate) fn error(error: &anyhow::Error) {
     let red = is_capable(&std::io::stderr()) && from_environment("NO_COLOR").is_none();
     let label = if red { "\x1b[1;31merror\x1b[0m" } else { "error" };
+    eprintln!("{label}: {}", text(error));
+}
+
+/// An error and its causes.
+pub(crate) fn text(error: &anyhow::Error) -> String {
     // A cause that its context repeats says nothing new.
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -21,7 +26,7 @@ pub(crate) fn error(error: &anyhow::Error) {
             text = format!("{text}: {cause}");
         }
     }
-    eprintln!("{label}: {text}");
+    text
 }
 
 /// A terminal that can do more than show lines.
@@ -34,56 +39,171 @@ pub(crate) fn from_environment(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// A table whose columns line up, without lines. Columns named in `right` are numbers.
-pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(header.iter().map(ToString::to_string).collect::<Vec<_>>());
-    for row in rows {
-        table.add_row(row);
-    }
-    for (index, column) in table.column_iter_mut().enumerate() {
-        column.set_padding((0, GAP));
-        if right.contains(&index) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
+/// A table whose columns line up, without lines. The last column is text that may be long.
+#[derive(Debug, Clone)]
+pub(crate) struct Table {
+    header: Vec<String>,
+    /// Columns of numbers.
+    right: Vec<usize>,
+    rows: Vec<Vec<String>>,
 }
 
-/// Prints a table without trailing blanks, its last column broken into lines where a terminal is too narrow for it.
+/// A table; columns named in `right` are numbers.
+pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+    Table {
+        header: header.iter().map(ToString::to_string).collect(),
+        right: right.to_vec(),
+        rows: rows.into_iter().collect(),
+    }
+}
+
+/// Prints a table, so that it can be read on this terminal.
 pub(crate) fn print(table: &Table) {
-    let width = table.width();
-    for text in fitted(table.clone(), width).to_string().lines() {
-        line(text.trim_end());
+    for text in table.lines(comfy_table::Table::new().width()) {
+        line(&text);
     }
 }
 
 /// The same on standard error.
-pub(crate) fn print_error(mut table: Table) {
-    let width = table.use_stderr().width();
-    for text in fitted(table, width).to_string().lines() {
-        eprintln!("{}", text.trim_end());
+pub(crate) fn print_error(table: &Table) {
+    for text in table.lines(error_width()) {
+        eprintln!("{text}");
     }
 }
 
-fn fitted(mut table: Table, width: Option<u16>) -> Table {
-    let widths = table.column_max_content_widths();
-    let (Some(width), Some((last, others))) = (width, widths.split_last()) else { return table };
-    let left = others.iter().fold(width, |left, other| left.saturating_sub(other.saturating_add(GAP)));
-    if *last <= left || left < LEAST_TEXT {
-        return table;
-    }
-    table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
-    for (index, column) in table.column_iter_mut().enumerate() {
-        if index < others.len() {
-            column.set_constraint(ColumnConstraint::ContentWidth);
+/// Columns of the terminal that standard error goes to, if it is one.
+pub(crate) fn error_width() -> Option<u16> {
+    comfy_table::Table::new().use_stderr().width()
+}
+
+impl Table {
+    /// Without trailing blanks. What is too wide loses the columns that say the same of everybody; then the last column
+    /// is broken into lines, within its place or, where that is too narrow, below its row.
+    fn lines(&self, width: Option<u16>) -> Vec<String> {
+        let Some(width) = width.filter(|width| self.width() > usize::from(*width)) else {
+            return drawn(self.drawing());
+        };
+        let (narrow, same) = self.without_the_same();
+        let last = narrow.header.len() - 1;
+        let left = usize::from(width).saturating_sub(narrow.width_before(last));
+        let mut lines = if narrow.width() <= usize::from(width) {
+            drawn(narrow.drawing())
+        } else if left >= LEAST_TEXT {
+            narrow.broken_within(left, width)
         } else {
-            column.set_padding((0, 0)).set_constraint(ColumnConstraint::Absolute(Width::Fixed(left)));
+            narrow.broken_below(width)
+        };
+        lines.extend(same);
+        lines
+    }
+
+    fn width(&self) -> usize {
+        self.width_before(self.header.len()).saturating_sub(GAP)
+    }
+
+    /// Of the columns before this one, each with the blanks behind it.
+    fn width_before(&self, end: usize) -> usize {
+        let cells = |column: usize| std::iter::once(&self.header).chain(&self.rows).map(move |row| &row[column]);
+        let of_text = |text: &String| text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+        (0..end).map(|column| cells(column).map(of_text).max().unwrap_or(0) + GAP).sum()
+    }
+
+    /// Only the columns that tell rows apart, and a line that says what the others have in common. The first two, which
+    /// name things, and the last one stay.
+    fn without_the_same(&self) -> (Self, Option<String>) {
+        let count = self.header.len();
+        let is_same = |column: &usize| {
+            let mut cells = self.rows.iter().map(|row| &row[*column]);
+            let first = cells.next();
+            self.rows.len() > 1 && (2..count - 1).contains(column) && cells.all(|cell| Some(cell) == first)
+        };
+        let (same, kept): (Vec<usize>, Vec<usize>) = (0..count).partition(is_same);
+        let pick = |row: &Vec<String>| kept.iter().map(|column| row[*column].clone()).collect();
+        let narrow = Self {
+            header: pick(&self.header),
+            right: (0..kept.len()).filter(|column| self.right.contains(&kept[*column])).collect(),
+            rows: self.rows.iter().map(pick).collect(),
+        };
+        let said: Vec<_> =
+            same.iter().map(|column| format!("{} {}", self.header[*column], self.rows[0][*column])).collect();
+        (narrow, (!said.is_empty()).then(|| format!("all: {}", said.join(", "))))
+    }
+
+    fn drawing(&self) -> comfy_table::Table {
+        let mut table = comfy_table::Table::new();
+        table.load_style(presets::NOTHING);
+        table.set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header(&self.header);
+        for row in &self.rows {
+            table.add_row(row);
+        }
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, GAP as u16));
+            if self.right.contains(&index) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table
+    }
+
+    /// The last column gets `left` columns of the terminal.
+    fn broken_within(&self, left: usize, width: u16) -> Vec<String> {
+        let mut table = self.drawing();
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+        let last = self.header.len() - 1;
+        for (index, column) in table.column_iter_mut().enumerate() {
+            if index < last {
+                column.set_constraint(ColumnConstraint::ContentWidth);
+            } else {
+                let left = Width::Fixed(u16::try_from(left).unwrap_or(width));
+                column.set_padding((0, 0)).set_constraint(ColumnConstraint::Absolute(left));
+            }
+        }
+        drawn(table)
+    }
+
+    /// The last column stands below its row, on lines of its own.
+    fn broken_below(&self, width: u16) -> Vec<String> {
+        let last = self.header.len() - 1;
+        let cut = |row: &Vec<String>| row[..last].to_vec();
+        let above = Self {
+            header: cut(&self.header),
+            right: self.right.iter().copied().filter(|column| *column < last).collect(),
+            rows: self.rows.iter().map(cut).collect(),
+        };
+        let room = usize::from(width).saturating_sub(INDENT.len()).max(LEAST_TEXT);
+        let mut lines = Vec::new();
+        let texts = std::iter::once(&self.header).chain(&self.rows).map(|row| &row[last]);
+        for (line, text) in drawn(above.drawing()).into_iter().zip(texts) {
+            lines.push(line);
+            lines.extend(wrapped(text, room).into_iter().map(|text| format!("{INDENT}{text}")));
+        }
+        lines
+    }
+}
+
+fn drawn(table: comfy_table::Table) -> Vec<String> {
+    table.to_string().lines().map(|line| line.trim_end().to_owned()).collect()
+}
+
+/// Lines of whole words, as long as they fit.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for paragraph in text.lines() {
+        lines.push(String::new());
+        for word in paragraph.split_whitespace() {
+            let line = lines.last_mut().expect("one was just begun");
+            if line.is_empty() {
+                line.push_str(word);
+            } else if line.chars().count() + 1 + word.chars().count() <= width {
+                line.push(' ');
+                line.push_str(word);
+            } else {
+                lines.push(word.to_owned());
+            }
         }
     }
-    table
+    lines
 }
 
 /// `println!` by way of [`line()`].
@@ -171,6 +291,12 @@ pub(crate) fn duration(d: Duration) -> String {
     }
 }
 
+/// As many digits behind the point as mean something.
+pub(crate) fn rounded(number: f64, digits: i32) -> f64 {
+    let scale = 10_f64.powi(digits);
+    (number * scale).round() / scale
+}
+
 /// The value at `quantile` (0..=1) of sorted values; zero of none.
 pub(crate) fn quantile(sorted: &[Duration], quantile: f64) -> Duration {
     let last = sorted.len().saturating_sub(1) as f64;
@@ -178,28 +304,62 @@ pub(crate) fn quantile(sorted: &[Duration], quantile: f64) -> Duration {
 }
 
 /// Blanks between columns.
-const GAP: u16 = 2;
+const GAP: usize = 2;
 /// Columns that a text needs at least to be broken into lines that can be read.
-const LEAST_TEXT: u16 = 14;
+const LEAST_TEXT: usize = 24;
+/// What stands before a text below its row.
+const INDENT: &str = "    ";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn rows(rows: &[&[&str]]) -> Vec<Vec<String>> {
+        rows.iter().map(|row| row.iter().map(ToString::to_string).collect()).collect()
+    }
+
     #[test]
-    fn a_text_that_is_too_wide_is_broken_within_its_column() {
-        let row = ["north", "is farther than the nearest region, 12 ms away"].map(str::to_owned);
-        let table = table(&["REGION", "DETAIL"], &[], [row.to_vec()]);
-        let lines = |width| {
-            let text = fitted(table.clone(), width).to_string();
-            text.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>()
-        };
+    fn a_text_that_is_too_wide_is_broken_within_its_column_or_below_its_row() {
+        let row = rows(&[&["north", "is farther than the nearest region, 12 ms away"]]);
+        let table = table(&["REGION", "DETAIL"], &[], row);
         let whole = ["REGION  DETAIL", "north   is farther than the nearest region, 12 ms away"];
-        assert_eq!(lines(None), whole);
-        assert_eq!(lines(Some(54)), whole, "fits");
-        assert_eq!(lines(Some(20)), whole, "no room for text at all");
+        assert_eq!(table.lines(None), whole);
+        assert_eq!(table.lines(Some(54)), whole, "fits");
         let broken = ["REGION  DETAIL", "north   is farther than the", "        nearest region, 12 ms", "        away"];
-        assert_eq!(lines(Some(32)), broken);
+        assert_eq!(table.lines(Some(32)), broken);
+        let below =
+            ["REGION", "    DETAIL", "north", "    is farther than the", "    nearest region, 12 ms", "    away"];
+        assert_eq!(table.lines(Some(28)), below);
+    }
+
+    #[test]
+    fn columns_that_say_the_same_of_everybody_leave_a_narrow_table() {
+        let header = ["REGION", "WORKER", "PHASE", "CALLS", "CLOCK", "STATE"];
+        let cells = rows(&[
+            &["north", "desk-0", "active", "0 of 60", "0.0 s", "takes calls"],
+            &["north", "desk-1", "active", "7 of 60", "0.0 s", "takes calls"],
+        ]);
+        let both = table(&header, &[3, 4], cells.clone());
+        assert_eq!(both.lines(Some(80))[0], "REGION  WORKER  PHASE     CALLS  CLOCK  STATE");
+        let narrow = [
+            "REGION  WORKER    CALLS  STATE",
+            "north   desk-0  0 of 60  takes calls",
+            "north   desk-1  7 of 60  takes calls",
+            "all: PHASE active, CLOCK 0.0 s",
+        ];
+        assert_eq!(both.lines(Some(45)), narrow);
+        let single = table(&header, &[3, 4], cells[..1].to_vec());
+        assert_eq!(single.lines(Some(45))[0], "REGION  WORKER  PHASE     CALLS  CLOCK", "one row is not everybody");
+    }
+
+    #[test]
+    fn no_table_is_wider_than_its_terminal_if_the_text_can_help_it() {
+        let header = ["RELAY", "CALLER AT", "DETAIL"];
+        let text = "the caller came through relay 66 instead of 65, and nobody knows why";
+        let table = table(&header, &[], rows(&[&["frankfurt/relay-0 (65)", "192.0.2.7:40000", text]]));
+        for width in [50, 60, 80, 100] {
+            assert!(table.lines(Some(width)).iter().all(|line| line.len() <= usize::from(width)), "{width}");
+        }
     }
 
     #[test]

@@ -5,25 +5,36 @@
 
 use std::{path::Path, process::ExitCode, time::Duration};
 
-use antiphon_proto::v1::{ApplyRequest, FleetStatusRequest, FleetStatusResponse};
+use antiphon_core::generation::WINDOW;
+use antiphon_proto::v1::{ApplyRequest, FleetStatusResponse};
 use anyhow::{bail, ensure};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::present::out;
 use crate::{
-    args::{RotateArgs, RotateUntil},
+    args::{GenerationsArgs, RotateArgs, RotateUntil},
     fleet::Context,
-    keys::ask_all,
+    keys::{NO_RECORD, ask_all, statuses},
     present::{self, Progress},
     sessions::Failed,
 };
 
-pub(crate) async fn generations(dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
-    let (regions, failed) = look(&Context::load(dir)?).await?;
-    show(&regions, json.then(|| json!({"missing": failed.regions()})))?;
+pub(crate) async fn generations(args: &GenerationsArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let context = Context::load(dir)?;
+    let (mut regions, mut failed) = look(&context).await?;
+    let target = wanted(&regions);
+    let mut ended = true;
+    if args.wait {
+        (regions, ended) = watch(&context, target, RotateUntil::Unused, args.patience, json).await?;
+        failed = look(&context).await?.1;
+    }
+    show(&regions, json.then(|| json!({"missing": failed.regions(), "finished": is_finished(&regions, target)})))?;
+    if !ended && !json {
+        eprintln!("not there yet: {MOVES}");
+    }
     if failed.is_empty() {
-        return Ok(ExitCode::SUCCESS);
+        return Ok(if ended { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     eprintln!("not every router answers ({failed}): what is known of its region comes from it alone");
     Ok(ExitCode::FAILURE)
@@ -37,7 +48,15 @@ pub(crate) async fn rotate(args: &RotateArgs, dir: &Path, json: bool) -> anyhow:
         "nothing was changed: every region has to take part, and not every router answers ({failed})"
     );
     let target = match next(&regions) {
-        Next::Begin(target) => target,
+        Next::Begin(target) => {
+            if let Some(users) = users_of_too_old(&regions, target) {
+                bail!(
+                    "nothing was changed: {WINDOW} generations are there at a time at most, and {users}. {MOVES}: \
+                     wait with `antiphon keys generations --wait`"
+                );
+            }
+            target
+        }
         Next::Finish(target) => {
             eprintln!("the rotation to generation {target} has begun already: this goes on with it");
             target
@@ -47,12 +66,12 @@ pub(crate) async fn rotate(args: &RotateArgs, dir: &Path, json: bool) -> anyhow:
     let until = if args.no_wait { None } else { Some(args.until) };
     let (regions, finished) = match until {
         None => (look(&context).await?.0, true),
-        Some(until) => watch(&context, target, until, args.patience, json).await?,
+        Some(until) => watch(&context, target, until, args.patience(), json).await?,
     };
     let minted = regions.iter().all(|region| region.minting >= target);
     show(
         &regions,
-        json.then(|| json!({"generation": target, "minting": minted, "finished": until.is_some() && finished})),
+        json.then(|| json!({"generation": target, "minting": minted, "finished": is_finished(&regions, target)})),
     )?;
     if !json {
         eprintln!("{}", advice(target, until, finished));
@@ -63,10 +82,9 @@ pub(crate) async fn rotate(args: &RotateArgs, dir: &Path, json: bool) -> anyhow:
 fn advice(target: u32, until: Option<RotateUntil>, finished: bool) -> String {
     match (until, finished) {
         (None, _) => format!("generation {target} is wanted; `antiphon keys generations` shows how far regions are"),
-        (Some(RotateUntil::Minted), true) => format!(
-            "everything new uses generation {target}; live calls move to it by themselves within minutes, \
-             `antiphon keys generations` shows when the older one is out of use"
-        ),
+        (Some(RotateUntil::Minted), true) => {
+            format!("everything new uses generation {target}. {MOVES}: `antiphon keys generations --wait` waits for it")
+        }
         (Some(RotateUntil::Unused), true) => format!("generation {target} is all that is used"),
         (Some(_), false) => format!(
             "not there yet: what holds it up is named above. The fleet goes on by itself; \
@@ -86,8 +104,8 @@ async fn tell(context: &Context, target: u32) -> anyhow::Result<()> {
         bail!("no router takes generation {target} ({failed})");
     }
     bail!(
-        "not every router takes generation {target} ({failed}). Nothing new uses it before all do: \
-         run `antiphon keys rotate` again"
+        "not every router takes generation {target} ({failed}). Nothing new uses it before all do: run \
+         `antiphon keys rotate` again, after `antiphon keys generations --wait` if too old a generation is in use"
     )
 }
 
@@ -167,9 +185,43 @@ impl RegionKeys {
 /// Every region as its own router sees it; one whose router is away, as others last heard it.
 async fn look(context: &Context) -> anyhow::Result<(Vec<RegionKeys>, Failed)> {
     ensure!(!context.routers.is_empty(), "the fleet has no router");
-    let (answers, failed) = ask_all(context, async |mut admin| admin.fleet_status(FleetStatusRequest {}).await).await;
-    ensure!(!answers.is_empty(), "no router answers ({failed}): is the fleet running?");
+    let (answers, failed) = statuses(context).await;
+    if answers.is_empty() {
+        let is_empty = failed.each().any(|(_, reason)| reason == NO_RECORD);
+        let hint = if is_empty { "there are no keys before" } else { "is the fleet running?" };
+        bail!("no router can say which keys there are ({failed}): {hint}");
+    }
     Ok((regions(&answers), failed))
+}
+
+/// The generation that regions are to move to, or are at.
+fn wanted(regions: &[RegionKeys]) -> u32 {
+    regions.iter().map(|region| region.wanted.max(region.minting)).max().unwrap_or(0).max(1)
+}
+
+/// Whether nothing older is in use anywhere and nothing is left to do.
+fn is_finished(regions: &[RegionKeys], target: u32) -> bool {
+    regions.iter().all(|region| region.is_there(target, RotateUntil::Unused) && region.held_up_by.is_empty())
+}
+
+/// Who uses what would have to be unloaded for another generation: `frankfurt still uses generation 1`.
+fn users_of_too_old(regions: &[RegionKeys], target: u32) -> Option<String> {
+    let floor = (target + 1).saturating_sub(WINDOW);
+    let users = regions.iter().filter(|region| (1..floor).contains(&region.oldest));
+    let users: Vec<_> =
+        users.map(|region| format!("{} still uses generation {}", region.region, region.oldest)).collect();
+    (!users.is_empty()).then(|| users.join(", "))
+}
+
+/// What to do about relays and workers that stand in the way and do not come back.
+fn gone_hint(regions: &[RegionKeys]) -> Option<&'static str> {
+    let is_member = |who: &str| !regions.iter().any(|region| region.region == who);
+    let absent = |what: &str| what == "is not heard" || what.starts_with("has not loaded");
+    let causes = regions.iter().flat_map(|region| &region.held_up_by).filter_map(|cause| cause.split_once(": "));
+    let mut absent = causes.filter(|(who, what)| is_member(who) && absent(what));
+    absent
+        .next()
+        .map(|_| "of one that does not come back say so: `antiphon relays gone NAME` or `antiphon workers gone NAME`")
 }
 
 fn regions(answers: &[(String, FleetStatusResponse)]) -> Vec<RegionKeys> {
@@ -207,7 +259,7 @@ enum Next {
 }
 
 fn next(regions: &[RegionKeys]) -> Next {
-    let wanted = regions.iter().map(|region| region.wanted).max().unwrap_or(0).max(1);
+    let wanted = wanted(regions);
     // A fleet that was never rotated may have nothing to say: the first generation needs no telling.
     let settled = |region: &RegionKeys| region.wanted.max(1) == wanted && region.minting.max(1) == wanted;
     if regions.iter().all(settled) { Next::Begin(wanted + 1) } else { Next::Finish(wanted) }
@@ -256,8 +308,14 @@ fn show(regions: &[RegionKeys], json: Option<Value>) -> anyhow::Result<()> {
         return Ok(());
     }
     present::print(&present::table(&HEADER, &[1, 3, 4], regions.iter().map(RegionKeys::row)));
+    if let Some(hint) = gone_hint(regions) {
+        eprintln!("{hint}");
+    }
     Ok(())
 }
+
+const MOVES: &str = "Live calls move to a new generation by themselves within three lifetimes of connection IDs \
+                     (--cid-lifetime), which is 30 minutes unless set otherwise";
 
 const HEADER: [&str; 6] = ["REGION", "WANTED", "LOADED", "NEW USES", "OLDEST IN USE", "HELD UP BY"];
 const LOOK: Duration = Duration::from_millis(250);

@@ -20,7 +20,7 @@ use crate::{args::SessionsArgs, fleet::Context, present, status};
 
 pub(crate) async fn run(args: &SessionsArgs, dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let context = Context::load(dir)?;
-    let routers = routers(&context, args.key.given().as_deref())?;
+    let routers = routers(&context, args.key.given()?.as_deref())?;
     let asked_of = routers.clone();
     let asked = in_turn(routers, PATIENCE, async |router| router.list(args.limit).await).await?;
     let Some(Listing { sessions, mut missing }) = asked.answer else {

@@ -32,6 +32,8 @@ struct Kept {
     looks: u32,
     /// Never gets further than having loaded it.
     stuck: bool,
+    /// Was not given its fleet yet.
+    without_record: bool,
 }
 
 #[tonic::async_trait]
@@ -58,6 +60,9 @@ impl Admin for Told {
 
     async fn fleet_status(&self, _: Request<FleetStatusRequest>) -> Result<Response<FleetStatusResponse>, Status> {
         let mut kept = self.0.lock();
+        if kept.without_record {
+            return Ok(Response::new(FleetStatusResponse::default()));
+        }
         kept.looks += 1;
         let wanted = kept.wanted.max(1);
         let behind = if kept.wanted > 1 && (kept.looks < 3 || kept.stuck) { wanted - 1 } else { wanted };
@@ -108,6 +113,12 @@ impl Told {
     pub(crate) fn stuck() -> Self {
         let told = Self::default();
         told.0.lock().stuck = true;
+        told
+    }
+
+    pub(crate) fn without_record() -> Self {
+        let told = Self::default();
+        told.0.lock().without_record = true;
         told
     }
 

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
     process::ExitCode,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use antiphon_client::ClockSkew;
@@ -15,27 +15,38 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use crate::present::out;
-use crate::{fleet::Context, keys::ask_all, present, sessions::Failed};
+use crate::{
+    fleet::Context,
+    keys::{NO_RECORD, ask_all},
+    present,
+    sessions::{Failed, age, age_ms},
+};
 
 type Answer = (FleetStatusResponse, Option<ClockSkew>);
 
 pub(crate) async fn run(dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let context = Context::load(dir)?;
     ensure!(!context.routers.is_empty(), "the fleet has no router");
-    let (answers, failed) = ask_all(&context, async |mut admin| {
+    let (answers, mut failed) = ask_all(&context, async |mut admin| {
         let sent = SystemTime::now();
         let answer = admin.fleet_status(FleetStatusRequest {}).await?;
         let clock = ClockSkew::of(answer.metadata(), sent, SystemTime::now());
         Ok(answer.map(|status| (status, clock)))
     })
     .await;
+    for (region, (status, _)) in &answers {
+        if !status.regions.iter().any(|region| region.local) {
+            failed.add(region, NO_RECORD);
+        }
+    }
     if json {
         out!("{}", serde_json::to_string_pretty(&as_json(&answers, &failed))?);
     } else {
         show(&answers);
     }
     for (region, reason) in failed.each() {
-        eprintln!("the router of {region} does not answer: {reason}");
+        let does = if reason == NO_RECORD { "" } else { "does not answer: " };
+        eprintln!("the router of {region} {does}{reason}");
     }
     for line in remarks(&answers) {
         eprintln!("{line}");
@@ -63,16 +74,48 @@ fn name(region: &RegionStatus) -> &str {
     region.digest.as_ref().map_or("", |digest| &digest.region)
 }
 
+/// In the order of their names.
+fn relays(region: &RegionStatus) -> Vec<&RelayStatus> {
+    let mut relays: Vec<_> = region.relays.iter().collect();
+    relays.sort_by_key(|relay| order(&relay.name));
+    relays
+}
+
+/// In the order of their names.
+fn workers(region: &RegionStatus) -> Vec<&WorkerStatus> {
+    let mut workers: Vec<_> = region.workers.iter().collect();
+    workers.sort_by_key(|worker| order(&worker.name));
+    workers
+}
+
+/// `desk-2` comes before `desk-10`.
+fn order(name: &str) -> (&str, u64, &str) {
+    let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    (stem, name[stem.len()..].parse().unwrap_or(0), name)
+}
+
+/// `2`, or `1 of 2` if one is silent.
+pub(crate) fn relays_heard(region: &RegionStatus) -> String {
+    let digest = region.digest.iter().flat_map(|digest| &digest.relays);
+    let (heard, all) = if region.local {
+        (region.relays.iter().filter(|relay| relay.connected).count(), region.relays.len())
+    } else {
+        (digest.clone().filter(|relay| !relay.missing).count(), digest.count())
+    };
+    if heard == all { all.to_string() } else { format!("{heard} of {all}") }
+}
+
 fn show(answers: &[(String, Answer)]) {
     let regions = regions(answers);
     let rows = regions.iter().map(|(region, answer)| region_row(region, *answer));
     present::print(&present::table(&REGIONS, &[4, 5, 6, 7], rows));
     let relays =
-        regions.iter().flat_map(|(region, _)| region.relays.iter().map(|relay| relay_row(name(region), relay)));
+        regions.iter().flat_map(|(region, _)| relays(region).into_iter().map(|relay| relay_row(name(region), relay)));
     out!();
     present::print(&present::table(&RELAYS, &[2, 5], relays));
-    let workers =
-        regions.iter().flat_map(|(region, _)| region.workers.iter().map(|worker| worker_row(name(region), worker)));
+    let workers = regions
+        .iter()
+        .flat_map(|(region, _)| workers(region).into_iter().map(|worker| worker_row(name(region), worker)));
     out!();
     present::print(&present::table(&WORKERS, &[2, 5], workers));
     out!();
@@ -132,9 +175,18 @@ fn span(generations: &[u32]) -> String {
     }
 }
 
-/// `+1.2 s`: ahead of the router that says so.
+/// `+1.2 s`, `-4m59s`: ahead of the router that says so, or behind.
 fn clock(ahead_ms: i64) -> String {
-    format!("{:+.1} s", ahead_ms as f64 / 1000.0)
+    let tenths = (ahead_ms as f64 / 100.0).round() as i64;
+    match tenths {
+        0 => "0.0 s".into(),
+        -599..=599 => format!("{:+.1} s", tenths as f64 / 10.0),
+        _ => format!("{}{}", if ahead_ms < 0 { "-" } else { "+" }, off_by(ahead_ms)),
+    }
+}
+
+fn off_by(ms: i64) -> String {
+    age(Duration::from_millis(ms.unsigned_abs()))
 }
 
 fn region_row(region: &RegionStatus, own: Option<&Answer>) -> Vec<String> {
@@ -143,18 +195,18 @@ fn region_row(region: &RegionStatus, own: Option<&Answer>) -> Vec<String> {
     let workers: u32 = digest.pools.iter().map(|pool| pool.workers).sum();
     let router = match own {
         Some((status, _)) if status.store_age_ms > 0 => {
-            format!("store away for {}", crate::sessions::age_ms(status.store_age_ms))
+            format!("store away for {}", age_ms(status.store_age_ms))
         }
         Some(_) => "serves".into(),
         None if region.digest_age_ms == u32::MAX => "never heard".into(),
-        None => format!("silent for {}", crate::sessions::age_ms(region.digest_age_ms)),
+        None => format!("silent for {}", age_ms(region.digest_age_ms)),
     };
     vec![
         digest.region.clone(),
         digest.cloud.clone(),
         phase(digest.phase()).into(),
         router,
-        digest.relays.len().to_string(),
+        relays_heard(region),
         workers.to_string(),
         format!("{} of {slots}", slots.saturating_sub(free)),
         if digest.minting_generation == 0 { "-".into() } else { digest.minting_generation.to_string() },
@@ -168,7 +220,7 @@ fn relay_row(region: &str, relay: &RelayStatus) -> Vec<String> {
         region.into(),
         relay.name.clone(),
         info.number.to_string(),
-        phase(info.phase()).into(),
+        if relay.connected { phase(info.phase()) } else { "silent" }.into(),
         info.public_address,
         relay.routes.to_string(),
         span(&relay.loaded_generations),
@@ -183,7 +235,11 @@ fn worker_row(region: &str, worker: &WorkerStatus) -> Vec<String> {
         worker.name.clone(),
         worker.number.to_string(),
         worker.agent.clone(),
-        phase(worker.phase()).into(),
+        if worker.connected {
+            phase(worker.phase()).into()
+        } else {
+            format!("silent {}", age_ms(worker.report_age_ms))
+        },
         format!("{taken} of {}", worker.slots),
         span(&worker.loaded_generations),
         clock(worker.clock_ahead_ms),
@@ -203,27 +259,46 @@ fn agent_row(agent: &str, pools: &[(&str, &PoolDigest)]) -> Vec<String> {
 /// What somebody should look into.
 fn remarks(answers: &[(String, Answer)]) -> Vec<String> {
     let mut remarks = Vec::new();
-    for (region, (status, clock)) in answers {
+    for (region, (_, clock)) in answers {
         if let Some(clock) = clock.filter(|clock| clock.is_notable()) {
             remarks.push(format!("{clock} in {region}: set one of them right"));
         }
-        for held_up in &status.rotation_held_up_by {
-            remarks.push(format!("the rotation of keys in {region} waits: {held_up}"));
-        }
     }
+    remarks.extend(rotation(answers));
     for (region, _) in regions(answers) {
         let relays = region.relays.iter().map(|relay| ("relay", &relay.name, relay.clock_ahead_ms));
         let workers = region.workers.iter().map(|worker| ("worker", &worker.name, worker.clock_ahead_ms));
         let notable = |ahead_ms: i64| u128::from(ahead_ms.unsigned_abs()) > ClockSkew::NOTABLE.as_millis();
         for (kind, who, ahead_ms) in relays.chain(workers).filter(|(.., ahead_ms)| notable(*ahead_ms)) {
-            let (seconds, way) = (ahead_ms.abs() / 1000, if ahead_ms < 0 { "behind" } else { "ahead of" });
+            let (by, way) = (off_by(ahead_ms), if ahead_ms < 0 { "behind" } else { "ahead of" });
             let region = name(region);
             remarks.push(format!(
-                "the clock of {kind} {region}/{who} is {seconds} s {way} its router's: frames more than 30 s off are dropped"
+                "the clock of {kind} {region}/{who} is {by} {way} its router's: frames more than 30 s off are dropped"
             ));
         }
     }
     remarks
+}
+
+/// One line on what a rotation of keys waits for, whoever says it: each cause once.
+fn rotation(answers: &[(String, Answer)]) -> Option<String> {
+    let regions: BTreeSet<_> = regions(answers).into_iter().map(|(region, _)| name(region)).collect();
+    let said = answers
+        .iter()
+        .flat_map(|(region, (status, _))| status.rotation_held_up_by.iter().map(move |cause| (region, cause.as_str())));
+    let named = |(region, cause): (&String, &str)| match cause.split_once(": ") {
+        Some((who, _)) if regions.contains(who) => cause.to_owned(),
+        Some(_) => format!("{region}/{cause}"),
+        None => format!("{region}: {cause}"),
+    };
+    let causes: BTreeSet<String> = said.map(named).collect();
+    let more = match causes.len().saturating_sub(CAUSES) {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    };
+    let first: Vec<_> = causes.into_iter().take(CAUSES).collect();
+    let first = Some(first.join("; ")).filter(|first| !first.is_empty())?;
+    Some(format!("the rotation of keys waits: {first}{more}; `antiphon keys generations` shows how far it is"))
 }
 
 fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
@@ -234,7 +309,7 @@ fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
             json!({
                 "name": relay.name, "number": info.number, "phase": phase(info.phase()),
                 "address": info.public_address, "routes": relay.routes, "clockAheadMs": relay.clock_ahead_ms,
-                "loadedGenerations": relay.loaded_generations,
+                "loadedGenerations": relay.loaded_generations, "connected": relay.connected,
             })
         };
         let worker = |worker: &WorkerStatus| {
@@ -242,7 +317,7 @@ fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
                 "name": worker.name, "number": worker.number, "agent": worker.agent, "phase": phase(worker.phase()),
                 "slots": worker.slots, "reserved": worker.reserved, "active": worker.active,
                 "placeable": worker.placeable, "whyNot": worker.why_not, "clockAheadMs": worker.clock_ahead_ms,
-                "loadedGenerations": worker.loaded_generations,
+                "loadedGenerations": worker.loaded_generations, "connected": worker.connected,
             })
         };
         let pools: Vec<_> = digest
@@ -257,8 +332,8 @@ fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
             "storeAgeMs": own.map(|(status, _)| status.store_age_ms),
             "clockAheadOfRouterMs": own.and_then(|(_, clock)| clock.map(ClockSkew::ahead_ms)),
             "rotationHeldUpBy": own.map(|(status, _)| &status.rotation_held_up_by),
-            "relays": region.relays.iter().map(relay).collect::<Vec<_>>(),
-            "workers": region.workers.iter().map(worker).collect::<Vec<_>>(),
+            "relays": relays(region).into_iter().map(relay).collect::<Vec<_>>(),
+            "workers": workers(region).into_iter().map(worker).collect::<Vec<_>>(),
         })
     };
     let known = regions(answers);
@@ -275,6 +350,8 @@ fn as_json(answers: &[(String, Answer)], failed: &Failed) -> Value {
     json!({"regions": regions, "agents": agents, "missing": failed.regions()})
 }
 
+/// Causes that one line names.
+const CAUSES: usize = 3;
 const REGIONS: [&str; 9] = ["REGION", "CLOUD", "PHASE", "ROUTER", "RELAYS", "WORKERS", "CALLS", "KEYS", "TUNNEL"];
 const RELAYS: [&str; 8] = ["REGION", "RELAY", "NUMBER", "PHASE", "ADDRESS", "ROUTES", "KEYS", "CLOCK"];
 const WORKERS: [&str; 9] = ["REGION", "WORKER", "NUMBER", "AGENT", "PHASE", "CALLS", "KEYS", "CLOCK", "STATE"];
@@ -285,6 +362,7 @@ mod tests {
     use antiphon_proto::v1::{RegionDigest, RelayInfo};
 
     use super::*;
+    use crate::stand_in::{Told, context, with_router};
 
     fn answer(region: &str, local: bool) -> Answer {
         let pool = PoolDigest { agent: "shop/desk".into(), workers: 2, slots: 120, free: 100, ..PoolDigest::default() };
@@ -297,7 +375,8 @@ mod tests {
             minting_generation: 3,
             ..RegionDigest::default()
         };
-        let relay = RelayStatus { name: "relay-0".into(), clock_ahead_ms: -121_400, ..RelayStatus::default() };
+        let relay =
+            RelayStatus { name: "relay-0".into(), clock_ahead_ms: -121_400, connected: true, ..RelayStatus::default() };
         let status = RegionStatus {
             digest: Some(digest),
             local,
@@ -330,12 +409,62 @@ mod tests {
     fn clocks_that_are_off_are_named() {
         let mut answers = [("a".to_owned(), answer("a", true))];
         let expected =
-            "the clock of relay a/relay-0 is 121 s behind its router's: frames more than 30 s off are dropped";
+            "the clock of relay a/relay-0 is 2m01s behind its router's: frames more than 30 s off are dropped";
         assert_eq!(remarks(&answers), [expected]);
         answers[0].1.0.regions[0].relays[0].clock_ahead_ms = 29_999;
         answers[0].1.0.rotation_held_up_by.push("relay-0: has not loaded generation 4".into());
-        assert_eq!(remarks(&answers), ["the rotation of keys in a waits: relay-0: has not loaded generation 4"]);
-        assert_eq!((clock(-121_400), clock(0)), ("-121.4 s".into(), "+0.0 s".into()));
+        let expected = "the rotation of keys waits: a/relay-0: has not loaded generation 4; \
+                        `antiphon keys generations` shows how far it is";
+        assert_eq!(remarks(&answers), [expected]);
+        let shown = [-121_400, -1_260, -49, 0, 30, 59_940, 299_000].map(clock);
+        assert_eq!(shown, ["-2m01s", "-1.3 s", "0.0 s", "0.0 s", "0.0 s", "+59.9 s", "+4m59s"]);
         assert_eq!((span(&[]), span(&[2]), span(&[2, 3, 4])), ("-".into(), "2".into(), "2 to 4".into()));
+    }
+
+    #[test]
+    fn a_rotation_is_one_line_whoever_waits_for_whom() {
+        let mut answers = ["a", "b", "c"].map(|name| (name.to_owned(), answer(name, true)));
+        for (_, (status, _)) in &mut answers {
+            let others =
+                ["a", "b", "c"].into_iter().filter(|other| *other != status.regions[0].digest.as_ref().unwrap().region);
+            status.rotation_held_up_by.extend(others.map(|other| format!("{other}: still uses generation 1")));
+            status.rotation_held_up_by.push("still uses generation 1".into());
+            status.regions[0].relays.clear();
+        }
+        answers[2].1.0.rotation_held_up_by.push("w-7: still uses generation 1".into());
+        let said = remarks(&answers);
+        let expected = "the rotation of keys waits: a: still uses generation 1; b: still uses generation 1; \
+                        c/w-7: still uses generation 1 (and 1 more); `antiphon keys generations` shows how far it is";
+        assert_eq!(said, [expected]);
+    }
+
+    #[test]
+    fn who_is_silent_is_not_shown_as_active_and_names_come_in_order() {
+        let mut status = answer("a", true).0.regions.remove(0);
+        let silent = RelayStatus { name: "relay-1".into(), ..RelayStatus::default() };
+        status.relays.push(silent);
+        assert_eq!(relays_heard(&status), "1 of 2");
+        assert_eq!(relay_row("a", &status.relays[1])[3], "silent");
+        let worker = |name: &str, connected| WorkerStatus {
+            name: name.into(),
+            connected,
+            report_age_ms: 185_000,
+            ..WorkerStatus::default()
+        };
+        status.workers = vec![worker("desk-10", true), worker("desk-2", false), worker("bar-3", true)];
+        let shown: Vec<_> = workers(&status).into_iter().map(|worker| worker_row("a", worker)).collect();
+        assert_eq!(shown.iter().map(|row| &*row[1]).collect::<Vec<_>>(), ["bar-3", "desk-2", "desk-10"]);
+        assert_eq!(shown[1][4], "silent 3m05s");
+    }
+
+    #[tokio::test]
+    async fn a_router_without_a_record_is_no_fleet_in_order() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), antiphon_runtime::pki::FleetCa::from_seed(&[3; 32]).unwrap());
+        with_router(&ca, Told::without_record(), async |address| {
+            let context = context(&dir, &ca, &[address]);
+            std::fs::write(dir.path().join("fleet.json"), serde_json::to_string(&context).unwrap()).unwrap();
+            assert_eq!(run(dir.path(), true).await.unwrap(), ExitCode::FAILURE);
+        })
+        .await;
     }
 }

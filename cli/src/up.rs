@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -12,7 +13,7 @@ use antiphon_crds::{
     compile::{self, AgentPlan, FleetPlan},
     manifest,
 };
-use antiphon_proto::v1::{FleetStatusRequest, Phase, RegionStatus};
+use antiphon_proto::v1::{FleetStatusRequest, RegionStatus};
 use antiphon_runtime::shutdown;
 use serde_json::json;
 use tokio::time::timeout;
@@ -25,7 +26,8 @@ use crate::{
     present::{self, Progress, count},
 };
 
-pub(crate) async fn run(args: &UpArgs, dir: PathBuf, json: bool) -> anyhow::Result<ExitCode> {
+/// `given`: the directory as it was named on the command line, if it was.
+pub(crate) async fn run(args: &UpArgs, dir: PathBuf, given: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
     let resources = manifest::read(&args.files).map_err(|errors| anyhow::anyhow!("{errors}"))?;
     let plan = compile::compile(&resources)?;
     let mut signal = std::pin::pin!(shutdown::signal()?);
@@ -36,7 +38,7 @@ pub(crate) async fn run(args: &UpArgs, dir: PathBuf, json: bool) -> anyhow::Resu
         started = Fleet::start(plan, options, &say) => { progress.clear(); started? }
         () = &mut signal => { progress.clear(); return Err(Interrupted.into()); }
     };
-    announce(&fleet, &dir, json)?;
+    announce(&fleet, &dir, given, json)?;
     // What happened is said wherever standard error goes: to a terminal, a file or a journal.
     let status = if json { Progress::only_notes() } else { Progress::new(false) };
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -71,7 +73,7 @@ pub(crate) async fn run(args: &UpArgs, dir: PathBuf, json: bool) -> anyhow::Resu
 }
 
 /// What runs where, once.
-fn announce(fleet: &Fleet, dir: &Path, json: bool) -> anyhow::Result<()> {
+fn announce(fleet: &Fleet, dir: &Path, given: Option<&Path>, json: bool) -> anyhow::Result<()> {
     let processes = fleet.processes();
     if json {
         let list: Vec<_> = processes
@@ -111,8 +113,11 @@ fn announce(fleet: &Fleet, dir: &Path, json: bool) -> anyhow::Result<()> {
     }
     out!("each process: http://ADDRESS:{ADMIN}/metrics, /readyz and /livez");
     out!("logs, keys and identities in {}", dir.display());
-    match suggestion(fleet.plan()) {
+    match suggestion(fleet.plan(), given) {
         Some(call) => out!("try: {call}"),
+        None if fleet.plan().agents.is_empty() => {
+            out!("nobody takes calls: there is no VoiceAgent in these manifests");
+        }
         None => out!("no agent takes calls: none has a worker (minReplicas) or all are suspended"),
     }
     out!("Ctrl-C stops everything.");
@@ -120,7 +125,7 @@ fn announce(fleet: &Fleet, dir: &Path, json: bool) -> anyhow::Result<()> {
 }
 
 /// A call that somebody answers.
-fn suggestion(plan: &FleetPlan) -> Option<String> {
+fn suggestion(plan: &FleetPlan, dir: Option<&Path>) -> Option<String> {
     let has_workers = |agent: &&AgentPlan| plan.pools.iter().any(|p| p.agent == agent.agent && p.replicas > 0);
     let agent = plan.agents.iter().filter(|agent| !agent.suspended).find(has_workers)?;
     let codec = match agent.codecs.first() {
@@ -128,10 +133,17 @@ fn suggestion(plan: &FleetPlan) -> Option<String> {
         Some(Codec::L16At24k) => " --codec l16-24k",
         _ => " --codec l16-16k",
     };
-    Some(format!("antiphon call {}{codec} --save answer.wav", agent.agent))
+    let dir = dir.map_or_else(String::new, |dir| format!(" --dir {}", in_shell(&dir.display().to_string())));
+    Some(format!("antiphon call {}{codec}{dir} --save answer.wav", agent.agent))
 }
 
-/// One line per region, as any router sees it.
+/// As a shell takes it for one word.
+fn in_shell(text: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
+    if text.chars().all(is_plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+/// What goes on in every region, as its router sees it.
 async fn line(fleet: &Fleet) -> String {
     let mut seen: BTreeMap<String, RegionStatus> = BTreeMap::new();
     for router in &fleet.context().routers {
@@ -141,19 +153,61 @@ async fn line(fleet: &Fleet) -> String {
             seen.insert(router.region.clone(), region);
         }
     }
-    let text = seen.iter().map(|(name, region)| {
-        let (slots, active) = region.workers.iter().fold((0, 0), |(s, a), w| (s + w.slots, a + w.active));
-        let relays = region.digest.iter().flat_map(|d| &d.relays);
-        let up = relays.filter(|relay| relay.phase() == Phase::Active).count();
-        let workers = count(region.workers.len(), "worker");
-        format!("{name}: {active} of {slots} calls, {workers}, {}", count(up, "relay"))
-    });
-    let text: Vec<_> = text.collect();
-    if text.is_empty() { "no router answers".into() } else { text.join("  |  ") }
+    live(&seen, present::error_width())
+}
+
+/// One line: of each region, or of all together where that is too wide.
+fn live(seen: &BTreeMap<String, RegionStatus>, width: Option<u16>) -> String {
+    let each: Vec<_> = seen.iter().map(|(name, region)| format!("{name}: {}", Figures::of([region]))).collect();
+    let each = each.join("  |  ");
+    // The spinner stands in front.
+    match width.map(|width| usize::from(width).saturating_sub(2)) {
+        _ if seen.is_empty() => "no router answers".into(),
+        Some(width) if each.chars().count() > width => {
+            format!("{}: {}", count(seen.len(), "region"), Figures::of(seen.values()))
+        }
+        _ => each,
+    }
+}
+
+/// Sums over regions.
+#[derive(Debug, Default)]
+struct Figures {
+    slots: u32,
+    active: u32,
+    workers: usize,
+    relays: usize,
+    relays_heard: usize,
+}
+
+impl Figures {
+    fn of<'a>(regions: impl IntoIterator<Item = &'a RegionStatus>) -> Self {
+        let mut sum = Self::default();
+        for region in regions {
+            sum.slots += region.workers.iter().map(|worker| worker.slots).sum::<u32>();
+            sum.active += region.workers.iter().map(|worker| worker.active).sum::<u32>();
+            sum.workers += region.workers.len();
+            sum.relays += region.relays.len();
+            sum.relays_heard += region.relays.iter().filter(|relay| relay.connected).count();
+        }
+        sum
+    }
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} calls, {}, ", self.active, self.slots, count(self.workers, "worker"))?;
+        if self.relays_heard < self.relays {
+            write!(f, "{} of ", self.relays_heard)?;
+        }
+        f.write_str(&count(self.relays, "relay"))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use antiphon_proto::v1::{RelayStatus, WorkerStatus};
+
     use super::*;
 
     #[test]
@@ -166,15 +220,31 @@ mod tests {
         };
         let region = "apiVersion: antiphon.dev/v1alpha1\nkind: VoiceRegion\nmetadata: {name: north}\nspec:\n  \
                       cluster: c\n  cloud: c\n  location: {latitude: 1, longitude: 2}\n";
-        let of = |agents: String| {
+        let of = |agents: String, dir: Option<&str>| {
             let resources = manifest::parse(&[("fleet.yaml", &format!("{agents}{region}"))]).unwrap();
-            suggestion(&compile::compile(&resources).unwrap())
+            suggestion(&compile::compile(&resources).unwrap(), dir.map(Path::new))
         };
         let (idle, gone) = (agent("a", 0, ""), agent("b", 1, "  suspend: true\n"));
-        assert_eq!(of(format!("{idle}{gone}")), None);
+        assert_eq!(of(format!("{idle}{gone}"), None), None);
         let plain = agent("c", 1, "  codecs: [L16At16k]\n");
         let call = "antiphon call default/c --codec l16-16k --save answer.wav";
-        assert_eq!(of(format!("{idle}{gone}{plain}")).as_deref(), Some(call));
-        assert_eq!(of(agent("d", 1, "")).as_deref(), Some("antiphon call default/d --save answer.wav"));
+        assert_eq!(of(format!("{idle}{gone}{plain}"), None).as_deref(), Some(call));
+        let of = |dir| of(agent("d", 1, ""), dir).unwrap();
+        assert_eq!(of(None), "antiphon call default/d --save answer.wav");
+        assert_eq!(of(Some("/tmp/fleet")), "antiphon call default/d --dir /tmp/fleet --save answer.wav");
+        assert_eq!(of(Some("my fleet")), "antiphon call default/d --dir 'my fleet' --save answer.wav");
+    }
+
+    #[test]
+    fn the_live_line_fits_narrow_terminals_and_tells_silent_relays() {
+        let relay = |connected| RelayStatus { connected, ..RelayStatus::default() };
+        let worker = WorkerStatus { slots: 60, active: 2, ..WorkerStatus::default() };
+        let region =
+            RegionStatus { workers: vec![worker], relays: vec![relay(true), relay(false)], ..RegionStatus::default() };
+        let seen = ["frankfurt", "virginia"].map(|name| (name.to_owned(), region.clone())).into();
+        let each = "2 of 60 calls, 1 worker, 1 of 2 relays";
+        assert_eq!(live(&seen, None), format!("frankfurt: {each}  |  virginia: {each}"));
+        assert_eq!(live(&seen, Some(60)), "2 regions: 4 of 120 calls, 2 workers, 2 of 4 relays");
+        assert_eq!(live(&BTreeMap::new(), Some(60)), "no router answers");
     }
 }

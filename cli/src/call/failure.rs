@@ -36,7 +36,7 @@ pub(super) async fn show(error: anyhow::Error, wanted: &Wanted, context: &Contex
     present::error(&anyhow::anyhow!(text));
     if let Some(refusal) = refusal.filter(|refusal| !json && !refusal.candidates.is_empty()) {
         eprintln!();
-        present::print_error(explain::candidates(&refusal.candidates));
+        present::print_error(&explain::candidates(&refusal.candidates));
     }
     Ok(())
 }

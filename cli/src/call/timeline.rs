@@ -83,14 +83,14 @@ impl Timeline<'_> {
             "worker": session.worker,
             "reason": session.reason,
             "ticketMs": ms(self.called.ticket),
-            "clockAheadOfRouterMs": self.called.clock.map(ClockSkew::ahead_ms),
+            "clockAheadOfRouterMs": self.called.clock.and_then(known_ms),
             "handshakeMs": ms(report.handshake),
             "attempts": report.attempts,
             "activatedMs": ms(report.activated),
             "firstAudioMs": report.first_audio.map(ms),
             "lastedMs": ms(report.ended),
             "turns": turns.chain(unheard).collect::<Vec<_>>(),
-            "loss": self.called.loss(),
+            "loss": present::rounded(self.called.loss(), 4),
             "concealedFrames": jitter.concealed,
             "jitterMs": ms(jitter.jitter),
             "rttMs": ms(report.rtt),
@@ -141,14 +141,19 @@ fn turn_json(turn: &TurnReport) -> Value {
         "chain": turn.receipt.map(|r| format!("{:08x}", r.chain)),
         "process": turn.receipt.map(|r| format!("{:04x}", r.nonce)),
         "epoch": turn.receipt.map(|r| r.epoch),
-        "similarity": heard.then_some(turn.similarity),
+        "similarity": heard.then(|| present::rounded(turn.similarity.into(), 3)),
         "longestSilenceMs": heard.then(|| ms(turn.longest_silence)),
         "problems": turn.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })
 }
 
 fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1000.0
+    present::rounded(duration.as_secs_f64() * 1000.0, 1)
+}
+
+/// Routers date their answers with whole seconds: less than one says nothing.
+fn known_ms(clock: ClockSkew) -> Option<i64> {
+    Some(clock.ahead_ms()).filter(|ms| ms.unsigned_abs() >= 1000)
 }
 
 const HEADER: [&str; 7] = ["TURN", "ANSWERED AFTER", "RECEIPT", "PROCESS", "LIKENESS", "LONGEST PAUSE", "ANSWER"];
@@ -174,5 +179,8 @@ mod tests {
         assert_eq!(row(&turn), ["1", "-", "-", "-", "-", "-", "turn 1 was not answered"]);
         let json = turn_json(&turn);
         assert_eq!((&json["similarity"], &json["longestSilenceMs"]), (&Value::Null, &Value::Null));
+        let heard = TurnReport { answer: Some(0..1), similarity: 0.987_65, ..turn };
+        assert_eq!(turn_json(&heard)["similarity"], 0.988);
+        assert_eq!(ms(Duration::from_nanos(1_234_567)), 1.2);
     }
 }

@@ -133,7 +133,7 @@ fn failures(outcome: &Outcome) {
 }
 
 pub(super) fn as_json(outcome: &Outcome) -> Value {
-    let ms = |d: Duration| d.as_secs_f64() * 1000.0;
+    let ms = |d: Duration| present::rounded(d.as_secs_f64() * 1000.0, 1);
     let callers: Vec<_> = outcome
         .verdicts
         .iter()

@@ -59,12 +59,7 @@ impl Context {
         }
         let path = dir.join(FILE);
         let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let dir = dir.display();
-                anyhow::bail!(
-                    "no fleet in {dir}: start one with `antiphon up FILE…`, or name its directory with --dir"
-                );
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => anyhow::bail!("{}", no_fleet(dir)),
             read => read.with_context(|| path.display().to_string())?,
         };
         serde_json::from_str(&text).with_context(|| format!("{} is not a fleet's context", path.display()))
@@ -141,6 +136,11 @@ impl Context {
     pub fn admin(&self, router: &RouterContext) -> anyhow::Result<AdminClient<Channel>> {
         super::admin_channel(&router.internal, &self.operator_identity, &router.region)
     }
+}
+
+/// What is said where no fleet has run.
+pub(crate) fn no_fleet(dir: &Path) -> String {
+    format!("no fleet in {}: start one with `antiphon up FILE…`, or name its directory with --dir", dir.display())
 }
 
 /// The trust anchor as a file of its own, for other programs.

@@ -78,7 +78,58 @@ fn saved(dir: &TempDir, ca: &FleetCa, addresses: &[String]) {
 }
 
 fn args(no_wait: bool, patience: Duration) -> RotateArgs {
-    RotateArgs { no_wait, until: RotateUntil::Unused, patience }
+    RotateArgs { no_wait, until: RotateUntil::Unused, patience: Some(patience) }
+}
+
+fn waiting_for(patience: Duration) -> GenerationsArgs {
+    GenerationsArgs { wait: true, patience }
+}
+
+#[test]
+fn nothing_is_finished_while_something_waits() {
+    let mut there = vec![region("a", 2, 2)];
+    assert!(is_finished(&there, 2));
+    there[0].held_up_by = vec!["still uses generation 1".into()];
+    assert!(!is_finished(&there, 2));
+    assert!(!is_finished(&[region("a", 2, 1)], 2));
+}
+
+#[test]
+fn a_generation_too_many_names_who_uses_the_oldest() {
+    let mut regions = vec![region("a", 3, 3), region("b", 3, 3)];
+    assert_eq!(users_of_too_old(&regions, 4), None);
+    regions[1].oldest = 2;
+    assert_eq!(users_of_too_old(&regions, 4), None, "three are there at a time");
+    regions[1].oldest = 1;
+    assert_eq!(users_of_too_old(&regions, 4).as_deref(), Some("b still uses generation 1"));
+}
+
+#[test]
+fn who_may_be_gone_is_said_how_to_take_out() {
+    let mut held = vec![region("a", 2, 1), region("b", 2, 1)];
+    for (cause, expected) in [
+        ("b: has not loaded generation 2", false),
+        ("w-7: still uses generation 1", false),
+        ("w-7: has not loaded generation 2", true),
+        ("relay-0: is not heard", true),
+    ] {
+        held[0].held_up_by = vec![cause.into()];
+        assert_eq!(gone_hint(&held).is_some(), expected, "{cause}");
+    }
+}
+
+#[tokio::test]
+async fn routers_without_a_record_have_no_keys_to_rotate() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), FleetCa::from_seed(&[3; 32]).unwrap());
+    with_router(&ca, Told::without_record(), async |address| {
+        saved(&dir, &ca, &[address]);
+        let rotated = rotate(&args(false, Duration::ZERO), dir.path(), true).await;
+        let shown = generations(&waiting_for(Duration::ZERO), dir.path(), true).await;
+        for error in [rotated, shown].map(|ended| ended.unwrap_err().to_string()) {
+            assert!(error.contains("(region-0: waits for its region record)"), "{error}");
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -90,7 +141,10 @@ async fn a_rotation_ends_when_the_region_is_there_and_the_next_one_goes_further(
             let ended = rotate(&args(false, Duration::from_secs(60)), dir.path(), true).await.unwrap();
             assert_eq!((ended, told.wanted()), (ExitCode::SUCCESS, expected));
         }
-        assert_eq!(generations(dir.path(), false).await.unwrap(), ExitCode::SUCCESS);
+        assert_eq!(
+            generations(&waiting_for(Duration::from_secs(60)), dir.path(), false).await.unwrap(),
+            ExitCode::SUCCESS
+        );
     })
     .await;
 }
@@ -117,7 +171,10 @@ async fn nothing_is_begun_while_a_router_is_away() {
         let error = rotate(&args(false, Duration::ZERO), dir.path(), false).await.unwrap_err().to_string();
         assert!(error.starts_with("nothing was changed") && error.contains("region-1"), "{error}");
         assert_eq!(told.wanted(), 0);
-        assert_eq!(generations(dir.path(), true).await.unwrap(), ExitCode::FAILURE);
+        assert_eq!(
+            generations(&GenerationsArgs { wait: false, patience: Duration::ZERO }, dir.path(), true).await.unwrap(),
+            ExitCode::FAILURE
+        );
     })
     .await;
 }

@@ -105,8 +105,7 @@ async fn a_call_writes_what_quic_did_when_asked_to() {
     let file = fleet.dir.path().join("call.sqlog");
     let call = antiphon(&fleet, &["call", "echo", "--qlog", file.to_str().unwrap()]).await;
     assert_eq!(call["error"], Value::Null, "{call}");
-    let ahead = call["clockAheadOfRouterMs"].as_i64().expect("routers date their answers");
-    assert!(ahead.abs() < 5_000, "one machine, one clock: {ahead}");
+    assert_eq!(call["clockAheadOfRouterMs"], Value::Null, "one machine, one clock: {call}");
     // JSON text sequences (RFC 7464): a header, then events.
     let text = std::fs::read_to_string(&file).unwrap();
     let records: Vec<Value> = text
@@ -116,5 +115,8 @@ async fn a_call_writes_what_quic_did_when_asked_to() {
         .collect();
     assert!(records[0]["title"].as_str().unwrap().contains(call["session"].as_str().unwrap()), "{}", records[0]);
     assert!(records.len() > 100, "{} records", records.len());
+    let trips: Vec<f64> = records.iter().filter_map(|record| record["data"]["smoothed_rtt"].as_f64()).collect();
+    let last = *trips.last().expect("round trips are measured");
+    assert!((0.1..5_000.0).contains(&last), "milliseconds, over loopback: {last}");
     fleet.fleet.stop().await;
 }
