@@ -11,6 +11,7 @@ use std::{
 
 use antiphon_proto::v1::{self, fleet_client::FleetClient, relay_directive::Directive, relay_message::Message};
 use antiphon_runtime::{
+    cause,
     members::Member,
     pki::{Identity, Role},
     tls,
@@ -111,11 +112,12 @@ impl Link {
                     match (name_is_taken, told) {
                         (true, false) => tracing::error!(
                             %router,
-                            "the name {name} is in use: {error:#}. Relays need names of their own (--name); this one \
-                             takes its place once the router has given the other one up"
+                            "the name {name} is in use: {}. Relays need names of their own (--name); this one takes \
+                             its place once the router has given the other one up",
+                            cause::text(error.as_ref())
                         ),
                         (true, true) => tracing::debug!(%router, name, "the name is still in use"),
-                        (false, _) => tracing::warn!(%router, "router: {error:#}"),
+                        (false, _) => tracing::warn!(%router, "not registered: {}", cause::text(error.as_ref())),
                     }
                     failures += 1;
                 }
