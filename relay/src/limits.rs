@@ -56,7 +56,8 @@ impl FlowLimiter {
     }
 
     pub(crate) fn admit(&mut self, now: Millis, flow: &Flow) -> bool {
-        let path = [self.hasher.hash_one((flow.key, flow.client)), 0];
+        let [server, rest] = flow.key;
+        let path = [server ^ self.hasher.hash_one(flow.client), rest];
         let bound = if flow.initial { &mut self.initials } else { &mut self.all };
         bound.admit(now, flow.key, path)
     }
