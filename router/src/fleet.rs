@@ -3,6 +3,7 @@
 //! One lock, held for computations only. Three counters wake those who wait: `topology` (routes, relays, records),
 //! `capacity` (free leases) and `settled` (an answer that someone's placement may depend on).
 
+mod claim;
 mod clock;
 mod dead;
 mod hello;
@@ -33,12 +34,12 @@ use antiphon_runtime::pki::Identity;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+pub(crate) use claim::Claim;
 pub(crate) use clock::{Clock, Furthest, unix_ms};
 pub(crate) use hello::{RelayHello, WorkerHello};
 pub(crate) use routes::{RouteMap, delta, full};
 pub(crate) use standing::Standing;
 pub(crate) use tiers::{RegionMap, tell_regions};
-pub(crate) use workers::Claim;
 
 use crate::{create::Create, records::Records, store::Store};
 use dead::Dead;
