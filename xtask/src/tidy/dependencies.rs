@@ -11,6 +11,8 @@ use super::Violation;
 #[derive(Debug, Default)]
 pub(super) struct Graph {
     edges: BTreeMap<String, BTreeSet<(String, Kind)>>,
+    /// Those whose manifest asks for a Kubernetes client.
+    kubernetes_clients: BTreeSet<String>,
 }
 
 /// Kinds of dependency.
@@ -28,6 +30,17 @@ impl Graph {
         let name_of: BTreeMap<&str, &str> =
             packages.iter().filter_map(|package| Some((package["id"].as_str()?, package["name"].as_str()?))).collect();
         let mut graph = Self::default();
+        for package in packages {
+            let dependencies = package["dependencies"].as_array().into_iter().flatten();
+            let asks = dependencies.filter(|dependency| dependency["name"] == "kube").any(|dependency| {
+                let features = dependency["features"].as_array().into_iter().flatten().filter_map(Value::as_str);
+                let client = |feature: &str| KUBERNETES_CLIENT.contains(&feature);
+                dependency["uses_default_features"] == true || features.into_iter().any(client)
+            });
+            if let Some(name) = package["name"].as_str().filter(|_| asks) {
+                graph.kubernetes_clients.insert(name.to_owned());
+            }
+        }
         for node in metadata["resolve"]["nodes"].as_array().context("metadata is resolved")? {
             let name = |id: &Value| id.as_str().and_then(|id| name_of.get(id).copied());
             let from = name(&node["id"]).context("a node is a package")?;
@@ -54,6 +67,14 @@ impl Graph {
         self.edges.get(package).into_iter().flatten()
     }
 
+    /// Whether a package links a dependency's dependency. The resolved graph has the features that any member asks for:
+    /// the client of `kube` belongs to those who want it.
+    fn links(&self, package: &str, last: &str, next: &str) -> bool {
+        last != "kube" || !next.starts_with("kube-") || next == "kube-core" || next == "kube-derive" || {
+            self.kubernetes_clients.contains(package)
+        }
+    }
+
     /// The shortest way from `package` to `target`: its own dependencies of the kinds in `first`, then what those link.
     fn way(&self, package: &str, target: &str, first: &[Kind]) -> Option<Vec<String>> {
         let mut queue = VecDeque::from([vec![package.to_owned()]]);
@@ -61,7 +82,8 @@ impl Graph {
         while let Some(way) = queue.pop_front() {
             let last = way.last()?;
             let kinds: &[Kind] = if way.len() == 1 { first } else { &[Kind::Normal] };
-            for (next, _) in self.of(last).filter(|(_, kind)| kinds.contains(kind)) {
+            let linked = self.of(last).filter(|(next, kind)| kinds.contains(kind) && self.links(package, last, next));
+            for (next, _) in linked {
                 let longer = [&way[..], std::slice::from_ref(next)].concat();
                 if next == target {
                     return Some(longer);
@@ -90,6 +112,11 @@ pub(super) fn check(graph: &Graph) -> Vec<Violation> {
             }
         }
     }
+    for package in graph.kubernetes_clients.iter().filter(|package| package.starts_with("antiphon-")) {
+        if !CREDENTIALED.contains(&package.as_str()) {
+            report(package, vec![package.clone(), "kube".into()], "only the operator holds Kubernetes credentials");
+        }
+    }
     for package in BINARIES {
         for other in BINARIES.iter().filter(|other| *other != package) {
             if let Some(way) = graph.way(package, other, &[Kind::Normal, Kind::Build, Kind::Dev]) {
@@ -99,6 +126,10 @@ pub(super) fn check(graph: &Graph) -> Vec<Violation> {
     }
     violations
 }
+
+/// Features of `kube` that speak to an API server.
+const KUBERNETES_CLIENT: &[&str] = &["client", "runtime", "ws", "config"];
+const CREDENTIALED: &[&str] = &["antiphon-operator", "antiphon-e2e"];
 
 const BINARIES: &[&str] =
     &["antiphon-cli", "antiphon-operator", "antiphon-relay", "antiphon-router", "antiphon-worker"];
@@ -159,6 +190,29 @@ mod tests {
             ("antiphon-worker", "tokio", Kind::Normal),
         ];
         assert_eq!(violations(&edges), [""; 0]);
+    }
+
+    #[test]
+    fn features_that_others_ask_for_are_not_held_against_a_package() {
+        let metadata = |features: &[&str]| {
+            let kube = serde_json::json!({"name": "kube", "uses_default_features": false, "features": features});
+            let edge = |to: &str| serde_json::json!({"pkg": to, "dep_kinds": [{"kind": null}]});
+            serde_json::json!({
+                "packages": [
+                    {"id": "crds", "name": "antiphon-crds", "dependencies": [kube]},
+                    {"id": "kube", "name": "kube"},
+                    {"id": "client", "name": "kube-client"},
+                ],
+                "resolve": {"nodes": [
+                    {"id": "crds", "deps": [edge("kube")]},
+                    {"id": "kube", "deps": [edge("client")]},
+                    {"id": "client", "deps": []},
+                ]},
+            })
+        };
+        let found = |features: &[&str]| check(&Graph::of_metadata(&metadata(features)).unwrap()).len();
+        assert_eq!(found(&["derive"]), 0);
+        assert_eq!(found(&["derive", "client"]), 2, "plain data, and no credentials");
     }
 
     #[test]
