@@ -1,7 +1,8 @@
 //! Whether relays' clocks agree with ours, from the seconds in their frames' headers.
 //!
-//! Delay and replay make frames look older, never newer. So the newest-looking frame of a while is the best measure of
-//! how far a relay's clock is ahead, and somebody who replays old frames cannot make a right clock look wrong.
+//! Delay and replay make frames look older, never newer: one that is more than 9.1 hours old does not verify at all. So the
+//! newest-looking frame of a while is the best measure of how far a relay's clock is ahead, and somebody who replays old
+//! frames cannot make a right clock look wrong.
 
 use std::collections::HashMap;
 
