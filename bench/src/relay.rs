@@ -14,7 +14,7 @@ use anyhow::ensure;
 
 use crate::{
     Served,
-    machine::{Cpus, cpu_of_process, rss_kib, with_cpus},
+    machine::{cpu_of_process, rss_kib, with_cpus},
     measure::median,
     report::{Goal, Row},
 };
