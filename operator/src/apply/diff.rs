@@ -13,7 +13,10 @@ impl Digest {
     /// Of a value.
     #[must_use]
     pub fn of(value: &Value) -> Self {
-        let hash = Sha256::digest(value.to_string());
+        // Another crate of the build may have serde_json keep keys as they came.
+        let mut sorted = value.clone();
+        sorted.sort_all_objects();
+        let hash = Sha256::digest(sorted.to_string());
         let mut short = [0; 10];
         short.copy_from_slice(&hash[..10]);
         Self(short)
