@@ -50,6 +50,12 @@ pub const TARGETS: &[Target] = &[
         seeds: session::ticket_seeds,
     },
     Target {
+        name: "session-request",
+        about: "an application's JSON",
+        run: session::request,
+        seeds: session::request_seeds,
+    },
+    Target {
         name: "credentials",
         about: "API keys, session names, signatures",
         run: session::credentials,

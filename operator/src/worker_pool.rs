@@ -1,6 +1,6 @@
 //! WorkerPools: ReplicaSets and their pods, made to agree with what is wanted of them.
 //!
-//! observe ([`observe`]) → plan ([`antiphon_core::pool`]) → carry out ([`steps`]) → status ([`status`]). What a plan does
+//! observe (`observe`) → plan ([`antiphon_core::pool`]) → carry out (`steps`) → status (`status`). What a plan does
 //! that cannot be taken back is planned once more on a view that was read for it.
 
 mod budget;

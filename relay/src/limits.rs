@@ -4,7 +4,7 @@
 //! any address. Those must not use up what the caller has. So each path, which is a client address at an ingress relay,
 //! is counted on its own; and when all paths of an ID together come more often than any call does, only those pass
 //! that were there before, each with a share that is ample for a call. What then still comes is for the worker to sort
-//! out, which knows the one path that is its session's; [`MOST`] keeps that little work.
+//! out, which knows the one path that is its session's; `MOST` keeps that little work.
 //!
 //! Who sends from the caller's very own address and port cannot be told from the caller here.
 

@@ -30,6 +30,7 @@ use crate::{
     create::{limit, session_id},
     field::FieldError,
 };
+pub use json::check_session_request;
 use json::{CreateBody, Explanation, ListQuery, Listing, Session};
 use path::SessionPath;
 use problem::Problem;

@@ -42,6 +42,7 @@ use tokio::{
 
 pub use args::{Args, StoreArgs};
 pub use field::FieldError;
+pub use http::check_session_request;
 pub use records::{Agent, Key, Records, Region};
 pub use store::{
     Claims, DecodeError, Etcd, EtcdConfig, Found, Holder, Kind, Memory, OpenError, Owner, Reached, Snapshot,

@@ -51,7 +51,7 @@ pub struct Ingress {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<IngressService>,
 
-    /// Where callers reach the relays, "IP:PORT" or "[IP]:PORT", at most 8. Callers are told these instead of what the
+    /// Where callers reach the relays, `IP:PORT` or `[IP]:PORT`, at most 8. Callers are told these instead of what the
     /// Service's status or the relays' nodes say. For a NodePort behind something that Kubernetes does not know of.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8), inner(length(min = 1, max = 64), regex(pattern = form::SOCKET_ADDRESS.pattern)))]

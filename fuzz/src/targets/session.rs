@@ -14,6 +14,7 @@ use antiphon_proto::{
     },
 };
 use antiphon_quic::{AudioReceived, Flow, Heartbeats, datagram, split_flow, verify_activation};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use pasetors::{
     keys::AsymmetricSecretKey,
     version4::{PublicToken, V4},
@@ -82,6 +83,31 @@ pub(super) fn to_client_seeds() -> Vec<Vec<u8>> {
         E(Ended { code: 1, detail: String::new() }),
     ];
     vec![framed(&messages.map(|message| ServerMessage { message: Some(message) }))]
+}
+
+/// The body of `POST /v1/sessions`. What is wrong is said with a place of its own or of the whole, in a few words.
+pub(super) fn request(data: &[u8]) -> bool {
+    match antiphon_router::check_session_request(data) {
+        Ok(agent) => {
+            let (namespace, name) = agent.split_once('/').expect("NAMESPACE/NAME");
+            assert!(!namespace.is_empty() && !name.is_empty() && agent.is_ascii());
+            true
+        }
+        Err(error) => {
+            assert!(error.to_string().len() < 2_000 + 8 * data.len(), "{error}");
+            false
+        }
+    }
+}
+
+pub(super) fn request_seeds() -> Vec<Vec<u8>> {
+    let key = URL_SAFE_NO_PAD.encode(tickets::public_key(&[5; 32]));
+    let whole = format!(
+        r#"{{"agent":"default/frontdesk","clientKey":"{key}","location":{{"latitude":52.5,"longitude":13.4}},
+        "constraints":{{"regions":["frankfurt"],"residency":["eu"],"maxRttMs":80}},"codec":"opus","epoch":1,"waitedMs":20}}"#
+    );
+    let least = format!(r#"{{"agent":"default/frontdesk","clientKey":"{key}"}}"#);
+    vec![whole.into_bytes(), least.into_bytes()]
 }
 
 /// Datagrams behind their lengths (two bytes), each 10 ms after the one before, into the machine that answers them.

@@ -2,6 +2,7 @@
 
 use std::{fmt, marker::PhantomData};
 
+use antiphon_core::id::SessionId;
 use antiphon_proto::{
     ticket::{codec_label, codec_of_label},
     v1,
@@ -12,7 +13,11 @@ use serde::{
     de::{MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
-use crate::{admission, create::session_id, field::FieldError};
+use crate::{
+    admission,
+    create::{Create, session_id},
+    field::FieldError,
+};
 
 /// Body of `POST /v1/sessions`.
 #[derive(Debug, Deserialize)]
@@ -109,6 +114,15 @@ impl CreateBody {
             waited_ms: self.waited_ms.unwrap_or(0),
         })
     }
+}
+
+/// Reads and checks a body of `POST /v1/sessions` as the API does before anybody is asked; the agent that it names.
+///
+/// # Errors
+/// Names the field and what is wrong with it.
+pub fn check_session_request(body: &[u8]) -> Result<String, FieldError> {
+    let request = CreateBody::parse(body)?.into_proto()?;
+    Ok(Create::check(&request, SessionId::from_bytes([1; 16]))?.agent)
 }
 
 /// Query of `GET /v1/sessions`.
