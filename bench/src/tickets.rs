@@ -57,7 +57,7 @@ async fn measure(router: &Router, name: &str) -> anyhow::Result<Vec<Row>> {
     let tasks = Tasks::new();
     let key = ApiKey::from_random(&[9; ApiKey::RANDOM]);
     let mut operator = AdminClient::new(internal(router, "bench", Role::Operator)?);
-    operator.apply(records(router, &key)).await.context("applying records")?;
+    timeout(PATIENCE, applied(&mut operator, &records(router, &key))).await.context("applying records")?;
     for n in 0..WORKERS {
         workers::start(&format!("w-{n}"), router, &tasks).await?;
     }
@@ -116,6 +116,18 @@ fn request(key: &ApiKey, client_key: Bytes) -> anyhow::Result<Request<v1::Create
     });
     request.metadata_mut().insert("authorization", format!("Bearer {}", key.text()).parse()?);
     Ok(request)
+}
+
+/// A store that is not connected yet takes no records.
+async fn applied(operator: &mut AdminClient<Channel>, records: &v1::ApplyRequest) {
+    let mut tick = interval(Duration::from_millis(50));
+    loop {
+        tick.tick().await;
+        match operator.apply(records.clone()).await {
+            Ok(_) => return,
+            Err(error) => eprintln!("  records: {}", error.message()),
+        }
+    }
 }
 
 async fn placeable(operator: &mut AdminClient<Channel>) -> anyhow::Result<()> {
