@@ -128,7 +128,7 @@ impl Admission {
         self.admit_rate(caller, &create)?;
         let admitted = self.admit_tenant(&caller.tenant, &create).await?;
         let session = self.place(caller.tenant.clone(), create, Scope::Fleet).await?;
-        admitted.keep();
+        admitted.keep(&session, &self.fleet.region, self.fleet.clock.now());
         Ok(session)
     }
 

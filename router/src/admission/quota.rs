@@ -2,7 +2,8 @@
 //!
 //! The workers know which sessions there are; the router asks them at most once a second per tenant and agent and adds
 //! what it granted since. Routers of different regions see each other's grants with that delay. What a worker or region
-//! that does not answer held before goes on to count: it may well be there.
+//! held that does not answer goes on to count for [`BENEFIT`], and no longer: when a region is lost its callers call
+//! again, and places that nobody holds any more must not keep them out.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -48,12 +49,28 @@ struct Counter {
 /// Why a session is counted at one epoch: at least one holds.
 #[derive(Clone, Debug, Default)]
 struct Standing {
-    /// Who said so: a worker of this region, or another region.
-    listed: Option<Arc<str>>,
-    /// Which grant of the counter it was, if it was not listed since.
-    granted: Option<u64>,
+    /// Who said so last: a worker of this region, or another region.
+    listed: Option<Holder>,
+    /// Which grant of the counter it was, and whose, if it was not listed since.
+    granted: Option<(u64, Holder)>,
     /// Requests that are being placed.
     under_way: u32,
+}
+
+/// Who holds a session.
+#[derive(Clone, Debug)]
+struct Holder {
+    /// The name under which it would be missing.
+    name: Arc<str>,
+    /// When it said so.
+    at: Millis,
+}
+
+impl Holder {
+    /// It does not answer, and may still hold what it held.
+    fn has_benefit(&self, missing: &[String], now: Millis) -> bool {
+        now.since(self.at) <= BENEFIT && missing.iter().any(|name| **name == *self.name)
+    }
 }
 
 impl Standing {
@@ -73,30 +90,33 @@ impl Counter {
         true
     }
 
-    fn settle(&mut self, ownership: Ownership, placed: bool) {
-        self.grants += u64::from(placed);
+    /// A request was placed, or not.
+    fn settle(&mut self, ownership: Ownership, placed: Option<Holder>) {
+        self.grants += u64::from(placed.is_some());
         let serial = self.grants;
         self.change(ownership, |standing| {
             standing.under_way = standing.under_way.saturating_sub(1);
-            if placed {
-                standing.granted = Some(serial);
+            if let Some(holder) = placed {
+                standing.granted = Some((serial, holder));
             }
         });
     }
 
-    /// What was said replaces what was said before and the grants that were already known of, but for those who are
-    /// `missing`. A grant may be at one of them, too.
+    /// What was said replaces what was said before and the grants that were already known of, but for what those have
+    /// who are `missing`.
     fn listed(&mut self, sessions: &[(Ownership, Arc<str>)], missing: &[String], grants_before: u64, now: Millis) {
         let known: Vec<Ownership> = self.known.keys().copied().collect();
-        let is_missing = |who: &Arc<str>| missing.iter().any(|name| **name == **who);
         for ownership in known {
             self.change(ownership, |standing| {
-                standing.listed = standing.listed.take().filter(is_missing);
-                standing.granted = standing.granted.filter(|serial| *serial > grants_before || !missing.is_empty());
+                standing.listed = standing.listed.take().filter(|holder| holder.has_benefit(missing, now));
+                let granted = standing.granted.take();
+                standing.granted =
+                    granted.filter(|(serial, holder)| *serial > grants_before || holder.has_benefit(missing, now));
             });
         }
-        for (ownership, who) in sessions {
-            self.change(*ownership, |standing| standing.listed = Some(Arc::clone(who)));
+        for (ownership, name) in sessions {
+            let holder = Holder { name: Arc::clone(name), at: now };
+            self.change(*ownership, |standing| standing.listed = Some(holder));
         }
         self.listed_at = Some(now);
     }
@@ -133,13 +153,13 @@ impl Counter {
 #[must_use = "dropping it takes the session out of the count"]
 pub(super) struct Admitted {
     of: Option<(Counters, (String, String), Ownership)>,
-    placed: bool,
+    placed: Option<Holder>,
 }
 
 impl Admitted {
     /// The session was placed.
-    pub(super) fn keep(mut self) {
-        self.placed = true;
+    pub(super) fn keep(mut self, session: &v1::Session, own_region: &str, now: Millis) {
+        self.placed = Some(Holder { name: holder_name(&session.region, &session.worker, own_region), at: now });
     }
 }
 
@@ -148,7 +168,7 @@ impl Drop for Admitted {
         if let Some((counters, key, ownership)) = &self.of
             && let Some(counter) = counters.lock().get_mut(key)
         {
-            counter.settle(*ownership, self.placed);
+            counter.settle(*ownership, self.placed.take());
         }
     }
 }
@@ -159,7 +179,7 @@ impl Admission {
         let records = self.fleet.records();
         let limit = records.agents.get(&create.agent).map_or(0, |a| a.sessions_per_tenant);
         if limit == 0 {
-            return Ok(Admitted { of: None, placed: false });
+            return Ok(Admitted { of: None, placed: None });
         }
         let key = (tenant.to_owned(), create.agent.clone());
         self.refresh(&key).await;
@@ -171,7 +191,7 @@ impl Admission {
             return Err(Failure::refused(Reason::TenantLimit, text, 1000, vec![]));
         }
         let of = Some((Arc::clone(&self.quota.counters), key, ownership));
-        Ok(Admitted { of, placed: false })
+        Ok(Admitted { of, placed: None })
     }
 
     async fn refresh(self: &Arc<Self>, key: &(String, String)) {
@@ -201,7 +221,8 @@ impl Admission {
         let listing = self.list(&key.0, MAX_LISTED).await;
         let own = &self.fleet.region;
         let sessions = listing.sessions.iter().filter(|s| s.agent == key.1);
-        let sessions: Vec<_> = sessions.filter_map(|summary| Some((ownership(summary)?, who(summary, own)))).collect();
+        let sessions: Vec<_> =
+            sessions.filter_map(|s| Some((ownership(s)?, holder_name(&s.region, &s.worker, own)))).collect();
         let mut counters = self.quota.counters.lock();
         let counter = counters.entry(key.clone()).or_default();
         counter.listed(&sessions, &listing.missing, before, self.fleet.clock.now());
@@ -212,10 +233,13 @@ fn ownership(summary: &v1::SessionSummary) -> Option<Ownership> {
     Some((summary.session.parse().ok()?, Epoch::new(summary.epoch.max(1)).ok()?))
 }
 
-/// Whose word it is, by the name under which it would be missing.
-fn who(summary: &v1::SessionSummary, own_region: &str) -> Arc<str> {
-    if summary.region == own_region { summary.worker.as_str().into() } else { summary.region.as_str().into() }
+/// The name under which whoever holds a session would be missing.
+fn holder_name(region: &str, worker: &str, own_region: &str) -> Arc<str> {
+    if region == own_region { worker.into() } else { region.into() }
 }
+
+/// How long sessions of who does not answer go on to count: a caller gives a silent call up after as long.
+const BENEFIT: Duration = Duration::from_secs(5);
 
 const COUNT_LIFETIME: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(60);
@@ -234,6 +258,10 @@ mod tests {
         (ownership, "w-1".into())
     }
 
+    fn placed(name: &str) -> Option<Holder> {
+        Some(Holder { name: name.into(), at: Millis(0) })
+    }
+
     #[test]
     fn sessions_of_who_does_not_answer_go_on_to_count() {
         let mut counter = Counter::default();
@@ -241,11 +269,22 @@ mod tests {
         counter.listed(&[], &["virginia".into()], 0, Millis(1));
         assert_eq!(counter.weight, 1, "of the worker that answered nothing is left");
         assert!(counter.admit(of(3, 1), 2));
-        counter.settle(of(3, 1), true);
+        counter.settle(of(3, 1), placed("w-1"));
         counter.listed(&[], &["w-1".into()], counter.grants, Millis(2));
-        assert_eq!(counter.weight, 1, "the grant may be at the one who is missing");
-        counter.listed(&[], &[], counter.grants, Millis(3));
-        assert_eq!(counter.weight, 0);
+        assert_eq!(counter.weight, 1, "the grant is at the one who is missing");
+        counter.listed(&[], &["w-2".into()], counter.grants, Millis(3));
+        assert_eq!(counter.weight, 0, "its worker has answered: another one's silence says nothing of it");
+    }
+
+    #[test]
+    fn a_lost_region_keeps_its_callers_out_no_longer_than_they_take_to_call_again() {
+        let mut counter = Counter::default();
+        let lost = ["virginia".to_owned()];
+        counter.listed(&[(of(1, 1), "virginia".into())], &[], 0, Millis(0));
+        counter.listed(&[], &lost, 0, Millis(5_000));
+        assert!(!counter.admit(of(2, 1), 1), "it may be a moment's silence");
+        counter.listed(&[], &lost, 0, Millis(5_001));
+        assert!(counter.admit(of(2, 1), 1));
     }
 
     #[test]
@@ -253,13 +292,13 @@ mod tests {
         let mut counter = Counter::default();
         for _ in 0..3 {
             assert!(counter.admit(of(1, 1), 1));
-            counter.settle(of(1, 1), true);
+            counter.settle(of(1, 1), placed("w-1"));
         }
         assert!(!counter.admit(of(2, 1), 1));
         counter.listed(&[of(1, 1)].map(at), &[], counter.grants, Millis(0));
         assert!(counter.admit(of(1, 1), 1));
         assert!(!counter.admit(of(2, 1), 1));
-        counter.settle(of(1, 1), false);
+        counter.settle(of(1, 1), None);
         assert_eq!(counter.weight, 1, "a repeat that fails leaves the session counted");
     }
 
@@ -267,7 +306,7 @@ mod tests {
     fn an_ended_session_counts_again_when_it_comes_back() {
         let mut counter = Counter::default();
         assert!(counter.admit(of(1, 1), 1));
-        counter.settle(of(1, 1), true);
+        counter.settle(of(1, 1), placed("w-1"));
         counter.listed(&[], &[], counter.grants, Millis(0));
         assert_eq!((counter.weight, counter.known.len()), (0, 0));
         assert!(counter.admit(of(2, 1), 1));
@@ -280,10 +319,10 @@ mod tests {
         let before = counter.grants;
         assert!(counter.admit(of(1, 1), 2));
         assert!(counter.admit(of(2, 1), 2));
-        counter.settle(of(1, 1), true);
+        counter.settle(of(1, 1), placed("w-1"));
         counter.listed(&[], &[], before, Millis(0));
         assert_eq!(counter.weight, 2);
-        counter.settle(of(2, 1), false);
+        counter.settle(of(2, 1), None);
         assert_eq!(counter.weight, 1);
     }
 
@@ -295,7 +334,7 @@ mod tests {
         assert_eq!(counter.weight, 2);
         assert!(!counter.admit(of(1, 3), 2));
         counter.listed(&[of(1, 2), of(2, 1)].map(at), &[], 0, Millis(1));
-        counter.settle(of(1, 2), false);
+        counter.settle(of(1, 2), None);
         assert!(counter.admit(of(1, 3), 2), "the old owner is gone");
     }
 }
